@@ -1,0 +1,24 @@
+"""The one exception class that AutoClip adds to Python's own, and words that adapters share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["StateError", "nonfinite_message"]
+
+
+class StateError(ValueError):
+    """A saved state is damaged, of another kind, or does not fit the clipper that loads it.
+
+    The message names the file (or "state_dict"), the fault, and what to do. The clipper that was
+    to load the state is unchanged.
+    """
+
+
+def nonfinite_message(names: Sequence[str]) -> str:
+    """What `on_nonfinite="raise"` says of the gradients of the parameters called `names`."""
+    return (
+        f"The gradient{'s' if len(names) > 1 else ''} of {', '.join(names)} "
+        f"hold{'s' if len(names) == 1 else ''} NaN or infinity, and on_nonfinite is \"raise\". "
+        "Nothing was recorded, and nothing was scaled, in this step."
+    )

@@ -1,0 +1,76 @@
+"""How anything that holds histories is saved and loaded: the same four methods everywhere."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from autoclip.core._files import PathLike, read_file, write_file
+from autoclip.core._state import State
+
+__all__ = ["Saveable"]
+
+
+class Saveable(ABC):
+    """`state_dict`, `load_state_dict`, `save` and `load` on top of a `State`.
+
+    A subclass says what its state is and how to take over a checked one. Loading checks
+    everything first: if it raises, nothing has changed.
+    """
+
+    @abstractmethod
+    def _export_state(self) -> State:
+        """The state as it is now."""
+
+    @abstractmethod
+    def _commit_state(self, state: State) -> None:
+        """Take over the histories of a state that fits; it must not fail."""
+
+    def _adopt_state(self, state: State, source: str) -> None:
+        """Check that a saved state fits, then commit it."""
+        self._commit_state(state.fit_to(self._export_state(), source))
+
+    def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
+        return State.from_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as `{"format": "autoclip", "version": 1, "data": bytes}`.
+
+        The bytes are those that `save` writes, whatever the framework.
+        """
+        return self._export_state().to_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the histories of a state that `state_dict` returned, in any framework.
+
+        The settings stay as they are; one warning says where the saved ones differ.
+
+        Args:
+            state_dict: as `state_dict()` returned it.
+
+        Raises:
+            StateError: it is damaged or does not fit. Nothing has changed.
+        """
+        self._adopt_state(self._read_state_dict(state_dict), "state_dict")
+
+    def save(self, path: PathLike) -> None:
+        """Write the state to a file that every framework's clipper loads.
+
+        Raises:
+            OSError: the file cannot be written; one that was there is as it was.
+        """
+        write_file(path, self._export_state().to_bytes())
+
+    def load(self, path: PathLike) -> None:
+        """Take over the histories of a file that `save` wrote, in any framework.
+
+        The settings stay as they are; one warning says where the saved ones differ.
+
+        Raises:
+            StateError: the file is damaged or does not fit. Nothing has changed.
+            OSError: it cannot be read.
+        """
+        name = os.fspath(path)
+        self._adopt_state(State.from_bytes(read_file(path), source=name), name)

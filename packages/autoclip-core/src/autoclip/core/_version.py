@@ -1,0 +1,7 @@
+"""The version of the installed distribution, from its metadata."""
+
+from importlib.metadata import version
+
+__all__ = ["__version__"]
+
+__version__ = version("autoclip-core")
