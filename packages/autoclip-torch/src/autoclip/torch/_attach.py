@@ -1,0 +1,274 @@
+"""The one place that knows optimizer hooks: steps, closures, loss scalers, state."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from autoclip.core import State
+from torch import Tensor
+from torch.optim import Optimizer
+
+from autoclip.torch import _legacy
+
+if TYPE_CHECKING:
+    from autoclip.torch._clipper import Clipper, _Group
+
+__all__ = ["STATE_KEY", "Attachment", "AttachmentHandle"]
+
+STATE_KEY = "autoclip"
+"""Where a clipper's state stands in its optimizer's `state_dict()`."""
+
+
+class AttachmentHandle:
+    """What `clipper.attach(optimizer)` returns."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment: Attachment | None = attachment
+
+    def remove(self) -> None:
+        """Detach the clipper: no hook and no attribute stays behind. The clipper keeps its
+        history, and holds the parameters that the optimizer has now. A second call does nothing.
+        """
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+
+class Attachment:
+    """A clipper on an optimizer: which of its parameters are whose, and its hooks."""
+
+    def __init__(self, clipper: Clipper, optimizer: Optimizer) -> None:
+        self._clipper = clipper
+        self._optimizer = optimizer
+        # How many parameters of each optimizer group have a place in the clipper's groups.
+        self._known: list[int] = []
+        # The frame of the step that is under way, see `_is_nested`.
+        self._frame: FrameType | None = None
+        self._pending: State | None = None
+        self._warned = False
+
+    # -- attaching ---------------------------------------------------------------------------
+
+    @staticmethod
+    def check(optimizer: Optimizer) -> None:
+        """Refuse what cannot be attached to."""
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"attach takes a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
+            )
+        if "_optimizer_step_pre_hooks" not in optimizer.__dict__:
+            # Accelerate's, for one, inherits from Optimizer, but its step calls no hook.
+            raise TypeError(
+                f"{torch.typename(optimizer)} only wraps an optimizer, and no hook of its own is "
+                "ever called. Attach to the optimizer inside, often its attribute `.optimizer`."
+            )
+        if hasattr(optimizer, "clipper"):
+            raise RuntimeError(
+                f"This {type(optimizer).__name__} has a clipper already: {optimizer.clipper!r}. "
+                "Detach that one first, with the handle that attach returned."
+            )
+
+    @classmethod
+    def create(cls, clipper: Clipper, optimizer: Optimizer) -> AttachmentHandle:
+        """Attach; see `Clipper.attach`."""
+        cls.check(optimizer)
+        if clipper._attachment is not None:
+            raise RuntimeError("This clipper is attached to an optimizer already.")
+        places = {
+            id(parameter): (i, j)
+            for i, group in enumerate(optimizer.param_groups)
+            for j, parameter in enumerate(group["params"])
+        }
+        ours = [parameter for group in clipper._groups for parameter in group.parameters]
+        missing = sum(id(parameter) not in places for parameter in ours)
+        extra = len(places) - (len(ours) - missing)
+        if missing or extra:
+            raise ValueError(
+                "A clipper attaches to an optimizer over the same parameters, but "
+                f"{missing} of the clipper's are not the optimizer's, and {extra} of the "
+                "optimizer's are not the clipper's. Make the clipper from the same ones, or use "
+                "as_optimizer."
+            )
+        self = cls(clipper, optimizer)
+        for group in clipper._groups:
+            group.positions = [places[id(parameter)] for parameter in group.parameters]
+            group.parameters = []
+        self._known = [len(group["params"]) for group in optimizer.param_groups]
+        clipper._attachment = self
+        optimizer.clipper = clipper  # type: ignore[attr-defined]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),  # type: ignore[arg-type]
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._after_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        return AttachmentHandle(self)
+
+    def remove(self) -> None:
+        """Undo `create`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._clipper._groups = self.detached_groups(self._clipper)
+        self._clipper._attachment = None
+        del self._optimizer.clipper
+
+    def detached_groups(self, clipper: Clipper) -> list[_Group]:
+        """Copies of the clipper's groups that hold their parameters themselves."""
+        groups = []
+        for group, parameters in zip(clipper._groups, self.parameters(clipper)):
+            own = type(group)(group.rule, group.history_length)
+            own.names, own.rows, own.parameters = list(group.names), list(group.rows), parameters
+            groups.append(own)
+        return groups
+
+    # -- parameters --------------------------------------------------------------------------
+
+    def parameters(self, clipper: Clipper) -> list[list[Tensor]]:
+        """The parameters of each of the clipper's groups, as the optimizer has them now."""
+        theirs = [group["params"] for group in self._optimizer.param_groups]
+        if [len(group) for group in theirs] != self._known:
+            self._meet_new_parameters(clipper)
+        return [[theirs[i][j] for i, j in group.positions] for group in clipper._groups]
+
+    def _meet_new_parameters(self, clipper: Clipper) -> None:
+        """Give rows to parameters that were added to the optimizer; torch has no hook for that."""
+        counts = [len(group["params"]) for group in self._optimizer.param_groups]
+        known = [*self._known, *[0] * (len(counts) - len(self._known))]
+        if len(counts) < len(self._known) or any(n < k for n, k in zip(counts, known)):
+            raise RuntimeError(
+                f"The optimizer's groups had {self._known} parameters and have {counts} now. "
+                "AutoClip knows parameters by their position, and cannot tell which are gone. "
+                "Make a new clipper for the new parameters."
+            )
+        groups = clipper._groups
+        owners = {place[0]: group for group in groups for place in group.positions}
+        if len(groups) == len(self._known) and all(
+            i == k for k, group in enumerate(groups) for i, _ in group.positions
+        ):  # one to one, even where a group is empty as yet
+            owners = dict(enumerate(groups))
+        for i, (count, before) in enumerate(zip(counts, known)):
+            if count == before:
+                continue
+            theirs = self._optimizer.param_groups[i]
+            group = owners.get(i)
+            if group is None:
+                settings = {name: theirs[name] for name in clipper.defaults if name in theirs}
+                group = clipper._make_group(settings)
+                clipper._groups.append(group)
+            names = theirs.get("param_names", [None] * count)
+            clipper._extend(group, names[before:], count - before)
+            group.positions += [(i, j) for j in range(before, count)]
+        self._known = counts
+
+    # -- steps -------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._is_nested():
+            return None
+        # args[0] is the optimizer itself. With a closure, gradients exist only after it has run.
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], self._clipping(args[1]), *args[2:]), kwargs
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": self._clipping(kwargs["closure"])}
+        self._clip()
+        return None
+
+    @torch._disable_dynamo
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _frame_of_step() is self._frame:
+            self._frame = None
+
+    def _is_nested(self) -> bool:
+        """Whether this step was called by another one: a subclass that calls `super().step()`.
+
+        The outer step's frame tells. A counter would be left wrong for ever by a step that
+        raises, whose post-hook is never called.
+        """
+        here = _frame_of_step()
+        frame = here.f_back if here is not None else None
+        while frame is not None and self._frame is not None:
+            if frame is self._frame:
+                return True
+            frame = frame.f_back
+        self._frame = here
+        return False
+
+    def _clipping(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        @torch._disable_dynamo
+        def closure_and_clip() -> Any:
+            loss = closure()
+            self._clip()
+            return loss
+
+        return closure_and_clip
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        # A GradScaler leaves these on fused optimizers, whose gradients are still scaled then.
+        # Without a scale, but with a verdict, they have been unscaled by hand.
+        optimizer = self._optimizer
+        scale = getattr(optimizer, "grad_scale", None)
+        found_inf = getattr(optimizer, "found_inf", None)
+        try:
+            self._clipper._step(scale, found_inf)
+        except BaseException:
+            # GradScaler removes them after the step, but not if the step raises.
+            for name in ("grad_scale", "found_inf"):
+                optimizer.__dict__.pop(name, None)
+            raise
+
+    # -- state -------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict[STATE_KEY] = self._clipper.state_dict()
+
+    @torch._disable_dynamo
+    def _before_load(
+        self, optimizer: Optimizer, state_dict: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        self._pending = None
+        replaced = None
+        entry = state_dict.get(STATE_KEY)
+        if _legacy.is_legacy_pair(state_dict):
+            entry, replaced = state_dict["clipper"], state_dict["optimizer"]
+        if entry is not None:
+            self._pending = self.validated(entry)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The optimizer's checkpoint has no {STATE_KEY!r} entry: it was saved without "
+                "AutoClip. The clipper keeps the history that it has.",
+                stacklevel=4,
+            )
+        return replaced
+
+    def validated(self, state_dict: dict[str, Any]) -> State:
+        """Check that a clipper's state_dict fits; see `Clipper.load_state_dict`."""
+        clipper = self._clipper
+        source = f"the optimizer's state_dict[{STATE_KEY!r}]"
+        state = clipper._read_state_dict(state_dict)
+        return state.fit_to(clipper._export_state(), source)
+
+    @torch._disable_dynamo
+    def _after_load(self, optimizer: Optimizer) -> None:
+        if self._pending is not None:
+            self._clipper._commit_state(self._pending)
+            self._pending = None
+
+
+def _frame_of_step() -> FrameType | None:
+    """The innermost frame of torch's wrapper around `Optimizer.step`, which calls the hooks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.optim.optimizer":
+        frame = frame.f_back
+    return frame

@@ -1,0 +1,547 @@
+"""The clipper: parameter groups, the pipeline of a step, and the state.
+
+Gradients → norms → rows of the history → thresholds → coefficients → gradients. "Global" is that
+pipeline with one row for all parameters, "parameter-wise" with one row each.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, Union
+
+import numpy as np
+import torch
+from autoclip.core import (
+    DEFAULT_HISTORY_LENGTH,
+    GroupState,
+    ParameterInfo,
+    Report,
+    Rule,
+    Saveable,
+    State,
+    __version__,
+    check_flag,
+    check_history_length,
+    check_known_settings,
+    check_on_nonfinite,
+    nonfinite_message,
+)
+from torch import Tensor
+from torch.optim import Optimizer
+
+from autoclip.torch import _legacy
+from autoclip.torch._attach import Attachment, AttachmentHandle
+from autoclip.torch._norms import cpu_norms, device_norms, norm_dtype
+from autoclip.torch._rows import Norms, Rows, uses_numpy
+from autoclip.torch._scaling import scale_on_cpu, scale_on_device, zero_nonfinite
+
+__all__ = ["Clipper", "ParamsT"]
+
+ParamsT = Union[Iterable[Tensor], Iterable[tuple[str, Tensor]], Iterable[dict[str, Any]]]
+"""What torch's optimizers take: tensors, named tensors, or group dicts."""
+
+ClipperT = TypeVar("ClipperT", bound="Clipper")
+
+
+class _Group:
+    """One parameter group: its settings, and the names and rows of its parameters."""
+
+    def __init__(self, rule: Rule, history_length: int) -> None:
+        self.rule = rule
+        self.history_length = history_length
+        self.names: list[str | None] = []
+        self.rows: list[int] = []
+        # Either the parameters, or where an optimizer that we are attached to has them.
+        self.parameters: list[Tensor] = []
+        self.positions: list[tuple[int, int]] = []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**self.rule.settings, "history_length": self.history_length}
+
+
+class Clipper(Saveable):
+    """What `QuantileClip` and `StandardClip` have in common; not made directly."""
+
+    _rule_class: ClassVar[type[Rule]]
+    _uses_numpy = staticmethod(uses_numpy)
+
+    def __init__(
+        self,
+        parameters: ParamsT,
+        rule: Rule,
+        history_length: int = DEFAULT_HISTORY_LENGTH,
+        global_clipping: bool = False,
+        on_nonfinite: str = "keep",
+    ) -> None:
+        self._configure(rule, history_length, global_clipping, on_nonfinite)
+        if isinstance(parameters, Tensor):
+            raise TypeError(
+                "parameters takes an iterable of tensors, (name, tensor) pairs or dicts, but got "
+                f"a single {torch.typename(parameters)}. Put it into a list."
+            )
+        entries = list(parameters)
+        if not entries:
+            raise ValueError(f"{type(self).__name__} got an empty parameter list.")
+        groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
+        for group in groups:
+            self.add_param_group(group)  # type: ignore[arg-type]
+
+    def _configure(
+        self, rule: Rule, history_length: int, global_clipping: bool, on_nonfinite: str
+    ) -> None:
+        self._default_rule = rule
+        self._default_history_length = check_history_length(history_length)
+        self._global = check_flag("global_clipping", global_clipping)
+        self._on_nonfinite = check_on_nonfinite(on_nonfinite)
+        self._groups: list[_Group] = []
+        self._rows = Rows()
+        self._attachment: Attachment | None = None
+        self._reports: list[tuple[list[int], Report[Any]]] = []
+        self._has_seen_a_gradient = False
+        if self._global:
+            self._rows.add(rule, self._default_history_length, 1)
+
+    # -- settings and groups -----------------------------------------------------------------
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of a group that names none of its own."""
+        return {**self._default_rule.settings, "history_length": self._default_history_length}
+
+    @property
+    def global_clipping(self) -> bool:
+        """Whether one history stands for all parameters together."""
+        return self._global
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What happens to a gradient that holds a NaN or an infinity."""
+        return self._on_nonfinite
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups: `"params"`, `"param_names"` if they have names, and settings."""
+        return [
+            {
+                "params": parameters,
+                **({"param_names": list(group.names)} if any(group.names) else {}),
+                **group.settings,
+            }
+            for group, parameters in zip(self._groups, self._parameters())
+        ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.
+
+        Args:
+            param_group: `"params"`, a tensor or an iterable of tensors or (name, tensor) pairs,
+                and settings that differ from the clipper's.
+
+        Raises:
+            TypeError: it is no dict, or a parameter is no tensor.
+            ValueError: a parameter is no leaf or stands twice, a setting is unknown or wrong, or
+                the clipper is global and the group has settings of its own.
+            RuntimeError: the clipper is attached to an optimizer; add the group to that.
+
+        If it raises, the clipper is as it was.
+        """
+        if self._attachment is not None:
+            raise RuntimeError(
+                "The clipper is attached to an optimizer and takes its parameters from there: "
+                "call optimizer.add_param_group instead."
+            )
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group takes a dict, but got {type(param_group).__name__}.")
+        if "params" not in param_group:
+            raise ValueError('param_group takes a dict with the key "params".')
+        names, parameters = _named(param_group["params"])
+        names = param_group.get("param_names", names)
+        known = {id(p) for group in self._groups for p in group.parameters}
+        if len({id(p) for p in parameters}) != len(parameters):
+            raise ValueError("A parameter group holds the same parameter twice.")
+        if known & {id(p) for p in parameters}:
+            raise ValueError("Some parameters appear in more than one parameter group.")
+        settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
+        check_known_settings(settings, self.defaults, f"A parameter group of {type(self).__name__}")
+        group = self._make_group(settings)
+        self._extend(group, names, len(parameters))
+        group.parameters = parameters
+        self._groups.append(group)
+
+    def _make_group(self, settings: Mapping[str, Any]) -> _Group:
+        if self._global and settings:
+            raise ValueError(
+                "With global_clipping there is one history for all parameters, so a group cannot "
+                f"have settings of its own, but got {', '.join(map(repr, settings))}."
+            )
+        merged = {**self.defaults, **settings}
+        history_length = check_history_length(merged.pop("history_length"))
+        return _Group(type(self._default_rule).from_settings(merged), history_length)
+
+    def _extend(self, group: _Group, names: Sequence[str | None], count: int) -> None:
+        """Give rows to `count` more parameters of a group."""
+        group.names += names
+        if self._global:
+            group.rows += [0] * count
+        elif count:
+            start = len(self._rows)
+            self._rows.add(group.rule, group.history_length, count)
+            group.rows += range(start, start + count)
+
+    def _parameters(self) -> list[list[Tensor]]:
+        """The parameters of each group as they are now."""
+        if self._attachment is None:
+            return [group.parameters for group in self._groups]
+        return self._attachment.parameters(self)
+
+    def _names(self) -> list[str]:
+        """What to call each parameter in an error, group by group."""
+        return [
+            f"group {i}, parameter {k}" if name is None else name
+            for i, group in enumerate(self._groups)
+            for k, name in enumerate(group.names)
+        ]
+
+    # -- a step ------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Record the norms of the gradients and clip them, in place.
+
+        Call it after `backward()`, after `scaler.unscale_(optimizer)` if a `GradScaler` scales
+        the loss, and before `optimizer.step()`. An attached clipper is called by its optimizer.
+
+        Returns:
+            A 0-d float32 tensor on the gradients' device: the L2 norm of all gradients together
+            before clipping, as `torch.nn.utils.clip_grad_norm_` returns it; 0 without gradients.
+
+        Raises:
+            FloatingPointError: a gradient holds a NaN or an infinity, and `on_nonfinite` is
+                `"raise"`. Nothing was recorded or scaled.
+        """
+        return self._step()
+
+    def _step(self, scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor:
+        """A step whose gradients are still multiplied by `scale`, 0-d.
+
+        If `found_inf` is there, a loss scaler is at work and will skip the step if it is not 0.
+        """
+        groups = self._parameters()
+        parameters = [p for group in groups for p in group]
+        gradients = [p.grad for p in parameters]
+        measured = self._measure(gradients)
+        if not measured:
+            self._reports = []
+            self._warn_if_blind()
+            return torch.zeros(())
+        self._has_seen_a_gradient = True
+        for device, norms in measured.items():
+            measured[device] = _unscaled(norms, scale, found_inf)
+        if self._on_nonfinite != "keep" and found_inf is None:
+            self._treat_nonfinite(gradients, measured)
+        total = _total(measured)
+        rows = [row for group in self._groups for row in group.rows]
+        self._reports = []
+        if self._global:
+            self._clip_globally(gradients, measured, total)
+        else:
+            self._clip_each(gradients, measured, rows)
+        return torch.as_tensor(total, dtype=torch.float32)
+
+    def _measure(self, gradients: Sequence[Tensor | None]) -> dict[torch.device, Norms]:
+        """The norms by device: of all parameters, 0 for those whose gradient is elsewhere."""
+        by_device: dict[torch.device, list[Tensor | None]] = {}
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                here = by_device.setdefault(gradient.device, [None] * len(gradients))
+                here[i] = gradient
+        return {
+            device: cpu_norms(here)
+            if self._uses_numpy(device)
+            else device_norms(here, device, self._on_nonfinite != "keep")
+            for device, here in by_device.items()
+        }
+
+    def _treat_nonfinite(
+        self, gradients: Sequence[Tensor | None], measured: Mapping[torch.device, Norms]
+    ) -> None:
+        if self._on_nonfinite == "raise":
+            finite = np.all(
+                [torch.as_tensor(norms).isfinite().cpu().numpy() for norms in measured.values()], 0
+            )
+            if not finite.all():
+                names = self._names()
+                raise FloatingPointError(
+                    nonfinite_message([names[i] for i in np.flatnonzero(~finite)])
+                )
+        else:
+            for device, norms in measured.items():
+                zero_nonfinite(_on(device, gradients), torch.as_tensor(norms))
+
+    def _clip_each(
+        self,
+        gradients: Sequence[Tensor | None],
+        measured: Mapping[torch.device, Norms],
+        rows: Sequence[int],
+    ) -> None:
+        by_row = _reordered(gradients, rows)
+        self._rows.settle([None if g is None else g.device for g in by_row])
+        for bank in self._rows.banks:
+            if bank.device not in measured:
+                continue
+            norms = measured[bank.device]
+            report = self._rows.record(bank, _reordered(norms, rows))
+            self._reports.append((bank.rows, report))
+            scale = scale_on_cpu if self._uses_numpy(bank.device) else scale_on_device
+            scale([by_row[row] for row in bank.rows], report.coefficients)
+
+    def _clip_globally(
+        self,
+        gradients: Sequence[Tensor | None],
+        measured: Mapping[torch.device, Norms],
+        total: Tensor | float,
+    ) -> None:
+        home = _home(measured)
+        self._rows.settle([home])
+        norms: Norms = (
+            torch.as_tensor(total)[None].to(norm_dtype(home))
+            if not self._uses_numpy(home)
+            else np.array([float(total)])
+        )
+        report = self._rows.record(self._rows.banks[0], norms)
+        self._reports.append(([0], report))
+        for device in measured:
+            here = _on(device, gradients)
+            if self._uses_numpy(device):
+                # Gradients on the CPU and on an accelerator, one history: here we must wait.
+                coefficient = float(report.coefficients[0])
+                scale_on_cpu(here, np.full(len(here), coefficient))
+            else:
+                scale_on_device(here, torch.as_tensor(report.coefficients).to(device))
+
+    def _warn_if_blind(self) -> None:
+        if not self._has_seen_a_gradient and self._attachment is None:
+            self._has_seen_a_gradient = True  # once is enough
+            warnings.warn(
+                f"{type(self).__name__}.step() found no gradient on any parameter. Call it after "
+                "backward(). If the model was wrapped, sharded or re-created after the clipper was "
+                "made, its parameters are other objects now: make the clipper afterwards, or "
+                "attach it to the optimizer.",
+                stacklevel=5,
+            )
+
+    @property
+    def last(self) -> Report[Tensor]:
+        """What the last step did, row by row: norms, thresholds and coefficients.
+
+        Rows are in the order of the parameter groups; under global clipping there is one. Each of
+        the three is float32[rows]. Reading it waits for the device, a step does not.
+
+        Raises:
+            RuntimeError: no step has met a gradient yet, or the last one met none.
+        """
+        if not self._reports:
+            raise RuntimeError("There is nothing to report: the last step had no gradient.")
+        order = [0] if self._global else [row for group in self._groups for row in group.rows]
+        return Report(
+            *(
+                _gathered([(rows, getattr(report, name)) for rows, report in self._reports], fill)[
+                    order
+                ]
+                for name, fill in (("norms", 0.0), ("thresholds", torch.inf), ("coefficients", 1.0))
+            )
+        )
+
+    # -- optimizers --------------------------------------------------------------------------
+
+    def attach(self, optimizer: Optimizer) -> AttachmentHandle:
+        """Let `optimizer` call this clipper at each of its steps, and carry its state.
+
+        From now on the clipper reads its parameters from `optimizer.param_groups` by position, at
+        every step, save and load: whoever exchanges the parameter objects (FSDP, `to_empty`,
+        `load_state_dict(assign=True)`) need not tell it. The clipper keeps its own groups; a
+        parameter that is added to the optimizer joins the group of its neighbour, a new
+        optimizer group becomes a group with the clipper's defaults. The clipper is then
+        `optimizer.clipper`, and its state travels in `optimizer.state_dict()["autoclip"]`.
+
+        Args:
+            optimizer: a torch optimizer over the same set of parameters.
+
+        Returns:
+            A handle; its `remove()` detaches the clipper and leaves no trace.
+
+        Raises:
+            TypeError: it is no torch optimizer, or only wraps one.
+            ValueError: its parameters are not the clipper's.
+            RuntimeError: it has a clipper already, or the clipper is attached already.
+        """
+        return Attachment.create(self, optimizer)
+
+    @classmethod
+    def _attached(
+        cls: type[ClipperT],
+        optimizer: Optimizer,
+        rule: Rule,
+        history_length: int,
+        global_clipping: bool,
+        on_nonfinite: str,
+    ) -> Optimizer:
+        """Attach a new clipper whose groups are the optimizer's, one to one."""
+        Attachment.check(optimizer)
+        clipper = cls.__new__(cls)
+        clipper._configure(rule, history_length, global_clipping, on_nonfinite)
+        for group in optimizer.param_groups:
+            settings = {name: group[name] for name in clipper.defaults if name in group}
+            own = {"params": group["params"], **settings}
+            if "param_names" in group:
+                own["param_names"] = group["param_names"]
+            clipper.add_param_group(own)
+        clipper.attach(optimizer)
+        return optimizer
+
+    # -- state -------------------------------------------------------------------------------
+
+    def _export_state(self) -> State:
+        every = self._parameters()  # first: an attached clipper may find new ones
+        windows, recorded = self._rows.read()
+        infos = [
+            [ParameterInfo(name, _shape(p)) for name, p in zip(group.names, parameters)]
+            for group, parameters in zip(self._groups, every)
+        ]
+        if self._global:
+            settings, everything = self.defaults, [info for group in infos for info in group]
+            groups = [GroupState.from_windows(settings, everything, windows, recorded)]
+        else:
+            groups = [
+                GroupState.from_windows(
+                    group.settings, info, [windows[r] for r in group.rows], recorded[group.rows]
+                )
+                for group, info in zip(self._groups, infos)
+            ]
+        return State(self._rule_class.name, self._global, "torch", tuple(groups), __version__)
+
+    def _commit_state(self, state: State) -> None:
+        windows = [np.empty(0, np.float32)] * len(self._rows)
+        recorded = np.zeros(len(self._rows), np.int64)
+        order = [[0]] if self._global else [group.rows for group in self._groups]
+        for rows, group in zip(order, state.groups):
+            recorded[rows] = group.recorded
+            for row, window in zip(rows, group.windows()):
+                windows[row] = window
+        self._rows.write(windows, recorded)
+
+    def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
+        if _legacy.is_legacy(state_dict):
+            return _legacy.read(state_dict, self._rule_class, self._global)
+        return super()._read_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is a clipper of its own: it holds its parameters and is attached to nothing.
+        state = dict(self.__dict__)
+        if self._attachment is not None:
+            self._attachment.refresh(self)
+            state["_attachment"] = None
+            state["_groups"] = self._attachment.detached_groups(self)
+        return state
+
+    def __repr__(self) -> str:
+        groups = "".join(
+            f"\n    group {i}: {len(group.rows)} parameters, "
+            + ", ".join(f"{name}={value}" for name, value in group.settings.items())
+            for i, group in enumerate(self._groups)
+        )
+        return (
+            f"{type(self).__name__}({groups}\n    global_clipping={self._global}, "
+            f"on_nonfinite={self._on_nonfinite!r}\n)"
+        )
+
+
+def _named(params: Any) -> tuple[list[str | None], list[Tensor]]:
+    """Names and tensors of a group's parameters, checked as torch's optimizers check theirs."""
+    if isinstance(params, Tensor):
+        params = [params]
+    elif isinstance(params, set):
+        raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
+    names: list[str | None] = []
+    parameters: list[Tensor] = []
+    for entry in params:
+        name, parameter = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"A clipper can only clip the gradients of tensors, but one of the parameters is "
+                f"{torch.typename(parameter)}."
+            )
+        if not (parameter.is_leaf or parameter.retains_grad):
+            raise ValueError(
+                "Gradients are kept on leaf tensors only, but one of the parameters is no leaf."
+            )
+        names.append(name)
+        parameters.append(parameter)
+    if any(name is None for name in names) and any(name is not None for name in names):
+        raise ValueError("Either all parameters of a group have names or none has.")
+    return names, parameters
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...] | None:
+    if torch.nn.parameter.is_lazy(parameter):
+        return None  # not known before the first forward pass
+    return tuple(parameter.shape)
+
+
+def _on(device: torch.device, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [g if g is not None and g.device == device else None for g in gradients]
+
+
+def _reordered(values: Any, rows: Sequence[int]) -> Any:
+    """Values of the parameters, in the order of their rows: the same unless rows came later."""
+    if all(row == i for i, row in enumerate(rows)):
+        return values
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    return [values[i] for i in order] if isinstance(values, list) else values[order]
+
+
+def _unscaled(norms: Norms, scale: Tensor | None, found_inf: Tensor | None) -> Norms:
+    """The norms of the gradients without the loss scale; NaN, so not recorded, on overflow."""
+    if isinstance(norms, np.ndarray):
+        if scale is not None:
+            norms = norms / float(scale)
+        return norms if found_inf is None or not float(found_inf) else np.full_like(norms, np.nan)
+    if scale is not None:
+        norms = norms / scale.to(norms)
+    if found_inf is not None:
+        norms = torch.where(found_inf.to(norms.device) > 0, torch.nan, norms)
+    return norms
+
+
+def _home(measured: Mapping[torch.device, Norms]) -> torch.device:
+    """Where the one row of a global clipper lives: on an accelerator if any gradient does."""
+    return next((device for device in measured if device.type != "cpu"), next(iter(measured)))
+
+
+def _total(measured: Mapping[torch.device, Norms]) -> Tensor | float:
+    """The norm of all gradients together, on the device of a global row."""
+    home = _home(measured)
+    if all(isinstance(norms, np.ndarray) for norms in measured.values()):
+        return float(_root_of_squares(torch.from_numpy(np.concatenate([*measured.values()]))))
+    parts = [torch.as_tensor(norms).to(home, norm_dtype(home)) for norms in measured.values()]
+    return _root_of_squares(torch.cat(parts))
+
+
+def _root_of_squares(norms: Tensor) -> Tensor:
+    # Scaled by the largest: norms near the ends of the range have squares beyond it.
+    largest = norms.max()
+    safe = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return (norms / safe).square().sum().sqrt() * safe
+
+
+def _gathered(parts: Sequence[tuple[list[int], Any]], fill: float) -> Tensor:
+    """One tensor over all rows from those of the banks, on the device of the first."""
+    tensors = [torch.as_tensor(values) for _, values in parts]
+    count = 1 + max(row for rows, _ in parts for row in rows)
+    result = torch.full((count,), fill, dtype=torch.float32, device=tensors[0].device)
+    for (rows, _), values in zip(parts, tensors):
+        result[rows] = values.to(result)
+    return result
