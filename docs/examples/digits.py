@@ -164,7 +164,7 @@ def resume(run: Run, data: tuple[Tensor, ...], path: Path, progress: tqdm) -> st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of each run")
+    parser.add_argument("--epochs", type=int, default=14, help="epochs of each run")
     options = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)
     data = load_data()

@@ -19,6 +19,6 @@ def nonfinite_message(names: Sequence[str]) -> str:
     """What `on_nonfinite="raise"` says of the gradients of the parameters called `names`."""
     return (
         f"The gradient{'s' if len(names) > 1 else ''} of {', '.join(names)} "
-        f"hold{'s' if len(names) == 1 else ''} NaN or infinity, and on_nonfinite is \"raise\". "
+        f'hold{"s" if len(names) == 1 else ""} NaN or infinity, and on_nonfinite is "raise". '
         "Nothing was recorded, and nothing was scaled, in this step."
     )

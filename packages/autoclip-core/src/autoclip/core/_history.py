@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Generic, TypeVar, Union
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -203,7 +203,8 @@ class History(Saveable):
             kept[row], kept_recorded[row] = window, count
         for row, (window, count) in enumerate(zip(kept, kept_recorded)):
             fresh._windows.write(row, window[-self.history_length :], int(count))
-        fresh._tracker.rebuild(np.flatnonzero(fresh._windows.lengths))
+        if fresh._tracker is not None:
+            fresh._tracker.rebuild(np.flatnonzero(fresh._windows.lengths))
         self.__dict__.update(fresh.__dict__)
 
     def _export_state(self) -> State:

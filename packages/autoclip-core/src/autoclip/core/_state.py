@@ -212,9 +212,7 @@ class State:
                 GroupState(
                     settings=group["settings"],
                     parameters=tuple(
-                        ParameterInfo(
-                            p["name"], None if p["shape"] is None else tuple(p["shape"])
-                        )
+                        ParameterInfo(p["name"], None if p["shape"] is None else tuple(p["shape"]))
                         for p in group["parameters"]
                     ),
                     values=tensors[f"groups.{i}.values"],
@@ -234,7 +232,7 @@ class State:
         return {"format": FORMAT, "version": VERSION, "data": self.to_bytes()}
 
     @classmethod
-    def from_dict(cls, state_dict: Mapping[str, Any], source: str = "state_dict") -> State:
+    def from_dict(cls, state_dict: object, source: str = "state_dict") -> State:
         """Read what `to_dict` returned.
 
         Raises:
@@ -413,7 +411,9 @@ def _read_metadata(header: dict[str, Any], source: str) -> dict[str, Any]:
         or set(entries) != {FORMAT}
         or not isinstance(entries[FORMAT], str)
     ):
-        raise StateError(f'{source} is no AutoClip state: its only metadata key must be "{FORMAT}".')
+        raise StateError(
+            f'{source} is no AutoClip state: its only metadata key must be "{FORMAT}".'
+        )
     metadata = _parse_json(entries[FORMAT], source, "metadata")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise StateError(f'{source} is no AutoClip state: its format is not "{FORMAT}".')

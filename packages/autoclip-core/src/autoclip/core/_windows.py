@@ -35,9 +35,11 @@ class Windows:
 
     def __init__(self, rows: int, history_length: int) -> None:
         self.history_length = history_length
-        self.values = np.zeros((rows, min(_FIRST_CAPACITY, history_length)), np.float32)
-        self.lengths = np.zeros(rows, np.int64)
-        self.recorded = np.zeros(rows, np.int64)
+        self.values: npt.NDArray[np.float32] = np.zeros(
+            (rows, min(_FIRST_CAPACITY, history_length)), np.float32
+        )
+        self.lengths: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
+        self.recorded: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
 
     def add_rows(self, count: int) -> None:
         """Append `count` empty rows."""
@@ -45,9 +47,7 @@ class Windows:
         self.lengths = np.pad(self.lengths, (0, count))
         self.recorded = np.pad(self.recorded, (0, count))
 
-    def push(
-        self, rows: Rows, entered: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float32]:
+    def push(self, rows: Rows, entered: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Append one norm to each of `rows`.
 
         Args:
@@ -62,7 +62,9 @@ class Windows:
         self._reserve(recorded)
         index = np.arange(len(self.lengths)) if isinstance(rows, slice) else rows
         full = self.lengths[rows] == self.history_length
-        left = np.where(full, self.values[index, slots], np.float32(np.nan))
+        left: npt.NDArray[np.float32] = np.where(
+            full, self.values[index, slots], np.float32(np.nan)
+        )
         self.values[index, slots] = entered
         self.recorded[rows] += 1
         self.lengths[rows] += ~full
@@ -75,7 +77,8 @@ class Windows:
 
     def read(self, row: int) -> npt.NDArray[np.float32]:
         """float32[length]: a copy of a row's window, oldest norm first."""
-        return self.values[row, self.slots(row)]
+        window: npt.NDArray[np.float32] = self.values[row, self.slots(row)]
+        return window
 
     def write(self, row: int, values: npt.NDArray[np.float32], recorded: int) -> None:
         """Replace a row's window by `values`, float32[length], oldest norm first."""

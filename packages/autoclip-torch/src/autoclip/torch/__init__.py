@@ -9,7 +9,6 @@
 """
 
 from autoclip.core import Report, StateError, __version__
-
 from autoclip.torch._attach import AttachmentHandle
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._clippers import QuantileClip, StandardClip

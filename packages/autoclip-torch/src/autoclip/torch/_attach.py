@@ -9,10 +9,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from autoclip.core import State
 from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo  # torch.optim's own, imports lazily
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from autoclip.core import State
 from autoclip.torch import _legacy
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Attachment:
         self._frame: FrameType | None = None
         self._pending: State | None = None
         self._warned = False
+        self._hooks: list[RemovableHandle] = []
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -102,7 +105,7 @@ class Attachment:
         clipper._attachment = self
         optimizer.clipper = clipper  # type: ignore[attr-defined]
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),  # type: ignore[arg-type]
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._after_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
@@ -116,7 +119,7 @@ class Attachment:
             hook.remove()
         self._clipper._groups = self.detached_groups(self._clipper)
         self._clipper._attachment = None
-        del self._optimizer.clipper
+        del self._optimizer.clipper  # type: ignore[attr-defined]
 
     def detached_groups(self, clipper: Clipper) -> list[_Group]:
         """Copies of the clipper's groups that hold their parameters themselves."""
@@ -168,7 +171,7 @@ class Attachment:
 
     # -- steps -------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -182,7 +185,7 @@ class Attachment:
         self._clip()
         return None
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _frame_of_step() is self._frame:
             self._frame = None
@@ -203,7 +206,7 @@ class Attachment:
         return False
 
     def _clipping(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        @torch._disable_dynamo
+        @disable_dynamo
         def closure_and_clip() -> Any:
             loss = closure()
             self._clip()
@@ -228,11 +231,11 @@ class Attachment:
 
     # -- state -------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict[STATE_KEY] = self._clipper.state_dict()
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def _before_load(
         self, optimizer: Optimizer, state_dict: dict[str, Any]
     ) -> dict[str, Any] | None:
@@ -259,7 +262,7 @@ class Attachment:
         state = clipper._read_state_dict(state_dict)
         return state.fit_to(clipper._export_state(), source)
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def _after_load(self, optimizer: Optimizer) -> None:
         if self._pending is not None:
             self._clipper._commit_state(self._pending)

@@ -12,6 +12,10 @@ from typing import Any, ClassVar, TypeVar, Union
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo  # torch.optim's own, imports lazily
+from torch.optim import Optimizer
+
 from autoclip.core import (
     DEFAULT_HISTORY_LENGTH,
     GroupState,
@@ -27,9 +31,6 @@ from autoclip.core import (
     check_on_nonfinite,
     nonfinite_message,
 )
-from torch import Tensor
-from torch.optim import Optimizer
-
 from autoclip.torch import _legacy
 from autoclip.torch._attach import Attachment, AttachmentHandle
 from autoclip.torch._norms import cpu_norms, device_norms, norm_dtype
@@ -206,7 +207,7 @@ class Clipper(Saveable):
 
     # -- a step ------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @disable_dynamo
     @torch.no_grad()
     def step(self) -> Tensor:
         """Record the norms of the gradients and clip them, in place.
@@ -442,7 +443,6 @@ class Clipper(Saveable):
         # A copy is a clipper of its own: it holds its parameters and is attached to nothing.
         state = dict(self.__dict__)
         if self._attachment is not None:
-            self._attachment.refresh(self)
             state["_attachment"] = None
             state["_groups"] = self._attachment.detached_groups(self)
         return state

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch.optim import Optimizer
+
 from autoclip.core import (
     DEFAULT_DEVIATIONS,
     DEFAULT_HISTORY_LENGTH,
@@ -13,8 +15,6 @@ from autoclip.core import (
     Quantile,
     Standard,
 )
-from torch.optim import Optimizer
-
 from autoclip.torch._clipper import Clipper, ParamsT
 
 __all__ = ["QuantileClip", "StandardClip"]

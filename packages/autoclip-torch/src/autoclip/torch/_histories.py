@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from autoclip.core import SMALLEST_NORM, Report, Rule
 from torch import Tensor
 
+from autoclip.core import SMALLEST_NORM, Report, Rule
 from autoclip.torch._norms import norm_dtype
 from autoclip.torch._rules import tensor_rule
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from autoclip.core import SMALLEST_NORM, GroupState, ParameterInfo, Rule, State, StateError
 
 __all__ = ["is_legacy", "is_legacy_pair", "read"]

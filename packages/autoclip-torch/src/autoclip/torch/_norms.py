@@ -71,7 +71,7 @@ def _block_norms(flat: Tensor, pieces: list[Tensor]) -> int:
         pieces.append(torch.linalg.vector_norm(whole.view(blocks, _BLOCK), dim=1))
     if rest:
         pieces.append(torch.linalg.vector_norm(flat[elements - rest :], dim=0, keepdim=True))
-    return blocks + bool(rest)
+    return blocks + (1 if rest else 0)
 
 
 def cpu_norms(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
@@ -99,7 +99,7 @@ def cpu_norms(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
         if flat.dtype in (torch.float32, torch.float64):
             count = _block_norms(flat, pieces)
         else:
-            count = sum(_block_norms(part.float(), pieces) for part in flat.split(_CHUNK))
+            count = sum(_block_norms(part.float(), pieces) for part in torch.split(flat, _CHUNK))
         present.append(i)
         vectors.append(flat)
         counts.append(count)
@@ -109,7 +109,7 @@ def cpu_norms(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
         pieces = [piece.double() for piece in pieces]
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.square(torch.cat(pieces).numpy().astype(np.float64))
-        starts = np.cumsum(counts) - counts
+        starts: npt.NDArray[np.int64] = np.cumsum(counts) - np.array(counts)
         squares = np.add.reduceat(squares, starts)
         found = np.sqrt(squares)
     sizes = np.array([flat.numel() for flat in vectors])
@@ -127,7 +127,7 @@ def _careful_norm(flat: Tensor) -> float:
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     square = 0.0
-    for chunk in flat.split(_CHUNK):
+    for chunk in torch.split(flat, _CHUNK):
         scaled = chunk.double() / largest
         square += float(torch.dot(scaled, scaled))
     # A finite gradient never has the norm "infinity", not even beyond float64.
@@ -165,8 +165,10 @@ def device_norms(
             found = torch._foreach_norm([v for _, v in some], 2, dtype=wide)
             for (i, _), norm in zip(some, found):
                 norms[i] = norm
-    result = torch.stack([norm.to(dtype) for norm in norms]) if _mixed(norms) else (
-        torch.stack(norms).to(dtype)
+    result = (
+        torch.stack([norm.to(dtype) for norm in norms])
+        if _mixed(norms)
+        else (torch.stack(norms).to(dtype))
     )
     if check_finite:
         largest: list[Tensor] = [zero] * len(gradients)

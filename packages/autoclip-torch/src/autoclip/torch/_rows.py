@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Union
 import numpy as np
 import numpy.typing as npt
 import torch
-from autoclip.core import History, Report, Rule
 from torch import Tensor
 
+from autoclip.core import History, Report, Rule
 from autoclip.torch._histories import TensorHistory
 
 __all__ = ["Norms", "Rows", "uses_numpy"]
@@ -98,7 +98,7 @@ class Rows:
             bank: one of `banks`.
             norms: [len(self)], of all rows, on the bank's device.
         """
-        return bank.history.record(norms[bank.index])  # type: ignore[arg-type]
+        return bank.history.record(norms[bank.index])
 
     def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """All windows, oldest norm first, and how many norms each row has ever recorded."""

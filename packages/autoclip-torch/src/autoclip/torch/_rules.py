@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from autoclip.core import Quantile, Rule, Standard
 from torch import Tensor
 
+from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch._norms import norm_dtype
 
 __all__ = ["TensorRule", "tensor_rule"]

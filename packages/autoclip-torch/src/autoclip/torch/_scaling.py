@@ -14,9 +14,7 @@ from autoclip.torch._norms import values_of
 __all__ = ["scale_on_cpu", "scale_on_device", "zero_nonfinite"]
 
 
-def scale_on_cpu(
-    gradients: Sequence[Tensor | None], coefficients: npt.NDArray[np.float64]
-) -> None:
+def scale_on_cpu(gradients: Sequence[Tensor | None], coefficients: npt.NDArray[np.float64]) -> None:
     """Multiply the gradients whose coefficient is below 1; the others are not even read.
 
     Args:
