@@ -113,12 +113,12 @@ class History(Saveable):
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """int64[rows]: how many norms each window holds now."""
-        return self._windows.lengths.copy()
+        return np.array(self._windows.lengths)
 
     @property
     def recorded(self) -> npt.NDArray[np.int64]:
         """int64[rows]: how many norms each row has ever recorded."""
-        return self._windows.recorded.copy()
+        return np.array(self._windows.recorded)
 
     @property
     def thresholds(self) -> npt.NDArray[np.float64]:

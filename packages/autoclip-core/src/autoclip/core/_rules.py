@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, Union
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from autoclip.core._windows import Windows
 
 __all__ = ["RULES", "Rows", "Rule", "Tracker", "register_rule"]
 
-Rows = Union[slice, npt.NDArray[np.int64]]
+Rows: TypeAlias = slice | npt.NDArray[np.int64]
 """Which rows: an index array without duplicates, or `slice(None)` for all of them."""
 
 

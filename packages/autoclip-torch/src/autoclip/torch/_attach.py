@@ -33,8 +33,10 @@ class AttachmentHandle:
         self._attachment: Attachment | None = attachment
 
     def remove(self) -> None:
-        """Detach the clipper: no hook and no attribute stays behind. The clipper keeps its
-        history, and holds the parameters that the optimizer has now. A second call does nothing.
+        """Detach the clipper: no hook and no attribute stays behind.
+
+        The clipper keeps its history, and holds the parameters that the optimizer has now. A
+        second call does nothing.
         """
         if self._attachment is not None:
             self._attachment.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, Union
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from autoclip.torch._scaling import scale_on_cpu, scale_on_device, zero_nonfinit
 
 __all__ = ["Clipper", "ParamsT"]
 
-ParamsT = Union[Iterable[Tensor], Iterable[tuple[str, Tensor]], Iterable[dict[str, Any]]]
+ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """What torch's optimizers take: tensors, named tensors, or group dicts."""
 
 ClipperT = TypeVar("ClipperT", bound="Clipper")

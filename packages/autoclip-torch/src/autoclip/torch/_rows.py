@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from autoclip.torch._histories import TensorHistory
 
 __all__ = ["Norms", "Rows", "uses_numpy"]
 
-Norms = Union[npt.NDArray[np.float64], Tensor]
+Norms: TypeAlias = npt.NDArray[np.float64] | Tensor
 """Norms of all parameters: a NumPy array on the CPU, a tensor on any other device."""
 
 _CPU = torch.device("cpu")
