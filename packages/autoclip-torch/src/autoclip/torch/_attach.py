@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -48,11 +49,11 @@ class Attachment:
 
     def __init__(self, clipper: Clipper, optimizer: Optimizer) -> None:
         self._clipper = clipper
-        self._optimizer = optimizer
+        # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
+        self._optimizer = weakref.ref(optimizer)
+        self._param_groups = optimizer.param_groups
         # How many parameters of each optimizer group have a place in the clipper's groups.
         self._known: list[int] = []
-        # The frame of the step that is under way, see `_is_nested`.
-        self._frame: FrameType | None = None
         self._pending: State | None = None
         self._warned = False
         self._hooks: list[RemovableHandle] = []
@@ -66,16 +67,17 @@ class Attachment:
             raise TypeError(
                 f"attach takes a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
             )
-        if "_optimizer_step_pre_hooks" not in optimizer.__dict__:
-            # Accelerate's, for one, inherits from Optimizer, but its step calls no hook.
+        if not getattr(type(optimizer).step, "hooked", False):
+            # Accelerate's and Lightning's pass for an Optimizer, but their steps call no hook.
             raise TypeError(
                 f"{torch.typename(optimizer)} only wraps an optimizer, and no hook of its own is "
                 "ever called. Attach to the optimizer inside, often its attribute `.optimizer`."
             )
         if hasattr(optimizer, "clipper"):
             raise RuntimeError(
-                f"This {type(optimizer).__name__} has a clipper already: {optimizer.clipper!r}. "
-                "Detach that one first, with the handle that attach returned."
+                f"This {type(optimizer).__name__} has a clipper already, and two would clip "
+                f"twice: {optimizer.clipper!r}. Detach that one first, with the handle that "
+                "attach returned, or attach to a new optimizer."
             )
 
     @classmethod
@@ -108,7 +110,6 @@ class Attachment:
         optimizer.clipper = clipper  # type: ignore[attr-defined]
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._after_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
@@ -121,7 +122,9 @@ class Attachment:
             hook.remove()
         self._clipper._groups = self.detached_groups(self._clipper)
         self._clipper._attachment = None
-        del self._optimizer.clipper  # type: ignore[attr-defined]
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            del optimizer.clipper  # type: ignore[attr-defined]
 
     def detached_groups(self, clipper: Clipper) -> list[_Group]:
         """Copies of the clipper's groups that hold their parameters themselves."""
@@ -136,14 +139,17 @@ class Attachment:
 
     def parameters(self, clipper: Clipper) -> list[list[Tensor]]:
         """The parameters of each of the clipper's groups, as the optimizer has them now."""
-        theirs = [group["params"] for group in self._optimizer.param_groups]
+        optimizer = self._optimizer()
+        if optimizer is not None:  # otherwise the clipper outlives it, with what it had at last
+            self._param_groups = optimizer.param_groups
+        theirs = [group["params"] for group in self._param_groups]
         if [len(group) for group in theirs] != self._known:
             self._meet_new_parameters(clipper)
         return [[theirs[i][j] for i, j in group.positions] for group in clipper._groups]
 
     def _meet_new_parameters(self, clipper: Clipper) -> None:
         """Give rows to parameters that were added to the optimizer; torch has no hook for that."""
-        counts = [len(group["params"]) for group in self._optimizer.param_groups]
+        counts = [len(group["params"]) for group in self._param_groups]
         known = [*self._known, *[0] * (len(counts) - len(self._known))]
         if len(counts) < len(self._known) or any(n < k for n, k in zip(counts, known)):
             raise RuntimeError(
@@ -157,18 +163,22 @@ class Attachment:
             i == k for k, group in enumerate(groups) for i, _ in group.positions
         ):  # one to one, even where a group is empty as yet
             owners = dict(enumerate(groups))
-        for i, (count, before) in enumerate(zip(counts, known)):
-            if count == before:
-                continue
-            theirs = self._optimizer.param_groups[i]
-            group = owners.get(i)
-            if group is None:
+        grown = [i for i, (count, before) in enumerate(zip(counts, known)) if count > before]
+        # All new groups before any is added: a wrong setting must leave the clipper as it was.
+        made = []
+        for i in grown:
+            if i not in owners:
+                theirs = self._param_groups[i]
                 settings = {name: theirs[name] for name in clipper.defaults if name in theirs}
-                group = clipper._make_group(settings)
-                clipper._groups.append(group)
-            names = theirs.get("param_names", [None] * count)
-            clipper._extend(group, names[before:], count - before)
-            group.positions += [(i, j) for j in range(before, count)]
+                owners[i] = clipper._make_group(settings)
+                made.append(owners[i])
+        clipper._groups += made
+        for i in grown:
+            before, count = known[i], counts[i]
+            names = list(self._param_groups[i].get("param_names", []))
+            names += [None] * (count - len(names))
+            clipper._extend(owners[i], names[before:], count - before)
+            owners[i].positions += [(i, j) for j in range(before, count)]
         self._known = counts
 
     # -- steps -------------------------------------------------------------------------------
@@ -177,58 +187,38 @@ class Attachment:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._is_nested():
+        if _is_nested(optimizer):
             return None
         # args[0] is the optimizer itself. With a closure, gradients exist only after it has run.
-        if len(args) > 1 and args[1] is not None:
-            return (args[0], self._clipping(args[1]), *args[2:]), kwargs
-        if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": self._clipping(kwargs["closure"])}
-        self._clip()
+        if len(args) > 1 and callable(args[1]):
+            return (optimizer, self._clipping(optimizer, args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._clipping(optimizer, kwargs["closure"])}
+        self._clip(optimizer)
         return None
 
-    @disable_dynamo
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _frame_of_step() is self._frame:
-            self._frame = None
-
-    def _is_nested(self) -> bool:
-        """Whether this step was called by another one: a subclass that calls `super().step()`.
-
-        The outer step's frame tells. A counter would be left wrong for ever by a step that
-        raises, whose post-hook is never called.
-        """
-        here = _frame_of_step()
-        frame = here.f_back if here is not None else None
-        while frame is not None and self._frame is not None:
-            if frame is self._frame:
-                return True
-            frame = frame.f_back
-        self._frame = here
-        return False
-
-    def _clipping(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        @disable_dynamo
+    def _clipping(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_and_clip() -> Any:
             loss = closure()
-            self._clip()
+            self._clip(optimizer)
             return loss
 
         return closure_and_clip
 
+    @disable_dynamo
     @torch.no_grad()
-    def _clip(self) -> None:
+    def _clip(self, optimizer: Optimizer) -> None:
         # A GradScaler leaves these on fused optimizers, whose gradients are still scaled then.
         # Without a scale, but with a verdict, they have been unscaled by hand.
-        optimizer = self._optimizer
         scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         try:
             self._clipper._step(scale, found_inf)
         except BaseException:
             # GradScaler removes them after the step, but not if the step raises.
-            for name in ("grad_scale", "found_inf"):
-                optimizer.__dict__.pop(name, None)
+            if found_inf is not None:
+                optimizer.__dict__.pop("grad_scale", None)
+                optimizer.__dict__.pop("found_inf", None)
             raise
 
     # -- state -------------------------------------------------------------------------------
@@ -253,7 +243,7 @@ class Attachment:
             warnings.warn(
                 f"The optimizer's checkpoint has no {STATE_KEY!r} entry: it was saved without "
                 "AutoClip. The clipper keeps the history that it has.",
-                stacklevel=4,
+                stacklevel=7,
             )
         return replaced
 
@@ -271,9 +261,17 @@ class Attachment:
             self._pending = None
 
 
-def _frame_of_step() -> FrameType | None:
-    """The innermost frame of torch's wrapper around `Optimizer.step`, which calls the hooks."""
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether this step was called by another one: a subclass that calls `super().step()`.
+
+    Each of the two runs inside torch's wrapper around `Optimizer.step`, which calls the hooks. The
+    stack tells, and nothing else does: a mark that the outer step sets would stay for ever when the
+    step raises, since no hook is called then; to keep its frame would keep the caller's tensors.
+    """
+    steps = 0
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != "torch.optim.optimizer":
+    while frame is not None and steps < 2:
+        if frame.f_globals.get("__name__") == "torch.optim.optimizer":
+            steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return frame
+    return steps > 1
