@@ -23,7 +23,7 @@ _ALLOCATE_AT_ONCE = 64 * 2**20
 class TensorHistory:
     """The windows of many rows on one device; `record` never waits for the device.
 
-    Besides the ring of norms it keeps the windows sorted: a step shifts what lies between the
+    Besides the ring of norms it keeps the windows sorted: a step moves what lies between the
     norm that leaves and the one that comes by one place, for all rows at once. Rows that do not
     record are masked, and the counters live on the device, so that a captured CUDA graph counts.
 
@@ -53,7 +53,6 @@ class TensorHistory:
         # Unused slots hold infinity: a window that is not full loses one of them at each step.
         self._values = torch.full(shape, torch.inf, dtype=torch.float32, device=self.device)
         self._ordered = self._values.clone()
-        self._places = torch.arange(capacity, device=self.device)
 
     def _reserve(self) -> None:
         capacity = self._values.shape[1]
@@ -83,21 +82,12 @@ class TensorHistory:
         rounded = norms.float()
         usable = (rounded >= SMALLEST_NORM) & (rounded < torch.inf)
         slot = self._next[:, None]
-        left = self._values.gather(1, slot)
-        entered = rounded[:, None]
-        goes = torch.searchsorted(self._ordered, left).squeeze(1)
-        comes = torch.searchsorted(self._ordered, entered).squeeze(1)
-        rises = comes > goes
-        place = torch.where(rises, comes - 1, comes)
-        # A row that does not record shifts nothing (no place lies in an empty range).
-        first = torch.where(usable, torch.where(rises, goes, place + 1), 0)[:, None]
-        stop = torch.where(usable, torch.where(rises, place, goes + 1), 0)[:, None]
-        shift = torch.where(rises, 1, -1)[:, None]
-        inside = (self._places >= first) & (self._places < stop)
-        source = self._places + shift * inside
-        here = (self._places == place[:, None]) & usable[:, None]
-        self._ordered.copy_(torch.where(here, entered, self._ordered.gather(1, source)))
-        self._values.scatter_(1, slot, torch.where(usable[:, None], entered, left))
+        held = self._values.gather(1, slot)
+        # A row that does not record lets infinity come and go: nothing changes.
+        entered = torch.where(usable, rounded, torch.inf)[:, None]
+        left = torch.where(usable[:, None], held, torch.inf)
+        self._values.scatter_(1, slot, torch.where(usable[:, None], entered, held))
+        self._replace_in_order(entered, left)
         self._next.copy_(torch.where(usable, (self._next + 1) % self.history_length, self._next))
         self._recorded += usable
         self._lengths += usable & (self._lengths < self.history_length)
@@ -105,6 +95,21 @@ class TensorHistory:
         self._thresholds.copy_(torch.where(self._lengths > 0, thresholds, torch.inf))
         ratios = (self._thresholds / rounded.to(self._thresholds.dtype)).clamp(max=1.0)
         return Report(norms, self._thresholds.clone(), torch.where(usable, ratios, 1.0))
+
+    def _replace_in_order(self, entered: Tensor, left: Tensor) -> None:
+        """Take `left` out of the sorted windows and put `entered` in; both float32[rows, 1].
+
+        In a sorted row with the value v inserted, place j holds v clamped to what stood at j - 1
+        and at j. Of two neighbours in that, the lower one stays wherever it is smaller than the
+        value that leaves, and the upper one moves down everywhere else: no search, no gather.
+        """
+        end = torch.full_like(left, torch.inf)
+        inserted = torch.maximum(
+            torch.minimum(entered, torch.cat([self._ordered, end], dim=1)),
+            torch.cat([-end, self._ordered], dim=1),
+        )
+        lower, upper = inserted[:, :-1], inserted[:, 1:]
+        torch.where(lower < left, lower, upper, out=self._ordered)
 
     def read(
         self, rows: Sequence[int]
