@@ -101,6 +101,7 @@ class Clipper(Saveable):
         self._attachment: Attachment | None = None
         self._reports: list[tuple[list[int], Report[Any]]] = []
         self._has_seen_a_gradient = False
+        self._said_it_is_blind = False
         if self._global:
             self._rows.add(rule, self._default_history_length, 1)
 
@@ -324,15 +325,20 @@ class Clipper(Saveable):
                 scale_on_device(here, torch.as_tensor(report.coefficients).to(device))
 
     def _warn_if_blind(self) -> None:
-        if not self._has_seen_a_gradient and self._attachment is None:
-            self._has_seen_a_gradient = True  # once is enough
-            warnings.warn(
-                f"{type(self).__name__}.step() found no gradient on any parameter. Call it after "
-                "backward(). If the model was wrapped, sharded or re-created after the clipper was "
-                "made, its parameters are other objects now: make the clipper afterwards, or "
-                "attach it to the optimizer.",
-                stacklevel=5,
-            )
+        # An optimizer's parameters may be exchanged at any time, and it then does nothing either.
+        if self._said_it_is_blind or (self._has_seen_a_gradient and self._attachment is None):
+            return
+        self._said_it_is_blind = True
+        if self._attachment is None:
+            caller, remedy = type(self).__name__, "clipper afterwards, or attach it to the optimizer"
+        else:
+            caller, remedy = "optimizer", "optimizer afterwards; this one does not train them"
+        warnings.warn(
+            f"{caller}.step() found no gradient on any parameter. Call it after backward(). If the "
+            "model was wrapped, sharded, re-created or loaded with assign=True in the meantime, "
+            f"its parameters are other objects now: make the {remedy}.",
+            stacklevel=5,
+        )
 
     @property
     def last(self) -> Report[Tensor]:
