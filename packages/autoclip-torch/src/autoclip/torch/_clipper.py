@@ -330,7 +330,8 @@ class Clipper(Saveable):
             return
         self._said_it_is_blind = True
         if self._attachment is None:
-            caller, remedy = type(self).__name__, "clipper afterwards, or attach it to the optimizer"
+            caller = type(self).__name__
+            remedy = "clipper afterwards, or attach it to the optimizer"
         else:
             caller, remedy = "optimizer", "optimizer afterwards; this one does not train them"
         warnings.warn(
