@@ -1,0 +1,728 @@
+"""A clipper on an optimizer: the same object back, one clip a step, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import StepLR
+
+from autoclip.torch import QuantileClip, StandardClip, StateError
+
+SETTINGS: dict[str, Any] = {"quantile": 0.5, "history_length": 16}
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batches(count: int = 6) -> list[Tensor]:
+    """Batches whose gradients grow and shrink, so that some steps clip."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [1.0, 3.0, 0.5, 5.0, 2.0, 8.0, 0.3, 4.0]
+    return [torch.randn(5, 4, generator=generator) * sizes[i % 8] for i in range(count)]
+
+
+def backward(model: nn.Module, batch: Tensor) -> Tensor:
+    model.zero_grad()
+    loss: Tensor = model(batch).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(model: nn.Module, optimizer: Optimizer, count: int = 6) -> None:
+    for batch in batches(count):
+        backward(model, batch)
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def windows(clipper: Any) -> list[list[float]]:
+    """The recorded norms of each row, read from the public state."""
+    groups = clipper._export_state().groups
+    return [window.tolist() for group in groups for window in group.windows()]
+
+
+def by_hand(
+    make_optimizer: Callable[[nn.Module], Optimizer] = lambda m: Adam(m.parameters()),
+    count: int = 6,
+    **settings: Any,
+) -> tuple[Tensor, list[list[float]]]:
+    """Train with `clipper.step()` before each `optimizer.step()`: the oracle of this file."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    clipper = QuantileClip(model.parameters(), **{**SETTINGS, **settings})
+    for batch in batches(count):
+        backward(model, batch)
+        clipper.step()
+        optimizer.step()
+    return weights(model), windows(clipper)
+
+
+def snapshot(optimizer: Optimizer) -> dict[str, Any]:
+    """What stands on an optimizer: its attributes, and what its hooks are."""
+    return {
+        name: dict(value) if "hooks" in name else value
+        for name, value in optimizer.__dict__.items()
+        if name not in ("state", "param_groups")
+    }
+
+
+# -- attaching ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("global_clipping", [False, True])
+def test_an_attached_clipper_does_what_clipper_step_does(global_clipping: bool) -> None:
+    expected = by_hand(global_clipping=global_clipping)
+    model = make_model()
+    plain = Adam(model.parameters())
+    optimizer = QuantileClip.as_optimizer(plain, **SETTINGS, global_clipping=global_clipping)
+    assert optimizer is plain
+    assert isinstance(optimizer, Adam)
+    train(model, optimizer)
+    assert torch.equal(weights(model), expected[0])
+    assert windows(optimizer.clipper) == expected[1]
+    assert (optimizer.clipper.last.coefficients < 1).any()
+
+
+def test_standard_clip_attaches_as_well() -> None:
+    model = make_model()
+    optimizer = StandardClip.as_optimizer(SGD(model.parameters(), lr=0.1), deviations=0.5)
+    train(model, optimizer)
+    assert isinstance(optimizer.clipper, StandardClip)
+    assert [len(window) for window in windows(optimizer.clipper)] == [6] * 4
+
+
+@pytest.mark.parametrize("order", ["scheduler first", "scheduler last"])
+def test_schedulers_made_before_or_after_go_on_working(order: str) -> None:
+    def run(attached: bool) -> tuple[Tensor, list[float]]:
+        model = make_model()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        clipper = QuantileClip(model.parameters(), **SETTINGS)
+        if attached and order == "scheduler last":
+            clipper.attach(optimizer)
+        scheduler = StepLR(optimizer, 2, gamma=0.5)
+        if attached and order == "scheduler first":
+            clipper.attach(optimizer)
+        rates = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "lr_scheduler.step() before optimizer.step()"
+            for batch in batches():
+                backward(model, batch)
+                if not attached:
+                    clipper.step()
+                optimizer.step()
+                scheduler.step()
+                rates.append(scheduler.get_last_lr()[0])
+        return weights(model), rates
+
+    by_us, rates = run(attached=True)
+    expected, expected_rates = run(attached=False)
+    assert torch.equal(by_us, expected)
+    assert rates == expected_rates
+
+
+def test_attaching_twice_is_an_error() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Adam(model.parameters()))
+    with pytest.raises(RuntimeError, match="has a clipper already"):
+        QuantileClip.as_optimizer(optimizer)
+    with pytest.raises(RuntimeError, match="has a clipper already"):
+        StandardClip(model.parameters()).attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached to an optimizer already"):
+        optimizer.clipper.attach(Adam(model.parameters()))
+    train(model, optimizer, 1)
+    assert [len(window) for window in windows(optimizer.clipper)] == [1] * 4
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer"):
+        QuantileClip.as_optimizer(model)
+    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer"):
+        QuantileClip(model.parameters()).attach([])  # type: ignore[arg-type]
+
+
+def test_other_parameters_are_refused() -> None:
+    model, other = make_model(), make_model()
+    optimizer = Adam(model.parameters())
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="4 of the clipper's are not the optimizer's"):
+        QuantileClip(other.parameters()).attach(optimizer)
+    with pytest.raises(ValueError, match="2 of the optimizer's are not the clipper's"):
+        QuantileClip(model[0].parameters()).attach(optimizer)
+    assert snapshot(optimizer) == before
+
+
+def test_a_wrong_setting_leaves_the_optimizer_alone() -> None:
+    optimizer = Adam(make_model().parameters())
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="quantile"):
+        QuantileClip.as_optimizer(optimizer, quantile=2.0)
+    with pytest.raises(TypeError, match="global_clipping"):
+        QuantileClip.as_optimizer(optimizer, 0.9, 100, 3)
+    assert snapshot(optimizer) == before
+
+
+def test_remove_leaves_no_trace_and_keeps_the_history() -> None:
+    model = make_model()
+    optimizer = Adam(model.parameters())
+    clipper = QuantileClip(model.parameters(), **SETTINGS)
+    before = snapshot(optimizer)
+    handle = clipper.attach(optimizer)
+    assert snapshot(optimizer) != before
+    train(model, optimizer, 3)
+    recorded = windows(clipper)
+    handle.remove()
+    handle.remove()  # a second call does nothing
+    assert snapshot(optimizer) == before
+    assert "autoclip" not in optimizer.state_dict()
+    train(model, optimizer, 2)
+    assert windows(clipper) == recorded
+    assert [id(p) for p in clipper.param_groups[0]["params"]] == [*map(id, model.parameters())]
+    # Detached, it can be used by hand and attached again.
+    backward(model, batches()[0])
+    clipper.step()
+    clipper.attach(optimizer)
+    train(model, optimizer, 1)
+    assert [len(window) for window in windows(clipper)] == [5] * 4
+
+
+def test_a_dropped_optimizer_is_freed_at_once() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)
+    train(model, optimizer)
+    clipper, alive = optimizer.clipper, weakref.ref(optimizer)
+    recorded = windows(clipper)
+    gc.disable()
+    try:
+        del optimizer
+        assert alive() is None
+    finally:
+        gc.enable()
+    # The clipper outlives it, with its history and its parameters.
+    assert windows(clipper) == recorded
+    assert [id(p) for p in clipper.param_groups[0]["params"]] == [*map(id, model.parameters())]
+
+
+def test_copies_and_pickles_are_not_attached() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)
+    train(model, optimizer, 2)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert not hasattr(other, "clipper")
+        assert "autoclip" not in other.state_dict()
+        other.step()
+    # A copy of the clipper is a clipper of its own.
+    clipper = copy.deepcopy(optimizer.clipper)
+    recorded = windows(clipper)
+    train(model, optimizer, 1)
+    assert windows(clipper) == recorded
+    assert len(windows(optimizer.clipper)[0]) == 3
+    clipper.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+
+
+# -- groups ------------------------------------------------------------------------------------
+
+
+def test_as_optimizer_takes_the_optimizers_groups_one_to_one() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(
+        AdamW(
+            [
+                {"params": model[0].named_parameters(), "quantile": 0.3, "weight_decay": 0.1},
+                {"params": model[2].named_parameters(), "history_length": 3, "lr": 1e-2},
+            ]
+        ),
+        quantile=0.7,
+        history_length=5,
+    )
+    groups = optimizer.clipper.param_groups
+    assert [group["quantile"] for group in groups] == [0.3, 0.7]
+    assert [group["history_length"] for group in groups] == [5, 3]
+    assert [group["param_names"] for group in groups] == [["weight", "bias"]] * 2
+    assert [[*map(id, group["params"])] for group in groups] == [
+        [*map(id, layer.parameters())] for layer in (model[0], model[2])
+    ]
+    train(model, optimizer)
+    assert [len(window) for window in windows(optimizer.clipper)] == [5, 5, 3, 3]
+
+
+def test_an_existing_clipper_keeps_its_own_groups() -> None:
+    """One group of the clipper over a decay/no-decay optimizer, and the other way round."""
+
+    def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+        parameters = list(model.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+
+    expected = by_hand(lambda model: AdamW(decay_groups(model)))
+    model = make_model()
+    optimizer = AdamW(decay_groups(model))
+    clipper = QuantileClip(model.named_parameters(), **SETTINGS)
+    clipper.attach(optimizer)
+    train(model, optimizer)
+    assert torch.equal(weights(model), expected[0])
+    assert windows(clipper) == expected[1]  # in the clipper's order, not the optimizer's
+    assert [len(group["params"]) for group in clipper.param_groups] == [4]
+
+    model = make_model()
+    optimizer = AdamW(model.parameters())
+    clipper = QuantileClip(
+        [{"params": model[2].parameters(), "quantile": 0.2}, {"params": model[0].parameters()}]
+    )
+    clipper.attach(optimizer)
+    train(model, optimizer)
+    assert [group["quantile"] for group in clipper.param_groups] == [0.2, 0.9]
+    assert clipper.param_groups[0]["params"][0] is model[2].weight
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["autoclip"] == saved["autoclip"]
+
+
+@pytest.mark.parametrize("global_clipping", [False, True])
+def test_parameters_added_to_the_optimizer_get_rows(global_clipping: bool) -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(
+        SGD(model[0].parameters(), lr=0.1), **SETTINGS, global_clipping=global_clipping
+    )
+    train(model, optimizer, 2)
+    optimizer.add_param_group({"params": model[2].weight})
+    with pytest.raises(RuntimeError, match=r"optimizer\.add_param_group"):
+        optimizer.clipper.add_param_group({"params": model[2].bias})
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["params"].append(model[2].bias)  # as some libraries do
+    train(model, optimizer, 2)
+    clipper = optimizer.clipper
+    assert [[*map(id, group["params"])] for group in clipper.param_groups] == [
+        [*map(id, group["params"])] for group in optimizer.param_groups
+    ]
+    lengths = [len(window) for window in windows(clipper)]
+    assert lengths == ([6] if global_clipping else [6, 6, 2, 4])
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert len(norms) == 4
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["autoclip"] == saved["autoclip"]
+
+
+def test_an_added_group_has_its_own_settings_and_a_wrong_one_raises() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(SGD(model[0].parameters(), lr=0.1), **SETTINGS)
+    optimizer.add_param_group({"params": model[2].weight, "quantile": 0.1})
+    assert optimizer.clipper.param_groups[1]["quantile"] == 0.1
+    optimizer.add_param_group({"params": model[2].bias, "quantile": 3})
+    backward(model, batches()[0])
+    for _ in range(2):  # and it is as it was, not half extended
+        with pytest.raises(ValueError, match="quantile"):
+            optimizer.step()
+    optimizer.param_groups[2]["quantile"] = 0.2
+    optimizer.step()
+    groups = optimizer.clipper.param_groups
+    assert [group["quantile"] for group in groups] == [0.5, 0.1, 0.2]
+
+
+def test_parameters_that_vanish_are_an_error() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(SGD(model.parameters(), lr=0.1))
+    optimizer.param_groups[0]["params"].pop()
+    backward(model, batches()[0])
+    with pytest.raises(RuntimeError, match="by their position"):
+        optimizer.step()
+
+
+# -- parameter objects that are exchanged --------------------------------------------------------
+
+
+def exchange(model: nn.Module, optimizer: Optimizer) -> None:
+    """Give the optimizer new parameter objects at the old places, as FSDP and Accelerate do."""
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def test_exchanged_parameters_keep_their_rows() -> None:
+    expected = by_hand(lambda model: SGD(model.parameters(), lr=0.1))
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(SGD(model.parameters(), lr=0.1), **SETTINGS)
+    for i, batch in enumerate(batches()):
+        if i == 3:
+            exchange(model, optimizer)
+        backward(model, batch)
+        optimizer.step()
+    assert torch.equal(weights(model), expected[0])
+    assert windows(optimizer.clipper) == expected[1]
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty"])
+def test_an_optimizer_left_with_stale_parameters_says_so_once(how: str) -> None:
+    """An optimizer of torch does nothing in silence then, and so does a history."""
+    if how == "assign":
+        model: nn.Module = make_model()
+        optimizer = QuantileClip.as_optimizer(SGD(model.parameters(), lr=0.1))
+        backward(model, batches()[0])
+        optimizer.step()
+        optimizer.zero_grad()
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    else:
+        with torch.device("meta"):
+            model = make_model()
+        optimizer = QuantileClip.as_optimizer(SGD(model.parameters(), lr=0.1))
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+    backward(model, batches()[1])
+    with pytest.warns(UserWarning, match="found no gradient on any parameter"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_to_empty_before_attaching_is_followed() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(4, 1)
+    model.to_empty(device="cpu")
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = QuantileClip.as_optimizer(SGD(model.parameters(), lr=0.1))
+    train(model, optimizer, 3)
+    assert [len(window) for window in windows(optimizer.clipper)] == [3, 3]
+
+
+# -- closures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+@pytest.mark.parametrize("make", [SGD, Adam])
+def test_with_a_closure_gradients_are_clipped_after_it_has_run(how: str, make: Any) -> None:
+    expected = by_hand(lambda model: make(model.parameters(), lr=0.1))
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(make(model.parameters(), lr=0.1), **SETTINGS)
+    for batch in batches():
+
+        def closure(batch: Tensor = batch) -> Tensor:
+            return backward(model, batch)
+
+        loss = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
+        assert loss.dim() == 0
+    assert torch.equal(weights(model), expected[0])
+    assert windows(optimizer.clipper) == expected[1]
+
+
+def test_lbfgs_records_every_evaluation_of_its_closure() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(
+        torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe"),
+        quantile=0.5,
+    )
+    evaluations = 0
+    for batch in batches(3):
+
+        def closure(batch: Tensor = batch) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return backward(model, batch)
+
+        optimizer.step(closure)
+    assert evaluations > 3
+    assert [len(window) for window in windows(optimizer.clipper)] == [evaluations] * 4
+
+
+# -- subclasses and exceptions -------------------------------------------------------------------
+
+
+class Calling(SGD):
+    """A subclass as people write them: its own step around `super().step()`."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        if self.fails:
+            raise OSError("the disk is full")
+        super().step()
+        return loss
+
+
+class Forwarding(SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Twice(Forwarding):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", [Calling, Forwarding, Twice])
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_subclass_that_calls_super_clips_once(
+    make: type[SGD], with_closure: bool, scheduled: bool
+) -> None:
+    expected = by_hand(lambda model: SGD(model.parameters(), lr=0.1))
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(make(model.parameters(), lr=0.1), **SETTINGS)
+    if scheduled:  # a scheduler wraps the optimizer's step attribute
+        StepLR(optimizer, 100)
+    for batch in batches():
+        if with_closure:
+            optimizer.step(lambda batch=batch: backward(model, batch))
+        else:
+            backward(model, batch)
+            optimizer.step()
+    assert windows(optimizer.clipper) == expected[1]
+    assert torch.equal(weights(model), expected[0])
+
+
+def test_a_step_that_raised_leaves_nothing_stuck() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Calling(model.parameters(), lr=0.1), **SETTINGS)
+    train(model, optimizer, 1)
+    optimizer.fails = True
+    backward(model, batches()[1])
+    try:
+        optimizer.step()
+    except OSError:
+        # Even while the exception is being handled, and its frames are alive.
+        optimizer.fails = False
+        backward(model, batches()[2])
+        optimizer.step()
+    train(model, optimizer, 1)
+    assert [len(window) for window in windows(optimizer.clipper)] == [4] * 4
+
+    def broken() -> Tensor:
+        raise ValueError("in the closure")
+
+    with pytest.raises(ValueError, match="in the closure"):
+        optimizer.step(broken)
+    train(model, optimizer, 1)
+    assert [len(window) for window in windows(optimizer.clipper)] == [5] * 4
+
+
+def test_a_step_that_raised_keeps_no_tensor_alive() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Calling(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer.fails = True
+
+    def attempt() -> Any:
+        activation = torch.zeros(3)
+        alive = weakref.ref(activation)
+        backward(model, batches()[0])
+        with pytest.raises(OSError, match="disk"):
+            optimizer.step()
+        return alive
+
+    alive = attempt()
+    gc.collect()
+    assert alive() is None
+
+
+def test_on_nonfinite_raise_stops_the_step_before_the_update() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(
+        SGD(model.named_parameters(), lr=0.1), **SETTINGS, on_nonfinite="raise"
+    )
+    train(model, optimizer, 2)
+    before, recorded = weights(model), windows(optimizer.clipper)
+    backward(model, batches()[2])
+    model[2].weight.grad[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"2\.weight"):
+        optimizer.step()
+    assert torch.equal(weights(model), before)
+    assert windows(optimizer.clipper) == recorded
+    train(model, optimizer, 1)
+    assert [len(window) for window in windows(optimizer.clipper)] == [3] * 4
+
+
+# -- state -------------------------------------------------------------------------------------
+
+
+def roundtrip(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Through torch.save and torch.load at their defaults."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file)
+    return loaded
+
+
+@pytest.mark.parametrize("global_clipping", [False, True])
+def test_the_history_travels_in_the_optimizers_state_dict(global_clipping: bool) -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(
+        Adam(model.parameters()), **SETTINGS, global_clipping=global_clipping
+    )
+    train(model, optimizer, 4)
+    saved = roundtrip(optimizer.state_dict())
+    assert saved["autoclip"] == optimizer.clipper.state_dict()
+    saved_model = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 5)
+
+    other = make_model()
+    resumed = QuantileClip.as_optimizer(
+        Adam(other.parameters()), **SETTINGS, global_clipping=global_clipping
+    )
+    other.load_state_dict(saved_model)
+    resumed.load_state_dict(saved)
+    train(other, resumed, 5)
+    assert torch.equal(weights(other), weights(model))
+    assert resumed.state_dict()["autoclip"] == optimizer.state_dict()["autoclip"]
+
+
+def test_a_plain_optimizer_loads_a_checkpoint_with_the_entry() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)
+    train(model, optimizer, 2)
+    saved = roundtrip(optimizer.state_dict())
+    plain = Adam(make_model().parameters())
+    plain.load_state_dict(saved)
+    assert plain.state_dict()["state"][0]["step"] == 2
+    assert "autoclip" not in plain.state_dict()
+
+
+def test_a_checkpoint_without_the_entry_warns_once_and_clears_nothing() -> None:
+    model = make_model()
+    plain = Adam(model.parameters())
+    train(model, plain, 2)
+    saved = plain.state_dict()
+    optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)
+    train(model, optimizer, 3)
+    recorded = windows(optimizer.clipper)
+    with pytest.warns(UserWarning, match="has no 'autoclip' entry") as caught:
+        optimizer.load_state_dict(saved)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
+    assert windows(optimizer.clipper) == recorded
+    assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+class TestRefusedCheckpoints:
+    """Whoever refuses, the optimizer or the clipper: neither has changed."""
+
+    def prepare(self) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        model = make_model()
+        optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)
+        train(model, optimizer, 3)
+        before = copy.deepcopy(optimizer.state_dict())
+        train(model, optimizer, 1)
+        other = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(before)
+        return optimizer, copy.deepcopy(before), other
+
+    def check(self, optimizer: Any, before: dict[str, Any]) -> None:
+        after = optimizer.state_dict()
+        assert after["autoclip"] == before["autoclip"]
+        assert after["param_groups"] == before["param_groups"]
+        for i, state in before["state"].items():
+            assert all(torch.equal(value, after["state"][i][k]) for k, value in state.items())
+
+    def test_by_the_optimizer(self) -> None:
+        optimizer, before, other = self.prepare()
+        other["param_groups"][0]["params"].pop()
+        with pytest.raises(ValueError, match="doesn't match the size"):
+            optimizer.load_state_dict(other)
+        self.check(optimizer, before)
+        # What was pending from the refused one is not taken over later.
+        entry = before.pop("autoclip")
+        with pytest.warns(UserWarning, match="no 'autoclip' entry"):
+            optimizer.load_state_dict(before)
+        assert optimizer.state_dict()["autoclip"] == entry
+
+    def test_by_the_clipper(self) -> None:
+        optimizer, before, other = self.prepare()
+        damaged = bytearray(other["autoclip"]["data"])
+        damaged[len(damaged) // 2] ^= 1
+        other["autoclip"]["data"] = bytes(damaged)
+        with pytest.raises(StateError, match="damaged"):
+            optimizer.load_state_dict(other)
+        self.check(optimizer, before)
+
+    def test_by_the_clipper_of_another_rule(self) -> None:
+        optimizer, before, other = self.prepare()
+        parameters = make_model().parameters()
+        other["autoclip"] = StandardClip(parameters).state_dict()
+        with pytest.raises(StateError):
+            optimizer.load_state_dict(other)
+        self.check(optimizer, before)
+
+    def test_by_another_hook(self) -> None:
+        optimizer, before, other = self.prepare()
+
+        def refuse(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            raise RuntimeError("not this one")
+
+        hook = optimizer.register_load_state_dict_pre_hook(refuse)
+        with pytest.raises(RuntimeError, match="not this one"):
+            optimizer.load_state_dict(other)
+        hook.remove()
+        self.check(optimizer, before)
+
+
+@pytest.mark.parametrize("global_clipping", [False, True])
+def test_the_checkpoint_of_autoclip_0_2_1s_optimizer_wrapper_loads(global_clipping: bool) -> None:
+    """The pair that `OptimizerWithClipping.state_dict()` of 0.2.1 returned."""
+    model = make_model()
+    plain = Adam(model.parameters())
+    train(model, plain, 2)
+    identifiers = [139704945905248, 139704938135328, 139704938555152, 139704944344224]
+    histories = [[1.0, 0.0, 2.0], [3.0, float("nan")], [4.0, float("inf")], []]
+    state: dict[Any, Any] = {
+        identifier: {"history": torch.tensor(history)}
+        for identifier, history in zip(identifiers, histories)
+    }
+    if global_clipping:
+        state = {"global_history": torch.tensor([1.0, 0.0, 2.0])}
+    group = {"quantile": 0.5, "history_length": 16, "params": identifiers}
+    old = {
+        "optimizer": plain.state_dict(),
+        "clipper": {"state": state, "param_groups": [group]},
+    }
+    other = make_model()
+    optimizer = QuantileClip.as_optimizer(
+        Adam(other.parameters()), **SETTINGS, global_clipping=global_clipping
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(roundtrip(old))
+    expected = [[1.0, 2.0]] if global_clipping else [[1.0, 2.0], [3.0], [4.0], []]
+    assert windows(optimizer.clipper) == expected
+    assert optimizer.state_dict()["state"][0]["step"] == 2
+    # An optimizer that refuses its half leaves the clipper as it was.
+    broken = roundtrip(old)
+    broken["optimizer"]["param_groups"][0]["params"].pop()
+    train(other, optimizer, 1)
+    recorded = windows(optimizer.clipper)
+    assert recorded != expected
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(broken)
+    assert windows(optimizer.clipper) == recorded
+
+
+def test_a_file_saved_by_a_clipper_loads_into_an_attached_one(tmp_path: Any) -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Adam(model.named_parameters()), **SETTINGS)
+    train(model, optimizer, 3)
+    optimizer.clipper.save(tmp_path / "history")
+    other = QuantileClip(make_model().named_parameters(), **SETTINGS)
+    other.load(tmp_path / "history")
+    np.testing.assert_array_equal(windows(other), windows(optimizer.clipper))
