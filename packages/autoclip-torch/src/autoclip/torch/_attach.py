@@ -21,7 +21,7 @@ from autoclip.torch import _legacy
 if TYPE_CHECKING:
     from autoclip.torch._clipper import Clipper, _Group
 
-__all__ = ["STATE_KEY", "Attachment", "AttachmentHandle"]
+__all__ = ["STATE_KEY", "Attachment", "AttachmentHandle", "called_by_loss_scaler"]
 
 STATE_KEY = "autoclip"
 """Where a clipper's state stands in its optimizer's `state_dict()`."""
@@ -189,6 +189,13 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _is_nested(optimizer):
             return None
+        if "grad_scaler" in kwargs:
+            raise RuntimeError(
+                f"GradScaler passes itself to {type(optimizer).__name__}.step() as `grad_scaler`, "
+                "and the gradients are unscaled only in there, where no hook can see their true "
+                "norms. Call scaler.unscale_(optimizer) and clipper.step() yourself, on a clipper "
+                "that is not attached."
+            )
         # args[0] is the optimizer itself. With a closure, gradients exist only after it has run.
         if len(args) > 1 and callable(args[1]):
             return (optimizer, self._clipping(optimizer, args[1]), *args[2:]), kwargs
@@ -275,3 +282,11 @@ def _is_nested(optimizer: Optimizer) -> bool:
             steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps > 1
+
+
+def called_by_loss_scaler() -> bool:
+    """Whether this step was called by a `GradScaler`, which tells only fused optimizers so."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.amp.grad_scaler":
+        frame = frame.f_back
+    return frame is not None

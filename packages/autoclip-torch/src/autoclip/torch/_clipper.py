@@ -32,10 +32,11 @@ from autoclip.core import (
     nonfinite_message,
 )
 from autoclip.torch import _legacy
-from autoclip.torch._attach import Attachment, AttachmentHandle
+from autoclip.torch._attach import Attachment, AttachmentHandle, called_by_loss_scaler
 from autoclip.torch._norms import cpu_norms, device_norms, norm_dtype
 from autoclip.torch._rows import Norms, Rows, uses_numpy
 from autoclip.torch._scaling import scale_on_cpu, scale_on_device, zero_nonfinite
+from autoclip.torch._sharded import Sharding, sharding_of
 
 __all__ = ["Clipper", "ParamsT"]
 
@@ -99,6 +100,7 @@ class Clipper(Saveable):
         self._groups: list[_Group] = []
         self._rows = Rows()
         self._attachment: Attachment | None = None
+        self._sharding: Sharding | None = None
         self._reports: list[tuple[list[int], Report[Any]]] = []
         self._has_seen_a_gradient = False
         self._said_it_is_blind = False
@@ -234,12 +236,17 @@ class Clipper(Saveable):
         groups = self._parameters()
         parameters = [p for group in groups for p in group]
         gradients = [p.grad for p in parameters]
-        measured = self._measure(gradients)
-        if not measured:
-            self._reports = []
+        self._sharding = sharding_of(parameters, self._sharding, self._global)
+        if all(gradient is None for gradient in gradients):
             self._warn_if_blind()
-            return torch.zeros(())
-        self._has_seen_a_gradient = True
+            if self._sharding is None:  # otherwise the other processes wait for this one
+                self._reports = []
+                return torch.zeros(())
+        else:
+            self._has_seen_a_gradient = True
+        if self._sharding is not None and (found_inf is not None or called_by_loss_scaler()):
+            self._sharding.refuse_loss_scaler()
+        gradients, measured = self._measure(gradients)
         for device, norms in measured.items():
             measured[device] = _unscaled(norms, scale, found_inf)
         if self._on_nonfinite != "keep" and found_inf is None:
@@ -253,8 +260,24 @@ class Clipper(Saveable):
             self._clip_each(gradients, measured, rows)
         return torch.as_tensor(total, dtype=torch.float32)
 
-    def _measure(self, gradients: Sequence[Tensor | None]) -> dict[torch.device, Norms]:
-        """The norms by device: of all parameters, 0 for those whose gradient is elsewhere."""
+    def _measure(
+        self, gradients: Sequence[Tensor | None]
+    ) -> tuple[Sequence[Tensor | None], dict[torch.device, Norms]]:
+        """The gradients as they lie in this process, and their true norms.
+
+        Returns:
+            Plain tensors, and the norms by device: of all parameters, 0 for those whose gradient
+            is on another one.
+        """
+        if self._sharding is None:
+            return gradients, self._local_norms(gradients)
+        local, norms = self._sharding.measure(gradients, self._local_norms, self._names)
+        return local, {
+            device: found.numpy() if self._uses_numpy(device) else found.to(norm_dtype(device))
+            for device, found in norms.items()
+        }
+
+    def _local_norms(self, gradients: Sequence[Tensor | None]) -> dict[torch.device, Norms]:
         by_device: dict[torch.device, list[Tensor | None]] = {}
         for i, gradient in enumerate(gradients):
             if gradient is not None:
@@ -290,7 +313,10 @@ class Clipper(Saveable):
         rows: Sequence[int],
     ) -> None:
         by_row = _reordered(gradients, rows)
-        self._rows.settle([None if g is None else g.device for g in by_row])
+        if self._sharding is None:
+            self._rows.settle([None if g is None else g.device for g in by_row])
+        else:
+            self._rows.settle(_reordered(self._sharding.homes, rows))
         for bank in self._rows.banks:
             if bank.device not in measured:
                 continue
@@ -452,6 +478,7 @@ class Clipper(Saveable):
         if self._attachment is not None:
             state["_attachment"] = None
             state["_groups"] = self._attachment.detached_groups(self)
+        state["_sharding"] = None  # process groups belong to this process
         return state
 
     def __repr__(self) -> str:

@@ -1,0 +1,131 @@
+"""What the distributed tests compare with: the same training in one process, on the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autoclip.torch import Clipper, QuantileClip
+
+MODES = [False, True]
+"""`global_clipping`."""
+BATCH = 8
+WIDTH = 6
+TOLERANCE = 1e-5
+
+
+class Net(nn.Module):
+    """Shapes that no number of processes divides: short last shards, and empty ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 10)
+        self.norm = nn.LayerNorm(10)
+        self.second = nn.Linear(10, 7)
+        self.detour = nn.Linear(7, 7)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, detour: bool = False) -> Tensor:
+        x = self.second(torch.relu(self.norm(self.first(x))))
+        if detour:
+            x = self.detour(x)
+        return x * self.scale
+
+
+def batches(steps: int) -> Iterator[Tensor]:
+    """Global batches, the same on all ranks, whose gradients differ in size."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        yield torch.randn(BATCH, WIDTH, generator=generator)
+
+
+def own_part(batch: Tensor, rank: int, count: int) -> Tensor:
+    return batch.chunk(count)[rank]
+
+
+def full(tensor: Any) -> Tensor:
+    """The whole tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assert_same_everywhere(clipper: Clipper) -> None:
+    """The clipper's state is the same, bit for bit, on all ranks."""
+    data = clipper.state_dict()["data"]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, data)
+    assert all(other == data for other in gathered)
+
+
+def assert_equal_reports(ours: Clipper, theirs: Clipper) -> None:
+    for name in ("norms", "thresholds", "coefficients"):
+        torch.testing.assert_close(
+            getattr(ours.last, name),
+            getattr(theirs.last, name),
+            rtol=TOLERANCE,
+            atol=1e-7,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def assert_trains_alike(
+    spread: Callable[[nn.Module], nn.Module],
+    global_clipping: bool,
+    *,
+    net: Callable[[], nn.Module] = Net,
+    part: tuple[int, int] | None = None,
+    steps: int = 6,
+    detours: bool = True,
+    finish_backward: Callable[[nn.Module], None] = lambda model: None,
+) -> Clipper:
+    """Train a model that is spread over processes, and the same in this one alone.
+
+    Args:
+        spread: makes a model one that is spread over processes.
+        part: which part of the batch this rank takes, of how many.
+        detours: leave some parameters without a gradient on every other step.
+        finish_backward: what a training loop does to the gradients after backward.
+
+    Returns:
+        The clipper of the model that is spread.
+    """
+    torch.manual_seed(0)
+    reference = net()
+    model = spread(copy.deepcopy(reference))
+    settings: dict[str, Any] = {"quantile": 0.5, "global_clipping": global_clipping}
+    ours = QuantileClip.as_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+    theirs = QuantileClip.as_optimizer(torch.optim.SGD(reference.parameters(), lr=0.1), **settings)
+    clipped = 0
+    rank, count = part or (0, 1)
+    weights = (1.0, 4.0, 2.0, 16.0, 8.0)  # some gradients must be larger than those before
+    for step, batch in enumerate(batches(steps)):
+        arguments = (step % 2 == 1,) if detours else ()
+        for optimizer, network, inputs in (
+            (theirs, reference, batch),
+            (ours, model, own_part(batch, rank, count)),
+        ):
+            optimizer.zero_grad()
+            loss = full(network(inputs, *arguments)).square().mean()
+            (loss * weights[step % 5]).backward()
+        finish_backward(model)
+        theirs.step()
+        ours.step()
+        assert_equal_reports(ours.clipper, theirs.clipper)
+        for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert (a.grad is None) is (b.grad is None), name
+            if a.grad is not None:
+                torch.testing.assert_close(
+                    full(a.grad),
+                    b.grad,
+                    rtol=TOLERANCE,
+                    atol=1e-7,
+                    msg=lambda text, name=name: f"{name}: {text}",
+                )
+        clipped += int((theirs.clipper.last.coefficients < 1).sum())
+    assert clipped, "nothing was clipped, so nothing was compared"
+    assert_same_everywhere(ours.clipper)
+    return ours.clipper
