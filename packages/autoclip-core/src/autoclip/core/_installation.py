@@ -50,10 +50,10 @@ def load_adapter(name: str, distribution: str) -> None:
     """
     for folder in autoclip.__path__:
         spec = PathFinder.find_spec(name, [folder])
-        # Neither the placeholder (no package) nor the folder that an uninstall left behind
-        # (no `__init__.py`, so no origin) is the adapter.
-        if spec and spec.loader and spec.origin and spec.submodule_search_locations:
-            # The import system takes what it finds here after the placeholder has run.
+        # The placeholder itself is no package, and a folder that an uninstall left behind, without
+        # `__init__.py`, has no loader.
+        if spec and spec.loader and spec.submodule_search_locations:
+            # The import system returns what stands here once the placeholder has run.
             sys.modules[name] = module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
             return
