@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork, and cores 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402

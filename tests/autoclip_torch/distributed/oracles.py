@@ -37,11 +37,30 @@ class Net(nn.Module):
         return x * self.scale
 
 
+class SequenceNet(nn.Module):
+    """For sequences: a normalization of each token, between layers that split its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 10)
+        self.detour = nn.Linear(10, 10)
+        self.down = nn.Linear(10, WIDTH)
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor, detour: bool = False) -> Tensor:
+        x = torch.relu(self.up(self.norm(self.first(x))))
+        if detour:
+            x = self.detour(x)
+        return self.down(x) * self.scale
+
+
 def batches(steps: int) -> Iterator[Tensor]:
-    """Global batches, the same on all ranks, whose gradients differ in size."""
+    """Global batches of sequences, the same on all ranks."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        yield torch.randn(BATCH, WIDTH, generator=generator)
+        yield torch.randn(BATCH, 4, WIDTH, generator=generator)
 
 
 def own_part(batch: Tensor, rank: int, count: int) -> Tensor:

@@ -235,7 +235,7 @@ class Clipper(Saveable):
         """
         groups = self._parameters()
         parameters = [p for group in groups for p in group]
-        gradients = [p.grad for p in parameters]
+        gradients: Sequence[Tensor | None] = [p.grad for p in parameters]
         self._sharding = sharding_of(parameters, self._sharding, self._global)
         if all(gradient is None for gradient in gradients):
             self._warn_if_blind()

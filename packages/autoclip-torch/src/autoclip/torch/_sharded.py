@@ -170,7 +170,7 @@ class _Mesh:
         self.rows.append(row)
         self.layouts.append(None if is_spread else (_REPLICATED,) * len(self.groups))
         layout = self.layout_of(parameter) if is_spread else None
-        self._shardings.add(layout and tuple(kind >= _SHARDED for kind in layout))
+        self._shardings.add(None if layout is None else tuple(k >= _SHARDED for k in layout))
         self._shapes.append(tuple(parameter.shape))
         self._dtypes.append(parameter.dtype)
 
@@ -261,7 +261,7 @@ class _Mesh:
             counts = [self.elements(k) for k, *_ in partial]
             dtype = torch.float64 if wide else torch.float32
             buffer = torch.zeros(sum(counts), dtype=dtype, device=self.device)
-            pieces = buffer.split(counts)
+            pieces = torch.split(buffer, counts)
             for (_, row, averaged), piece in zip(partial, pieces):
                 gradient = gradients[row]
                 if gradient is not None:
@@ -349,7 +349,7 @@ class Sharding:
         self._meshes = self._find_meshes(parameters)
         self._device = self._meshes[0].device
         # What is on the device already, so that a step copies nothing that has not changed.
-        self._present: tuple[list[float], Tensor] | None = None
+        self._present: tuple[list[bool], Tensor] | None = None
         self._are_at: dict[torch.device, Tensor] = {}
 
     def _find_meshes(self, parameters: Sequence[Any]) -> list[_Mesh]:
