@@ -166,8 +166,8 @@ def test_wheels_in_either_order_and_uninstalling(
     assert environment.succeed(IMPORT_AND_LOCATE) == path
 
 
-@pytest.mark.parametrize("editable", [{"torch"}, {"core"}, {"core", "torch"}], ids="-and-".join)
-def test_editable_beside_wheels(editable: set[str], make_environment: Callable) -> None:
+@pytest.mark.parametrize("editable", [("torch",), ("core",), ("core", "torch")], ids="-and-".join)
+def test_editable_beside_wheels(editable: tuple[str, ...], make_environment: Callable) -> None:
     environment = make_environment()
     for name in ("core", "torch"):
         if name in editable:
