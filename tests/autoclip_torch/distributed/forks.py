@@ -18,14 +18,14 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork, and cores are few
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint  # noqa: E402
-import torch.distributed.fsdp  # noqa: E402
-import torch.distributed.tensor.parallel  # noqa: E402
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel
 
-import autoclip.torch  # noqa: E402, F401
+import autoclip.torch  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -40,9 +40,12 @@ def parameter(mesh: Any, shape: Any = SHAPE, dtype: torch.dtype = torch.float32)
 def steps(count: int) -> Any:
     generator = torch.Generator().manual_seed(2)
     for step in range(count):
-        yield step, lambda shape=SHAPE, dtype=torch.float32, step=step: (
-            torch.randn(shape, generator=generator, dtype=dtype) * (1.0, 4.0, 2.0, 9.0)[step % 4]
-        )
+        scale = (1.0, 4.0, 2.0, 9.0)[step % 4]
+
+        def random(dtype: torch.dtype = torch.float32, scale: float = scale) -> Tensor:
+            return torch.randn(SHAPE, generator=generator, dtype=dtype) * scale
+
+        yield step, random
 
 
 @pytest.mark.processes(4)
@@ -65,9 +68,7 @@ def test_every_combination_of_placements(global_clipping):
             value = None if (step + i) % 3 == 0 else random()
             other.grad = None if value is None else value.clone()
             mine.grad = (
-                value
-                if value is None or mine is plain
-                else placed(value, mesh, combinations[i])
+                value if value is None or mine is plain else placed(value, mesh, combinations[i])
             )
         torch.testing.assert_close(clipper.step(), oracle.step(), rtol=1e-5, atol=0)
         assert_equal_reports(clipper, oracle)
@@ -89,7 +90,8 @@ def test_dtypes(dtype):
     tolerance = 1e-2 if kind.itemsize == 2 else 1e-5
     for _, random in steps(3):
         for mine, other, placement in zip(ours, theirs, PLACEMENTS):
-            other.grad = random(dtype=torch.complex64 if kind.is_complex else torch.float32).to(kind)
+            drawn = random(torch.complex64 if kind.is_complex else torch.float32)
+            other.grad = drawn.to(kind)
             mine.grad = placed(other.grad.clone(), mesh, [placement])
         torch.testing.assert_close(clipper.step(), oracle.step(), rtol=tolerance, atol=0)
         for mine, other in zip(ours, theirs):
@@ -217,7 +219,8 @@ def test_placements_that_change_raise_on_all_ranks():
     clipper.step()
     saved = clipper.state_dict()["data"]
     # On one rank only, the others have none: they are told.
-    weight.grad = placed(torch.ones(8), mesh, [Partial()]) if dist.get_rank() == 2 else None
+    summed = placed(torch.ones(8), mesh, [Partial()])
+    weight.grad = summed if dist.get_rank() == 2 else None
     with pytest.raises(RuntimeError, match="weight" if dist.get_rank() == 2 else "another process"):
         clipper.step()
     assert clipper.state_dict()["data"] == saved
