@@ -1,5 +1,8 @@
 """Runs a test marked `processes(n)` in n processes at once, joined by torch.distributed.
 
+With several numbers, `processes(2, 4)`, the test runs as often, one after the other, and each time
+with the same arguments: what one run leaves in `tmp_path`, the next one finds.
+
 The processes are forked for each test from one that has imported torch already, so that they cost
 little, and one test's hanging or dying process is no other test's.
 """
@@ -22,7 +25,7 @@ SECONDS = 90
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "processes(n): run in n processes under torch.distributed.")
+    config.addinivalue_line("markers", "processes(*n): run in n processes under torch.distributed.")
 
 
 class Server:
@@ -74,9 +77,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if marker is None:
         return None
     server = pyfuncitem._request.getfixturevalue("server")
-    folder = pyfuncitem._request.getfixturevalue("tmp_path_factory").mktemp("processes")
-    failures = server.run(marker.args[0], pyfuncitem, folder)
-    if failures:
-        reports = [f"rank {rank}:\n{failures[rank]}" for rank in sorted(failures)]
-        pytest.fail("\n".join(reports), pytrace=False)
+    folders = pyfuncitem._request.getfixturevalue("tmp_path_factory")
+    for count in marker.args:
+        failures = server.run(count, pyfuncitem, folders.mktemp("processes"))
+        if failures:
+            reports = [f"rank {rank} of {count}:\n{failures[rank]}" for rank in sorted(failures)]
+            pytest.fail("\n".join(reports), pytrace=False)
     return True

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from autoclip.torch import Clipper, QuantileClip
 
@@ -54,6 +62,43 @@ class SequenceNet(nn.Module):
         if detour:
             x = self.detour(x)
         return self.down(x) * self.scale
+
+
+def shard(model: nn.Module, **settings: Any) -> nn.Module:
+    """FSDP2, in two parts."""
+    fully_shard(model.detour, **settings)
+    return fully_shard(model, **settings)
+
+
+def parallelize(model: nn.Module, mesh: Any) -> nn.Module:
+    """Tensor parallel, and sequence parallel in between; `scale` stays a plain tensor."""
+    plan = {
+        "first": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "detour": ColwiseParallel(input_layouts=Shard(-1)),
+        "down": RowwiseParallel(),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def placed(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """A tensor spread so that it adds up to `tensor`, with other summands on each rank."""
+    sharding = [p if p.is_shard() else Replicate() for p in placements]
+    local = distribute_tensor(tensor, mesh, sharding).to_local().clone()
+    for dimension, placement in enumerate(placements):
+        if placement.is_partial():
+            size, place = mesh.size(dimension), mesh.get_local_rank(dimension)
+            weights = torch.arange(1.0, size + 1, dtype=torch.float64)
+            weights = weights / weights.sum() * (size if placement.reduce_op == "avg" else 1)
+            local = (local * weights[place]).to(tensor.dtype)
+    return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+
+
+def zeros(mesh: Any, shape: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A parameter that all ranks of a mesh have."""
+    whole = torch.zeros(shape, dtype=dtype)
+    return distribute_tensor(whole, mesh, [Replicate()] * mesh.ndim).requires_grad_()
 
 
 def batches(steps: int) -> Iterator[Tensor]:

@@ -8,33 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracles import MODES, assert_equal_reports, assert_same_everywhere, full
+from oracles import MODES, assert_equal_reports, assert_same_everywhere, full, placed, zeros
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard
 
 from autoclip.torch import QuantileClip
 
 SHAPE = (5, 3)
 PLACEMENTS = [Replicate(), Shard(0), Shard(1), Partial(), Partial("avg")]
-
-
-def placed(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
-    """A tensor spread so that it adds up to `tensor`, with other summands on each rank."""
-    sharding = [p if p.is_shard() else Replicate() for p in placements]
-    local = distribute_tensor(tensor, mesh, sharding).to_local().clone()
-    for dimension, placement in enumerate(placements):
-        if placement.is_partial():
-            size, place = mesh.size(dimension), mesh.get_local_rank(dimension)
-            weights = torch.arange(1.0, size + 1, dtype=torch.float64)
-            weights = weights / weights.sum() * (size if placement.reduce_op == "avg" else 1)
-            local = (local * weights[place]).to(tensor.dtype)
-    return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride())
-
-
-def parameter(mesh: Any, shape: Any = SHAPE, dtype: torch.dtype = torch.float32) -> Any:
-    whole = torch.zeros(shape, dtype=dtype)
-    return distribute_tensor(whole, mesh, [Replicate()] * mesh.ndim).requires_grad_()
 
 
 def steps(count: int) -> Any:
@@ -59,7 +41,7 @@ def test_every_combination_of_placements(global_clipping):
         if len({p.reduce_op for p in pair if p.is_partial()}) < 2
     ]
     plain = torch.zeros(SHAPE, requires_grad=True)
-    ours = [*(parameter(mesh) for _ in combinations), plain]
+    ours = [*(zeros(mesh, SHAPE) for _ in combinations), plain]
     theirs = [torch.zeros(SHAPE, requires_grad=True) for _ in ours]
     clipper = QuantileClip(ours, 0.5, global_clipping=global_clipping)
     oracle = QuantileClip(theirs, 0.5, global_clipping=global_clipping)
@@ -83,7 +65,7 @@ def test_every_combination_of_placements(global_clipping):
 def test_dtypes(dtype):
     kind = getattr(torch, dtype)
     mesh = init_device_mesh("cpu", (4,))
-    ours = [parameter(mesh, dtype=kind) for _ in PLACEMENTS]
+    ours = [zeros(mesh, SHAPE, kind) for _ in PLACEMENTS]
     theirs = [torch.zeros(SHAPE, dtype=kind, requires_grad=True) for _ in PLACEMENTS]
     clipper, oracle = QuantileClip(ours, 0.5), QuantileClip(theirs, 0.5)
     # The summands of a 16-bit sum are rounded each.
@@ -111,7 +93,7 @@ def test_gradients_missing_on_some_ranks_only(global_clipping):
         (Replicate(), Shard(0)),
         (Replicate(), Replicate()),
     ]
-    ours = [*(parameter(mesh) for _ in placements), torch.zeros(SHAPE, requires_grad=True)]
+    ours = [*(zeros(mesh, SHAPE) for _ in placements), torch.zeros(SHAPE, requires_grad=True)]
     theirs = [torch.zeros(SHAPE, requires_grad=True) for _ in ours]
     clipper = QuantileClip(ours, 0.5, global_clipping=global_clipping)
     oracle = QuantileClip(theirs, 0.5, global_clipping=global_clipping)
@@ -146,7 +128,7 @@ def test_several_meshes(global_clipping):
         (square["a"], [Partial()]),
         (line, [Replicate()]),
     ]
-    ours = [parameter(mesh) for mesh, _ in places]
+    ours = [zeros(mesh, SHAPE) for mesh, _ in places]
     theirs = [torch.zeros(SHAPE, requires_grad=True) for _ in ours]
     clipper = QuantileClip(ours, 0.5, global_clipping=global_clipping)
     oracle = QuantileClip(theirs, 0.5, global_clipping=global_clipping)
@@ -163,8 +145,8 @@ def test_several_meshes(global_clipping):
 def test_extreme_norms():
     """Squares leave float32's range, and float64's, and the norms are right and never infinite."""
     mesh = init_device_mesh("cpu", (4,))
-    ours = [parameter(mesh, (8,)) for _ in range(4)]
-    huge = parameter(mesh, (8,), torch.float64)
+    ours = [zeros(mesh, (8,)) for _ in range(4)]
+    huge = zeros(mesh, (8,), torch.float64)
     clipper = QuantileClip([*ours, huge], on_nonfinite="zero")
     for mine, size in zip(ours, (1e-35, 1e-16, 1e18, 1e38)):
         mine.grad = placed(torch.full((8,), size), mesh, [Shard(0)])
@@ -182,15 +164,15 @@ def test_extreme_norms():
 def test_nonfinite_on_one_rank_is_nonfinite_on_all(placement, global_clipping):
     mesh = init_device_mesh("cpu", (4,))
     for on_nonfinite in ("keep", "zero", "raise"):
-        weight, other = parameter(mesh, (8,)), parameter(mesh, (8,))
+        weight, other = zeros(mesh, (8,)), zeros(mesh, (8,))
         clipper = QuantileClip(
             [("weight", weight), ("other", other)],
             global_clipping=global_clipping,
             on_nonfinite=on_nonfinite,
         )
         where = [Shard(0)] if placement == 0 else [Partial()]
-        for parameter_ in (weight, other):
-            parameter_.grad = placed(torch.ones(8), mesh, where)
+        for weighted in (weight, other):
+            weighted.grad = placed(torch.ones(8), mesh, where)
         if dist.get_rank() == 1:
             weight.grad.to_local()[0] = float("nan")
         before = weight.grad.to_local().clone()
@@ -213,7 +195,7 @@ def test_nonfinite_on_one_rank_is_nonfinite_on_all(placement, global_clipping):
 @pytest.mark.processes(4)
 def test_placements_that_change_raise_on_all_ranks():
     mesh = init_device_mesh("cpu", (4,))
-    weight = parameter(mesh, (8,))
+    weight = zeros(mesh, (8,))
     clipper = QuantileClip([("weight", weight)])
     weight.grad = placed(torch.ones(8), mesh, [Replicate()])
     clipper.step()
@@ -235,7 +217,7 @@ def test_placements_that_change_raise_on_all_ranks():
 @pytest.mark.processes(2)
 def test_zeros_before_the_first_gradient_say_nothing_about_it():
     mesh = init_device_mesh("cpu", (2,))
-    weight = parameter(mesh, (8,))
+    weight = zeros(mesh, (8,))
     clipper = QuantileClip([weight])
     weight.grad = torch.zeros_like(weight)
     clipper.step()
