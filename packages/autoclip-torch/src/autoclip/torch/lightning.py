@@ -1,0 +1,73 @@
+"""AutoClip in Lightning: a callback for modules that are not to be touched, and for logging."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "autoclip.torch.lightning needs Lightning, which cannot be imported here: "
+        f'{error}. Install it with: pip install "autoclip-torch[lightning]"'
+    ) from error
+
+from autoclip.torch._clipper import Clipper
+from autoclip.torch._trainers import ClipperChoice, ClipperClass
+from autoclip.torch.logging import log_values
+
+__all__ = ["AutoClipCallback"]
+
+
+class AutoClipCallback(Callback):
+    """Attach a clipper to each of a module's optimizers when fitting starts, and log its steps.
+
+    The clippers' histories are part of the optimizers' states, so Lightning's checkpoints carry
+    them, and `Trainer.fit(ckpt_path=...)` brings them back. At each step that Lightning logs, the
+    callback logs the three values of `autoclip.torch.logging.log_values`. If the module has
+    several optimizers, their index is appended: `"autoclip/total_norm/0"`.
+
+    An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
+    then only logs.
+
+    Args:
+        clipper_class: `QuantileClip` (default) or `StandardClip`.
+        settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.
+
+    Raises:
+        TypeError, ValueError: a setting is unknown or wrong.
+        RuntimeError: when fitting starts, if an optimizer has a clipper already and the callback
+            was given arguments.
+
+    >>> from lightning.pytorch import Trainer
+    >>> from autoclip.torch.lightning import AutoClipCallback
+    >>> trainer = Trainer(callbacks=[AutoClipCallback(quantile=0.9)], accelerator="cpu")
+    """
+
+    def __init__(self, clipper_class: ClipperClass | None = None, **settings: Any) -> None:
+        self._choice = ClipperChoice(clipper_class, settings)
+        self._clippers: list[Clipper] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: the optimizers exist, and their states are restored only after this."""
+        self._clippers = [self._choice.attach(optimizer) for optimizer in trainer.optimizers]
+        if trainer.gradient_clip_val:
+            warnings.warn(
+                f"Lightning clips the gradients to gradient_clip_val={trainer.gradient_clip_val} "
+                "before AutoClip sees them, so that the history holds norms that are clipped "
+                "already. Leave gradient_clip_val out of the Trainer.",
+                stacklevel=2,
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log the last step, if this is a step that Lightning logs."""
+        # Lightning's own callbacks ask the same; everything else would read on other steps too.
+        if not trainer._logger_connector.should_update_logs or (
+            pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+        ):
+            return
+        for i, clipper in enumerate(self._clippers):
+            suffix = f"/{i}" if len(self._clippers) > 1 else ""
+            values = {name + suffix: value for name, value in log_values(clipper).items()}
+            pl_module.log_dict(values, on_step=True, on_epoch=False)

@@ -1,0 +1,53 @@
+"""What to log about a clipper's last step: three numbers, under the same names everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from autoclip.core import SMALLEST_NORM
+from autoclip.torch._clipper import Clipper
+
+__all__ = ["log_values"]
+
+
+def log_values(clipper: Clipper) -> dict[str, float]:
+    """The last step in three numbers.
+
+    The callbacks for Lightning and for the Hugging Face Trainer log these. In a loop of your own,
+    call it on the steps that you log: it waits for the device, once.
+
+    Args:
+        clipper: a clipper that has made a step, `optimizer.clipper` if it is attached.
+
+    Returns:
+        * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
+        * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
+          this step; with global clipping, the threshold.
+        * `"autoclip/clipped"`: of these rows, the share whose gradient was scaled down, 0 … 1.
+
+        Only the first one if no row recorded a norm, nothing if there was no gradient at all.
+
+    >>> import torch
+    >>> from autoclip.torch import QuantileClip
+    >>> from autoclip.torch.logging import log_values
+    >>> weight = torch.zeros(4, requires_grad=True)
+    >>> clipper = QuantileClip([weight], quantile=0.5)
+    >>> for size in (1.0, 2.0, 9.0):
+    ...     weight.grad = torch.full((4,), size / 2)  # a norm of 1, 2, 9
+    ...     total_norm = clipper.step()
+    >>> log_values(clipper)
+    {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
+    """
+    if not clipper._reports:
+        return {}
+    last = clipper.last
+    # One transfer for all three.
+    together = torch.stack([last.norms, last.thresholds, last.coefficients])
+    norms, thresholds, coefficients = together.cpu().numpy().astype(np.float64)
+    values = {"autoclip/total_norm": float(np.sqrt(np.square(norms).sum()))}
+    recorded = np.isfinite(norms) & (norms >= SMALLEST_NORM)
+    if recorded.any():
+        values["autoclip/threshold"] = float(np.median(thresholds[recorded]))
+        values["autoclip/clipped"] = float((coefficients[recorded] < 1).mean())
+    return values

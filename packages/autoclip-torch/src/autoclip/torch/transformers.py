@@ -1,0 +1,175 @@
+"""AutoClip in the Hugging Face Trainer: a callback that attaches, resumes and logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from typing import Any
+
+import torch
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+    from transformers import TrainingArguments as Arguments
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "autoclip.torch.transformers needs transformers and accelerate, which cannot be imported "
+        f'here: {error}. Install them with: pip install "autoclip-torch[transformers]"'
+    ) from error
+
+from autoclip.torch._attach import STATE_KEY
+from autoclip.torch._clipper import Clipper
+from autoclip.torch._trainers import ClipperChoice, ClipperClass
+from autoclip.torch.logging import log_values
+
+__all__ = ["AutoClipCallback"]
+
+
+class AutoClipCallback(TrainerCallback):
+    """Attach a clipper to the trainer's optimizer when training starts, and log its steps.
+
+    The clipper's history is part of the optimizer's state, so it is saved in each checkpoint's
+    `optimizer.pt`. The trainer loads that file before any callback can attach a clipper; on resume
+    the callback therefore reads the history from there itself.
+
+    At each step that the trainer logs, the three values of `autoclip.torch.logging.log_values` are
+    logged with the trainer's own. While training runs, `args.max_grad_norm` is 0: clipped to its
+    default of 1, the gradients would leave a history of ones.
+
+    An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
+    then only logs.
+
+    Args:
+        clipper_class: `QuantileClip` (default) or `StandardClip`.
+        resume_from_checkpoint: the folder that is given to `trainer.train`, which tells no
+            callback about it. It is only needed where that is not `args.resume_from_checkpoint`
+            and not a checkpoint in `args.output_dir`.
+        settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.
+
+    Raises:
+        TypeError, ValueError: a setting is unknown or wrong.
+        RuntimeError: when training starts, if the optimizer has a clipper already and the callback
+            was given settings, or if the checkpoint that is resumed from cannot be found.
+        StateError: when training starts, if the saved history does not fit the model.
+
+    >>> from autoclip.torch.transformers import AutoClipCallback
+    >>> callback = AutoClipCallback(quantile=0.9)  # Trainer(..., callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        clipper_class: ClipperClass | None = None,
+        *,
+        resume_from_checkpoint: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._choice = ClipperChoice(clipper_class, settings)
+        self._checkpoint = resume_from_checkpoint
+        self._clipper: Clipper | None = None
+        self._max_grad_norm: float | None = None
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Add this callback in front of all others.
+
+        `Trainer(callbacks=[...])` and `trainer.add_callback` put it behind the integrations that
+        report to TensorBoard, Weights & Biases and so on, which then have written a step's log
+        before the values are in it.
+        """
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach, and read the history from the checkpoint that training resumes from."""
+        optimizer = kwargs["optimizer"]
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        had_clipper = hasattr(optimizer, "clipper")
+        self._clipper = self._choice.attach(optimizer)
+        # A clipper that was there already has got its history with the optimizer's state.
+        if state.global_step and not had_clipper:
+            self._resume(self._clipper, self._find_checkpoint(args, state))
+        if args.max_grad_norm:  # the trainer reads it at each step
+            warnings.warn(
+                f"TrainingArguments(max_grad_norm={args.max_grad_norm}) would clip the gradients "
+                "before AutoClip sees them, and the history would hold norms that are clipped "
+                "already. It is set to 0 until the end of training. Set max_grad_norm=0 to "
+                "silence this.",
+                stacklevel=2,
+            )
+            self._max_grad_norm = args.max_grad_norm
+            args.max_grad_norm = 0.0
+
+    def on_log(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the last step's values to what the trainer logs about training."""
+        # Evaluations, and the summary at the end, are logged here too, with other names.
+        if self._clipper is None or logs is None or "loss" not in logs:
+            return
+        values = log_values(self._clipper)
+        logs.update(values)
+        # What is saved with the checkpoints is a copy that was made before.
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def on_train_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put `args.max_grad_norm` back."""
+        if self._max_grad_norm is not None:
+            args.max_grad_norm = self._max_grad_norm
+            self._max_grad_norm = None
+
+    def _find_checkpoint(self, args: Arguments, state: TrainerState) -> str:
+        if self._checkpoint is not None:
+            return os.fspath(self._checkpoint)
+        candidates = [os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")]
+        if isinstance(args.resume_from_checkpoint, str):
+            candidates.insert(0, args.resume_from_checkpoint)
+        for candidate in candidates:
+            # Another run may have left a checkpoint of the same step there.
+            if _is_checkpoint_of(candidate, state):
+                return candidate
+        raise RuntimeError(
+            f"Training resumes at step {state.global_step}, and the history of the gradients' "
+            "norms is in the checkpoint that the trainer has loaded, but that is not "
+            f"{' nor '.join(candidates)}. Say where it is: "
+            "AutoClipCallback(resume_from_checkpoint=...)."
+        )
+
+    def _resume(self, clipper: Clipper, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, "optimizer.pt")
+        reason = f"There is no {path}"
+        if os.path.isfile(path):
+            # Mapped, since the optimizer's own tensors in it are not needed.
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if STATE_KEY in saved:
+                clipper.load_state_dict(saved[STATE_KEY])
+                return
+            reason = f"{path} has no {STATE_KEY!r} entry"
+        warnings.warn(
+            f"{reason}: the checkpoint holds no history of gradient norms. AutoClip starts with an "
+            "empty one.",
+            stacklevel=3,
+        )
+
+
+def _is_checkpoint_of(folder: str, state: TrainerState) -> bool:
+    """Whether `state` was loaded from this folder, as far as what it remembers can tell."""
+    path = os.path.join(folder, "trainer_state.json")
+    if not os.path.isfile(path):
+        return False
+    saved = TrainerState.load_from_json(path)
+
+    def memory(of: TrainerState) -> str:  # as text, in which NaN equals NaN
+        return json.dumps([of.global_step, of.epoch, of.total_flos, of.log_history])
+
+    return memory(saved) == memory(state)
