@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DeepSpeedOptimizerWrapper
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -199,6 +200,23 @@ def test_training_twice_goes_on_with_the_same_clipper(tmp_path: Path) -> None:
     clipper = train(trainer)
     assert train(trainer) is clipper
     assert lengths(clipper) == {4}
+
+
+def test_an_optimizer_inside_deepspeeds_wrapper_is_refused(tmp_path: Path) -> None:
+    """ZeRO's own is no torch optimizer, and calls none of the hooks."""
+
+    class ZeroOptimizer:
+        def __init__(self) -> None:
+            self.param_groups: list[dict[str, Any]] = []
+
+    trainer = make_trainer(tmp_path, "none")
+    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer.*ZeroOptimizer"):
+        AutoClipCallback().on_train_begin(
+            trainer.args,
+            trainer.state,
+            trainer.control,
+            optimizer=DeepSpeedOptimizerWrapper(ZeroOptimizer()),
+        )
 
 
 # -- max_grad_norm -----------------------------------------------------------------------------

@@ -26,13 +26,19 @@ from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
 
+# In a checkpoint of the trainer's: its own name for the optimizer's state, and ours.
+OPTIMIZER_FILE = "optimizer.pt"
+OWN_FILE = "autoclip.safetensors"
+
 
 class AutoClipCallback(TrainerCallback):
     """Attach a clipper to the trainer's optimizer when training starts, and log its steps.
 
     The clipper's history is part of the optimizer's state, so it is saved in each checkpoint's
     `optimizer.pt`. The trainer loads that file before any callback can attach a clipper; on resume
-    the callback therefore reads the history from there itself.
+    the callback therefore reads the history from there itself. Under FSDP there is no such file,
+    and what is saved instead drops the history; there the callback writes it into the checkpoint
+    as `autoclip.safetensors`.
 
     At each step that the trainer logs, the three values of `autoclip.torch.logging.log_values` are
     logged with the trainer's own. While training runs, `args.max_grad_norm` is 0: clipped to its
@@ -88,9 +94,8 @@ class AutoClipCallback(TrainerCallback):
             optimizer = optimizer.optimizer
         had_clipper = hasattr(optimizer, "clipper")
         self._clipper = self._choice.attach(optimizer)
-        # A clipper that was there already has got its history with the optimizer's state.
-        if state.global_step and not had_clipper:
-            self._resume(self._clipper, self._find_checkpoint(args, state))
+        if state.global_step:
+            self._resume(self._clipper, had_clipper, args, state)
         if args.max_grad_norm:  # the trainer reads it at each step
             warnings.warn(
                 f"TrainingArguments(max_grad_norm={args.max_grad_norm}) would clip the gradients "
@@ -120,6 +125,20 @@ class AutoClipCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(values)
 
+    def on_save(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the history, if the checkpoint that has just been written lacks it."""
+        folder = _checkpoint_folder(args, state)
+        if (
+            self._clipper is not None
+            and args.should_save  # on one process; the histories are the same on all
+            and not args.save_only_model
+            and os.path.isdir(folder)
+            and not os.path.isfile(os.path.join(folder, OPTIMIZER_FILE))
+        ):
+            self._clipper.save(os.path.join(folder, OWN_FILE))
+
     def on_train_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -128,38 +147,49 @@ class AutoClipCallback(TrainerCallback):
             args.max_grad_norm = self._max_grad_norm
             self._max_grad_norm = None
 
-    def _find_checkpoint(self, args: Arguments, state: TrainerState) -> str:
-        if self._checkpoint is not None:
-            return os.fspath(self._checkpoint)
-        candidates = [os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")]
+    def _resume(
+        self, clipper: Clipper, was_attached: bool, args: Arguments, state: TrainerState
+    ) -> None:
+        folders = [_checkpoint_folder(args, state)]
         if isinstance(args.resume_from_checkpoint, str):
-            candidates.insert(0, args.resume_from_checkpoint)
-        for candidate in candidates:
-            # Another run may have left a checkpoint of the same step there.
-            if _is_checkpoint_of(candidate, state):
-                return candidate
-        raise RuntimeError(
-            f"Training resumes at step {state.global_step}, and the history of the gradients' "
-            "norms is in the checkpoint that the trainer has loaded, but that is not "
-            f"{' nor '.join(candidates)}. Say where it is: "
-            "AutoClipCallback(resume_from_checkpoint=...)."
-        )
+            folders.insert(0, args.resume_from_checkpoint)
+        # Another run may have left a checkpoint of the same step there.
+        found = next((folder for folder in folders if _is_checkpoint_of(folder, state)), None)
+        checkpoint = found if self._checkpoint is None else os.fspath(self._checkpoint)
+        if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, OWN_FILE)):
+            clipper.load(os.path.join(checkpoint, OWN_FILE))
+        elif was_attached:
+            return  # and loaded with the optimizer, which warns if there was no history
+        elif checkpoint is not None:
+            _load_from_optimizer_file(clipper, os.path.join(checkpoint, OPTIMIZER_FILE))
+        else:
+            raise RuntimeError(
+                f"Training resumes at step {state.global_step}, and the history of the gradients' "
+                "norms is in the checkpoint that the trainer has loaded, but that is not "
+                f"{' nor '.join(folders)}. Say where it is: "
+                "AutoClipCallback(resume_from_checkpoint=...)."
+            )
 
-    def _resume(self, clipper: Clipper, checkpoint: str) -> None:
-        path = os.path.join(checkpoint, "optimizer.pt")
-        reason = f"There is no {path}"
-        if os.path.isfile(path):
-            # Mapped, since the optimizer's own tensors in it are not needed.
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if STATE_KEY in saved:
-                clipper.load_state_dict(saved[STATE_KEY])
-                return
-            reason = f"{path} has no {STATE_KEY!r} entry"
-        warnings.warn(
-            f"{reason}: the checkpoint holds no history of gradient norms. AutoClip starts with an "
-            "empty one.",
-            stacklevel=3,
-        )
+
+def _load_from_optimizer_file(clipper: Clipper, path: str) -> None:
+    reason = f"There is no {path}"
+    if os.path.isfile(path):
+        # Mapped, since the optimizer's own tensors in it are not needed.
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if STATE_KEY in saved:
+            clipper.load_state_dict(saved[STATE_KEY])
+            return
+        reason = f"{path} has no {STATE_KEY!r} entry"
+    warnings.warn(
+        f"{reason}: the checkpoint holds no history of gradient norms. AutoClip starts with an "
+        "empty one.",
+        stacklevel=4,
+    )
+
+
+def _checkpoint_folder(args: Arguments, state: TrainerState) -> str:
+    """Where the trainer saves at this step."""
+    return os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")
 
 
 def _is_checkpoint_of(folder: str, state: TrainerState) -> bool:
