@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DeepSpeedOptimizerWrapper
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor
 from transformers import (
     BertConfig,
