@@ -1,0 +1,79 @@
+"""Everything that TensorFlow and Keras do not export and AutoClip needs, in one place.
+
+When a new version of either breaks something, it is here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.saving.keras_saveable import KerasSaveable
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+__all__ = [
+    "SEAM",
+    "KerasSaveable",
+    "Trackable",
+    "check_seam",
+    "compiled_by_xla",
+    "name_of",
+    "native",
+    "variable_key",
+]
+
+# What Keras's own saving walks through, and what TensorFlow's checkpoints do. Neither of the two
+# tracks attributes: the clipper's variables belong to no one else's `variables`.
+Trackable = tf.__internal__.tracking.Trackable
+
+SEAM = "_all_reduce_sum_gradients"
+"""The method of Keras's optimizers that is called once an update, with gradients that are
+accumulated and unscaled, and returns their sum over the replicas."""
+
+
+def check_seam(optimizer_class: type) -> None:
+    """Make sure that optimizers of this class sum their gradients where AutoClip expects it.
+
+    Raises:
+        RuntimeError: they do not; this version of Keras is not known.
+    """
+    for ancestor in optimizer_class.__mro__:
+        update = vars(ancestor).get("_backend_update_step")
+        if SEAM in getattr(getattr(update, "__code__", None), "co_names", ()):
+            return
+    raise RuntimeError(
+        f"{optimizer_class.__name__} of Keras {keras.__version__} does not call {SEAM}, where "
+        "AutoClip clips. Clip in a training loop of your own, with clipper(grads_and_vars), or "
+        "use a version of Keras that autoclip-tf was tested with; its documentation lists them."
+    )
+
+
+def compiled_by_xla() -> bool:
+    """Whether the operations that are made now are traced for XLA: `jit_compile=True`."""
+    return not tf.executing_eagerly() and bool(
+        GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    )
+
+
+def native(variable: Any) -> Any:
+    """The `tf.Variable` in a Keras variable; a `tf.Variable` itself."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def variable_key(variable: Any) -> str:
+    """The same for a Keras variable, its `tf.Variable`, and that one's copies on replicas."""
+    variable = native(variable)
+    # Where a copy, or the handle of one, knows of which distributed variable it is a part.
+    for part in (variable, getattr(variable, "handle", None)):
+        container = getattr(part, "_distributed_container", None)
+        if container is not None:
+            owner = container()
+            variable = variable if owner is None else owner
+            break
+    return str(variable._unique_id)
+
+
+def name_of(variable: Any) -> str:
+    """What a variable is called: its path in the model where it has one."""
+    return str(getattr(variable, "path", None) or variable.name.removesuffix(":0"))
