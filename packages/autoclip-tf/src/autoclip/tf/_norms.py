@@ -7,7 +7,7 @@ rounded once, later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,8 @@ __all__ = ["Gradient", "gradient_norms", "root_of_squares"]
 
 Gradient: TypeAlias = Any
 """A `tf.Tensor` or `tf.IndexedSlices` of any floating or complex dtype."""
+
+_SumOfSquares: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
@@ -55,7 +57,7 @@ def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
 
 
 def _norm_values(gradient: Gradient) -> tf.Tensor:
-    """The elements of the dense gradient, float32 or float64[m], zeros left out."""
+    """The elements of the dense gradient as float32 or float64, rows of zeros left out."""
     values = tf.convert_to_tensor(
         gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
     )
@@ -65,7 +67,7 @@ def _norm_values(gradient: Gradient) -> tf.Tensor:
         values = tf.cast(values, tf.float32)
     if isinstance(gradient, tf.IndexedSlices):
         values = _sum_duplicates(values, gradient.indices)
-    return tf.reshape(values, [-1])
+    return values
 
 
 def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
@@ -80,12 +82,17 @@ def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _graph_norms(vectors: Sequence[tf.Tensor]) -> tf.Tensor:
+def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+    # Every operation costs time when a model of a thousand variables is traced: few for each one.
+    count = len(arrays)
     # l2_loss reads the gradient once, makes no copy, and its pairwise sums are right to 3e-7.
-    squares = 2.0 * tf.stack([tf.cast(tf.nn.l2_loss(vector), tf.float64) for vector in vectors])
-    sizes = [vector.shape.num_elements() for vector in vectors]
+    losses = [tf.nn.l2_loss(array) for array in arrays]
+    if any(loss.dtype != losses[0].dtype for loss in losses):
+        losses = [tf.cast(loss, tf.float64) for loss in losses]
+    squares = 2.0 * tf.cast(tf.stack(losses), tf.float64)
+    sizes = [array.shape.num_elements() for array in arrays]
     if None in sizes:
-        sizes = [tf.size(vector, tf.int64) for vector in vectors]
+        sizes = [tf.size(array, tf.int64) for array in arrays]
     sizes = tf.cast(tf.stack(sizes), tf.int64)
     # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
     least = _SMALL_MEAN_SQUARE * tf.cast(sizes, tf.float64)
@@ -94,10 +101,13 @@ def _graph_norms(vectors: Sequence[tf.Tensor]) -> tf.Tensor:
     def look_closely() -> tf.Tensor:
         # Of the others nothing is read. A condition for each would cost much more than an
         # operation on nothing.
-        counts = tf.unstack(tf.where(unsure, sizes, 0), num=len(vectors))
-        parts = [tf.slice(vector, [0], [count]) for vector, count in zip(vectors, counts)]
-        closely = [_careful_norm(tf.cast(part, tf.float64), _sum_of_squares) for part in parts]
-        return tf.where(unsure, tf.stack(closely), tf.sqrt(squares))
+        start = tf.zeros(1, tf.int64)
+        lengths = tf.split(tf.where(unsure, sizes, 0), count)
+        parts = [
+            tf.slice(tf.reshape(array, [-1]), start, length)
+            for array, length in zip(arrays, lengths)
+        ]
+        return tf.where(unsure, _careful_norms(parts, _sum_of_squares), tf.sqrt(squares))
 
     return tf.cond(tf.reduce_any(unsure), look_closely, lambda: tf.sqrt(squares))
 
@@ -106,16 +116,9 @@ def _sum_of_squares(vector: tf.Tensor) -> tf.Tensor:
     return 2.0 * tf.nn.l2_loss(vector)
 
 
-def _xla_norms(vectors: Sequence[tf.Tensor]) -> tf.Tensor:
-    # In float64 from the start: a condition would cost more than it saves.
-    return tf.stack(
-        [
-            _careful_norm(vector, _xla_sum_of_squares)
-            if vector.dtype == tf.float64
-            else tf.sqrt(_xla_sum_of_squares(tf.cast(vector, tf.float64)))
-            for vector in vectors
-        ]
-    )
+def _xla_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+    # Carefully from the start: a condition would cost more than it saves.
+    return _careful_norms([tf.reshape(array, [-1]) for array in arrays], _xla_sum_of_squares)
 
 
 def _xla_sum_of_squares(vector: tf.Tensor) -> tf.Tensor:
@@ -130,8 +133,21 @@ def _xla_sum_of_squares(vector: tf.Tensor) -> tf.Tensor:
     return total
 
 
-def _careful_norm(vector: tf.Tensor, sum_of_squares: Any) -> tf.Tensor:
-    """The norm of a float64 vector whose squares may leave the range."""
+def _careful_norms(vectors: Sequence[tf.Tensor], sum_of_squares: _SumOfSquares) -> tf.Tensor:
+    """The norms, float64[n], of vectors whose squares may leave the range of their dtype."""
+    return tf.stack(
+        [
+            _scaled_norm(vector, sum_of_squares)
+            if vector.dtype == tf.float64
+            # The squares of float32 elements are far inside the range of float64.
+            else tf.sqrt(sum_of_squares(tf.cast(vector, tf.float64)))
+            for vector in vectors
+        ]
+    )
+
+
+def _scaled_norm(vector: tf.Tensor, sum_of_squares: _SumOfSquares) -> tf.Tensor:
+    """The norm of a float64 vector, divided by its largest element before anything is squared."""
     largest = tf.maximum(tf.reduce_max(tf.abs(vector)), 0.0)  # -inf if there are no elements
     finite = tf.math.is_finite(largest)
     safe = tf.where((largest > 0.0) & finite, largest, 1.0)

@@ -31,10 +31,10 @@ from autoclip.core import (
     check_on_nonfinite,
     nonfinite_message,
 )
-from autoclip.torch import _legacy
+from autoclip.torch import _legacy, _rows
 from autoclip.torch._attach import Attachment, AttachmentHandle, called_by_loss_scaler
 from autoclip.torch._norms import cpu_norms, device_norms, norm_dtype
-from autoclip.torch._rows import Norms, Rows, uses_numpy
+from autoclip.torch._rows import Norms, Rows
 from autoclip.torch._scaling import scale_on_cpu, scale_on_device, zero_nonfinite
 from autoclip.torch._sharded import Sharding, sharding_of
 
@@ -67,7 +67,6 @@ class Clipper(Saveable):
     """What `QuantileClip` and `StandardClip` have in common; not made directly."""
 
     _rule_class: ClassVar[type[Rule]]
-    _uses_numpy = staticmethod(uses_numpy)
 
     def __init__(
         self,
@@ -144,7 +143,8 @@ class Clipper(Saveable):
                 and settings that differ from the clipper's.
 
         Raises:
-            TypeError: it is no dict, or a parameter is no tensor.
+            TypeError: it is no dict, a parameter is no tensor, or a name is no string.
+            KeyError: it has no `"params"`.
             ValueError: a parameter is no leaf or stands twice, a setting is unknown or wrong, or
                 the clipper is global and the group has settings of its own.
             RuntimeError: the clipper is attached to an optimizer; add the group to that.
@@ -159,9 +159,9 @@ class Clipper(Saveable):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group takes a dict, but got {type(param_group).__name__}.")
         if "params" not in param_group:
-            raise ValueError('param_group takes a dict with the key "params".')
+            raise KeyError('param_group takes a dict with the key "params".')
         names, parameters = _named(param_group["params"])
-        names = param_group.get("param_names", names)
+        names = _checked_names(param_group.get("param_names", names), len(parameters))
         known = {id(p) for group in self._groups for p in group.parameters}
         if len({id(p) for p in parameters}) != len(parameters):
             raise ValueError("A parameter group holds the same parameter twice.")
@@ -273,7 +273,7 @@ class Clipper(Saveable):
             return gradients, self._local_norms(gradients)
         local, norms = self._sharding.measure(gradients, self._local_norms, self._names)
         return local, {
-            device: found.numpy() if self._uses_numpy(device) else found.to(norm_dtype(device))
+            device: found.numpy() if _rows.uses_numpy(device) else found.to(norm_dtype(device))
             for device, found in norms.items()
         }
 
@@ -285,7 +285,7 @@ class Clipper(Saveable):
                 here[i] = gradient
         return {
             device: cpu_norms(here)
-            if self._uses_numpy(device)
+            if _rows.uses_numpy(device)
             else device_norms(here, device, self._on_nonfinite != "keep")
             for device, here in by_device.items()
         }
@@ -304,7 +304,10 @@ class Clipper(Saveable):
                 )
         else:
             for device, norms in measured.items():
-                zero_nonfinite(_on(device, gradients), torch.as_tensor(norms))
+                here = _on(device, gradients)
+                if isinstance(norms, np.ndarray):
+                    here = [None if finite else g for g, finite in zip(here, np.isfinite(norms))]
+                zero_nonfinite(here, torch.as_tensor(norms))
 
     def _clip_each(
         self,
@@ -323,7 +326,7 @@ class Clipper(Saveable):
             norms = measured[bank.device]
             report = self._rows.record(bank, _reordered(norms, rows))
             self._reports.append((bank.rows, report))
-            scale = scale_on_cpu if self._uses_numpy(bank.device) else scale_on_device
+            scale = scale_on_cpu if _rows.uses_numpy(bank.device) else scale_on_device
             scale([by_row[row] for row in bank.rows], report.coefficients)
 
     def _clip_globally(
@@ -336,14 +339,14 @@ class Clipper(Saveable):
         self._rows.settle([home])
         norms: Norms = (
             torch.as_tensor(total)[None].to(norm_dtype(home))
-            if not self._uses_numpy(home)
+            if not _rows.uses_numpy(home)
             else np.array([float(total)])
         )
         report = self._rows.record(self._rows.banks[0], norms)
         self._reports.append(([0], report))
         for device in measured:
             here = _on(device, gradients)
-            if self._uses_numpy(device):
+            if _rows.uses_numpy(device):
                 # Gradients on the CPU and on an accelerator, one history: here we must wait.
                 coefficient = float(report.coefficients[0])
                 scale_on_cpu(here, np.full(len(here), coefficient))
@@ -382,9 +385,11 @@ class Clipper(Saveable):
         order = [0] if self._global else [row for group in self._groups for row in group.rows]
         return Report(
             *(
-                _gathered([(rows, getattr(report, name)) for rows, report in self._reports], fill)[
-                    order
-                ]
+                _gathered(
+                    [(rows, getattr(report, name)) for rows, report in self._reports],
+                    len(self._rows),
+                    fill,
+                )[order]
                 for name, fill in (("norms", 0.0), ("thresholds", torch.inf), ("coefficients", 1.0))
             )
         )
@@ -514,9 +519,21 @@ def _named(params: Any) -> tuple[list[str | None], list[Tensor]]:
             )
         names.append(name)
         parameters.append(parameter)
-    if any(name is None for name in names) and any(name is not None for name in names):
-        raise ValueError("Either all parameters of a group have names or none has.")
     return names, parameters
+
+
+def _checked_names(names: Iterable[Any], count: int) -> list[str | None]:
+    names = list(names)
+    for name in names:
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(
+                f"A parameter's name is a string, but got one of type {torch.typename(name)}."
+            )
+    if None in names and any(name is not None for name in names):
+        raise ValueError("Either all parameters of a group have names or none has.")
+    if len(names) != count:
+        raise ValueError(f"A parameter group has {count} parameters, but {len(names)} names.")
+    return names
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...] | None:
@@ -534,7 +551,11 @@ def _reordered(values: Any, rows: Sequence[int]) -> Any:
     if all(row == i for i, row in enumerate(rows)):
         return values
     order = sorted(range(len(rows)), key=rows.__getitem__)
-    return [values[i] for i in order] if isinstance(values, list) else values[order]
+    if isinstance(values, np.ndarray):
+        return values[order]
+    # One by one: a tensor that is indexed with a list waits until that list is on the device.
+    reordered = [values[i] for i in order]
+    return torch.stack(reordered) if isinstance(values, Tensor) else reordered
 
 
 def _unscaled(norms: Norms, scale: Tensor | None, found_inf: Tensor | None) -> Norms:
@@ -571,10 +592,9 @@ def _root_of_squares(norms: Tensor) -> Tensor:
     return (norms / safe).square().sum().sqrt() * safe
 
 
-def _gathered(parts: Sequence[tuple[list[int], Any]], fill: float) -> Tensor:
-    """One tensor over all rows from those of the banks, on the device of the first."""
+def _gathered(parts: Sequence[tuple[list[int], Any]], count: int, fill: float) -> Tensor:
+    """One tensor over all `count` rows from those of the banks, on the device of the first."""
     tensors = [torch.as_tensor(values) for _, values in parts]
-    count = 1 + max(row for rows, _ in parts for row in rows)
     result = torch.full((count,), fill, dtype=torch.float32, device=tensors[0].device)
     for (rows, _), values in zip(parts, tensors):
         result[rows] = values.to(result)

@@ -38,14 +38,19 @@ def values_of(gradient: Tensor) -> Tensor:
         gradient = gradient.detach()
         sparse = gradient.layout is torch.sparse_coo
         gradient = gradient._values() if sparse else gradient.values()
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    if not gradient.is_complex():
+        return gradient
+    # Autograd leaves conjugates lazy. They share their memory, and their norm, with the original.
+    return torch.view_as_real(gradient.conj() if gradient.is_conj() else gradient)
 
 
 def _norm_values(gradient: Tensor) -> Tensor:
     # Duplicate indices stand for their sum: the norm is that of the gradient they add up to.
     if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
         gradient = gradient.coalesce()
-    return values_of(gradient)
+    values = values_of(gradient)
+    # With 8 bits torch can convert, and nothing else.
+    return values.float() if values.dtype.itemsize == 1 else values
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:

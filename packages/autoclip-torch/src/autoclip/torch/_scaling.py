@@ -25,7 +25,11 @@ def scale_on_cpu(gradients: Sequence[Tensor | None], coefficients: npt.NDArray[n
         gradient = gradients[i]
         if gradient is not None:
             # A Python scalar is applied in float32 to 16-bit tensors, and then cast.
-            values_of(gradient).mul_(float(coefficients[i]))
+            values = values_of(gradient)
+            if values.dtype.itemsize > 1:
+                values.mul_(float(coefficients[i]))
+            else:  # torch multiplies no 8-bit floats
+                values.copy_(values.float() * float(coefficients[i]))
 
 
 def scale_on_device(gradients: Sequence[Tensor | None], coefficients: Tensor) -> None:

@@ -1,0 +1,446 @@
+"""The clippers in a loop of one's own: eagerly, in a graph, and compiled by XLA."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import cache
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoclip.core import History, Quantile, Standard
+from autoclip.tf import QuantileClip, StandardClip
+
+SHAPES = [(3,), (2, 2), ()]
+LENGTH = 5
+CLIPPERS = {
+    "quantile": (lambda **s: QuantileClip(0.3, LENGTH, **s), Quantile(0.3)),
+    "standard": (lambda **s: StandardClip(0.5, LENGTH, **s), Standard(0.5)),
+    "quantile 1": (lambda **s: QuantileClip(1.0, LENGTH, **s), Quantile(1.0)),
+}
+
+
+@cache
+def made(steps, rule, mode, **options):
+    """One a kind: compiled once, and emptied before each use."""
+    return steps(CLIPPERS[rule][0](**options), SHAPES, mode)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["parameter-wise", "global"])
+def global_clipping(request):
+    return request.param
+
+
+def gradients_of(norms):
+    """Gradients of SHAPES with these norms; the elements of each are equal."""
+    return [
+        np.full(shape, norm / np.sqrt(np.prod(shape)), np.float32)
+        for shape, norm in zip(SHAPES, norms)
+    ]
+
+
+def norm(gradient):
+    return float(np.linalg.norm(np.asarray(gradient, np.float64)))
+
+
+usual = st.floats(2.0**-20, 2.0**20, width=32)
+strange = st.sampled_from([0.0, np.nan, np.inf])
+streams = st.lists(st.tuples(*[st.one_of(usual, usual, strange)] * 3), min_size=1, max_size=15)
+
+
+@pytest.mark.parametrize("rule", ["quantile", "standard"])
+@settings(max_examples=25)
+@given(stream=streams)
+def test_thresholds_and_gradients_are_those_of_the_core(steps, rule, mode, global_clipping, stream):
+    run = made(steps, rule, mode, global_clipping=global_clipping)
+    run.reset()
+    core = History(1 if global_clipping else 3, CLIPPERS[rule][1], LENGTH)
+    for norms in stream:
+        before = gradients_of(norms)
+        clipped = run(*before)
+        true = [norm(gradient) for gradient in before]
+        expected = core.record([np.sqrt(np.square(true).sum())] if global_clipping else true)
+        last = run.clipper.last
+        np.testing.assert_allclose(last.thresholds, expected.thresholds, rtol=1e-6)
+        np.testing.assert_allclose(last.coefficients, expected.coefficients, rtol=2e-6)
+        factors = np.broadcast_to(expected.coefficients, 3)
+        for ours, gradient, factor in zip(clipped, before, factors):
+            np.testing.assert_allclose(ours, gradient * factor, rtol=2e-6)
+    for ours, theirs in zip(run.windows(), core.read(range(core.rows))[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@settings(max_examples=20)
+@given(stream=streams)
+def test_quantile_one_never_clips(steps, mode, global_clipping, stream):
+    run = made(steps, "quantile 1", mode, global_clipping=global_clipping)
+    run.reset()
+    for norms in stream:
+        before = gradients_of(norms)
+        for ours, gradient in zip(run(*before), before):
+            np.testing.assert_array_equal(ours, gradient)
+
+
+@settings(max_examples=20)
+@given(
+    stream=st.lists(st.tuples(*[st.floats(0.25, 4.0, width=32)] * 3), min_size=1, max_size=12),
+    exponent=st.integers(-40, 40),
+)
+def test_scaling_all_gradients_scales_thresholds_and_no_coefficient(
+    steps, mode, global_clipping, stream, exponent
+):
+    run = made(steps, "quantile", mode, global_clipping=global_clipping)
+    factor = np.float32(2.0) ** exponent  # a power of two: nothing is rounded
+    reports = []
+    for scale in (np.float32(1), factor):
+        run.reset()
+        for norms in stream:
+            run(*(gradient * scale for gradient in gradients_of(norms)))
+        reports.append(run.clipper.last)
+    one, other = reports
+    np.testing.assert_array_equal(one.coefficients, other.coefficients)
+    np.testing.assert_array_equal(one.thresholds * factor, other.thresholds)
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-12, 1e12, 1e18])
+def test_norms_near_the_ends_of_the_range(steps, mode, global_clipping, size):
+    run = made(steps, "quantile", mode, global_clipping=global_clipping)
+    run.reset()
+    for norms in ([1, 1, 1], [3, 3, 3]):
+        before = gradients_of(np.array(norms) * size)
+        clipped = run(*before)
+    wanted = size * 1.6 * (np.sqrt(3) if global_clipping else 1.0)
+    np.testing.assert_allclose(run.clipper.last.thresholds, wanted, rtol=1e-6)
+    for ours in clipped:
+        np.testing.assert_allclose(norm(ours), 1.6 * size, rtol=2e-6)
+
+
+@settings(max_examples=20)
+@given(stream=streams, data=st.data())
+def test_a_step_without_a_usable_gradient_leaves_no_trace(steps, mode, stream, data):
+    run = made(steps, "quantile", mode)
+    run.reset()
+    clean = [norms for norms in stream if np.isfinite(norms).all() and min(norms) > 0]
+    for norms in clean:
+        run(*gradients_of(norms))
+    state = run.clipper.state_dict()
+    run.reset()
+    for norms in clean:
+        for _ in range(data.draw(st.integers(0, 2))):
+            storm = data.draw(st.tuples(*[strange] * 3))
+            for before, after in zip(gradients_of(storm), run(*gradients_of(storm))):
+                np.testing.assert_array_equal(before, after)
+        run(*gradients_of(norms))
+    assert run.clipper.state_dict() == state
+
+
+def test_variables_record_when_they_have_a_gradient(steps, mode):
+    run = steps(QuantileClip(0.5), SHAPES, mode)
+    run(*gradients_of([1, 10, 100]))
+    clipped = run(gradients_of([3, 0, 0])[0], None, gradients_of([0, 0, 300])[2])
+    assert clipped[1] is None
+    assert run.windows() == [pytest.approx(w) for w in ([1, 3], [10], [100, 300])]
+    np.testing.assert_allclose(run.clipper.last.norms, [3, 0, 300], rtol=1e-6)
+    np.testing.assert_allclose(run.clipper.last.thresholds, [2, 10, 200], rtol=1e-6)
+    np.testing.assert_allclose(run.clipper.last.coefficients, [2 / 3, 1, 2 / 3], rtol=1e-6)
+
+
+def test_a_step_without_gradients_does_nothing(steps, mode):
+    run = steps(QuantileClip(0.5), SHAPES, mode)
+    state = run.clipper.state_dict()
+    assert run(None, None, None) == [None, None, None]
+    assert run.clipper.state_dict() == state
+
+
+def test_some_variables_in_another_order():
+    first, second = (tf.Variable([0.0], name=name) for name in ("first", "second"))
+    clipper = QuantileClip(0.5)
+    clipper([(tf.constant([1.0]), first), (tf.constant([10.0]), second)])
+    pairs = clipper([(tf.constant([30.0]), second)])
+    assert pairs[0][1] is second
+    np.testing.assert_allclose(pairs[0][0], [20.0])
+    pairs = clipper([(tf.constant([20.0]), second), (tf.constant([3.0]), first)])
+    assert [variable.name for _, variable in pairs] == ["second:0", "first:0"]
+    np.testing.assert_allclose([gradient.numpy() for gradient, _ in pairs], [[20.0], [2.0]])
+    group = clipper._export_state().groups[0]
+    assert [window.tolist() for window in group.windows()] == [[1, 3], [10, 30, 20]]
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.complex64])
+def test_dtypes(steps, mode, dtype):
+    if mode == "xla" and dtype.is_complex:
+        dtype = tf.complex128
+    run = steps(QuantileClip(0.5), [(4,)], mode, dtype)
+    run(np.full(4, 0.5))
+    (clipped,) = run(np.full(4, 1.5))
+    assert clipped.dtype == dtype
+    np.testing.assert_array_equal(tf.cast(clipped, tf.complex64), np.full(4, 1.0, np.complex64))
+    np.testing.assert_allclose(run.clipper.last.thresholds, [2.0])
+
+
+def test_dtypes_mixed_in_one_clipper(mode):
+    variables = [tf.Variable(tf.zeros(4, dtype)) for dtype in (tf.float16, tf.float64, tf.float32)]
+    clipper = QuantileClip(0.5, global_clipping=True)
+
+    @tf.function(jit_compile=mode == "xla")
+    def step(size):
+        gradients = [tf.cast(tf.fill([4], size / 2), v.dtype) for v in variables]
+        return [gradient for gradient, _ in clipper(zip(gradients, variables))]
+
+    with_mode = step.python_function if mode == "eager" else step
+    with_mode(tf.constant(1.0))
+    clipped = with_mode(tf.constant(3.0))
+    assert [g.dtype for g in clipped] == [v.dtype for v in variables]
+    for gradient in clipped:
+        np.testing.assert_allclose(gradient, np.full(4, 1.0), rtol=1e-6)
+
+
+def test_16_bit_gradients_are_multiplied_in_float32(steps, mode):
+    """Rounded to float16, the coefficient 0.9995 would be 0.9995117."""
+    run = steps(QuantileClip(0.0), [(2,)], mode, tf.float16)
+    run(np.float16([0.0, 999.5]))
+    (clipped,) = run(np.float16([0.0, 1000.0]))
+    np.testing.assert_array_equal(clipped, np.float16([0.0, 999.5]))
+
+
+class TestIndexedSlices:
+    def slices(self, factor=1.0, rows=6):
+        """Row 1 twice, row 4 once: the dense gradient has rows (4, 6) and (0, 12)."""
+        values = np.float32([[1, 2], [0, 12], [3, 4]]) * factor
+        return tf.IndexedSlices(tf.constant(values), tf.constant([1, 4, 1]), tf.constant([rows, 2]))
+
+    def test_the_norm_is_that_of_the_dense_gradient(self, steps, mode, global_clipping):
+        run = steps(QuantileClip(0.5, global_clipping=global_clipping), [(6, 2)], mode)
+        run(self.slices())
+        (clipped,) = run(self.slices(3.0))
+        np.testing.assert_allclose(run.windows(), [[14.0, 42.0]], rtol=1e-6)  # 4² + 6² + 12² = 14²
+        assert isinstance(clipped, tf.IndexedSlices)
+        np.testing.assert_array_equal(clipped.indices, [1, 4, 1])
+        np.testing.assert_array_equal(clipped.dense_shape, [6, 2])
+        np.testing.assert_allclose(clipped.values, self.slices(2.0).values, rtol=1e-6)
+
+    def test_nothing_is_made_dense(self, steps):
+        """A table of a terabyte, of which three rows have a gradient."""
+        clipper = QuantileClip(0.5)
+        variable = tf.Variable(tf.zeros((6, 2)))
+        clipper.build([variable])
+        huge = self.slices(rows=2**37)
+
+        @tf.function(jit_compile=True)
+        def compiled(values, indices):
+            gradient = tf.IndexedSlices(values, indices, tf.constant([2**37, 2], tf.int64))
+            return clipper([(gradient, variable)])[0][0].values
+
+        for call in (
+            lambda g: clipper([(g, variable)])[0][0].values,
+            lambda g: compiled(g.values, g.indices),
+        ):
+            np.testing.assert_allclose(call(huge), huge.values, rtol=1e-6)
+        np.testing.assert_allclose(clipper.last.norms, [14.0], rtol=1e-6)
+
+    def test_no_slices_at_all(self, steps, mode):
+        run = steps(QuantileClip(0.5), [(6, 2)], mode)
+        run(tf.IndexedSlices(tf.zeros((0, 2)), tf.zeros(0, tf.int32), tf.constant([6, 2])))
+        assert run.windows() == [[]]
+
+    @settings(max_examples=30)
+    @given(
+        indices=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_any_indices(self, indices, seed):
+        values = np.random.default_rng(seed).normal(size=(len(indices), 3)).astype(np.float32)
+        dense = np.zeros((5, 3), np.float64)
+        np.add.at(dense, indices, values)
+        clipper = QuantileClip(0.5)
+        gradient = tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant([5, 3]))
+        clipper([(gradient, tf.Variable(tf.zeros((5, 3))))])
+        expected = np.linalg.norm(dense)
+        np.testing.assert_allclose(clipper.last.norms, [expected], rtol=1e-5, atol=1e-6)
+
+
+class TestNonfinite:
+    def bad(self, value):
+        return np.float32([1.0, value, 2.0]), np.float32([[3.0, 0.0], [0.0, 0.0]]), np.float32(4.0)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_keep(self, steps, mode, value):
+        run = steps(QuantileClip(0.5), SHAPES, mode)
+        before = self.bad(value)
+        for ours, gradient in zip(run(*before), before):
+            np.testing.assert_array_equal(ours, gradient)
+        assert run.windows() == [[], [3.0], [4.0]]
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("kind", ["dense", "slices"])
+    def test_zero(self, steps, mode, value, kind):
+        run = steps(QuantileClip(0.5, on_nonfinite="zero"), SHAPES, mode)
+        before = list(self.bad(value))
+        if kind == "slices":
+            before[0] = tf.IndexedSlices(
+                tf.constant(before[0]), tf.constant([0, 1, 2]), tf.constant([3])
+            )
+        clipped = run(*before)
+        np.testing.assert_array_equal(tf.convert_to_tensor(clipped[0]), np.zeros(3))
+        np.testing.assert_array_equal(clipped[1], before[1])
+        assert run.windows() == [[], [3.0], [4.0]]
+
+    def test_zero_in_global_mode_records_nothing(self, steps, mode):
+        run = steps(QuantileClip(0.5, global_clipping=True, on_nonfinite="zero"), SHAPES, mode)
+        clipped = run(*self.bad(np.nan))
+        np.testing.assert_array_equal(clipped[0], np.zeros(3))
+        np.testing.assert_array_equal(clipped[1], self.bad(0)[1])
+        assert run.windows() == [[]]
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_raise_names_the_parameters_and_records_nothing(self, steps, mode, value):
+        run = steps(QuantileClip(0.5, on_nonfinite="raise"), SHAPES, mode)
+        run(*gradients_of([1, 10, 100]))
+        state = run.clipper.state_dict()
+        first, second, third = self.bad(value)
+        error = tf.errors.InvalidArgumentError if mode == "graph" else FloatingPointError
+
+        def step_and_check(*gradients):
+            clipped = run(*gradients)  # raises, except under XLA, which cannot stop
+            for ours, gradient in zip(clipped, gradients):
+                expected = gradient if np.isfinite(gradient).all() else np.zeros_like(gradient)
+                np.testing.assert_array_equal(ours, expected)
+            run.clipper.check()
+
+        # TensorFlow escapes quotation marks in the texts of assertions.
+        one = r'The gradient of variable_0 holds NaN or infinity, and on_nonfinite is \\?"raise'
+        with pytest.raises(error, match=one):
+            step_and_check(first, second, third)
+        run.clipper.check()  # said once
+        assert run.clipper.state_dict() == state
+        two = "The gradients of variable_0, variable_2 hold NaN or infinity"
+        with pytest.raises(error, match=two):
+            step_and_check(first, second, np.float32(value))
+        assert run.clipper.state_dict() == state
+        run(*gradients_of([3, 30, 300]))
+        run.clipper.check()
+        assert run.windows() == [pytest.approx(w) for w in ([1, 3], [10, 30], [100, 300])]
+
+    def test_raise_comes_before_the_update_of_the_weights(self):
+        variable = tf.Variable([1.0])
+        clipper = QuantileClip(on_nonfinite="raise")
+
+        @tf.function
+        def step(gradient):
+            for clipped, v in clipper([(gradient, variable)]):
+                v.assign_sub(clipped)
+
+        with pytest.raises(tf.errors.InvalidArgumentError, match="NaN or infinity"):
+            step(tf.constant([np.nan]))
+        np.testing.assert_array_equal(variable, [1.0])
+
+    def test_a_finite_gradient_beyond_float32_is_left_alone(self, steps, mode):
+        """Its norm is beyond float32, and its elements are not."""
+        huge = np.full(3, 3e38, np.float32)
+        for on_nonfinite in ("zero", "raise"):
+            run = steps(QuantileClip(0.5, on_nonfinite=on_nonfinite), [(3,)], mode)
+            (clipped,) = run(huge)
+            np.testing.assert_array_equal(clipped, huge)
+            assert run.windows() == [[]]
+            run.clipper.check()
+
+
+class TestErrors:
+    def test_settings_are_the_cores(self):
+        with pytest.raises(ValueError, match=r"quantile takes a real number in \[0, 1\], but got"):
+            QuantileClip(1.5)
+        with pytest.raises(TypeError, match="quantile takes"):
+            QuantileClip("0.5")
+        with pytest.raises(TypeError, match="history_length takes an int ≥ 1"):
+            QuantileClip(history_length=10.0)
+        with pytest.raises(ValueError, match="history_length takes an int ≥ 1"):
+            StandardClip(history_length=0)
+        with pytest.raises(ValueError, match="deviations takes a finite real number ≥ 0"):
+            StandardClip(-1.0)
+        with pytest.raises(TypeError, match="global_clipping takes True or False"):
+            QuantileClip(0.5, 10, 1)
+        with pytest.raises(ValueError, match='on_nonfinite takes one of "keep", "zero", "raise"'):
+            QuantileClip(on_nonfinite="ignore")
+
+    def test_variables(self):
+        a, b = tf.Variable([1.0], name="a"), tf.Variable([1.0], name="b")
+        clipper = QuantileClip()
+        with pytest.raises(ValueError, match="empty list of variables"):
+            clipper.build([])
+        with pytest.raises(ValueError, match="empty list of variables"):
+            clipper([])
+        with pytest.raises(TypeError, match=r"build takes tf\.Variables or Keras variables"):
+            clipper.build([tf.constant([1.0])])
+        with pytest.raises(ValueError, match="same variable twice"):
+            clipper.build([a, a])
+        assert not clipper.built
+        clipper.build([a])
+        clipper.build([a])  # the same ones, as Keras may do
+        with pytest.raises(ValueError, match="was built with 1 variables and now gets 2"):
+            clipper.build([a, b])
+        with pytest.raises(ValueError, match="'b' is not among the 1 variables"):
+            clipper([(tf.constant([1.0]), b)])
+        with pytest.raises(ValueError, match="'a' stands twice among the variables"):
+            clipper([(tf.constant([1.0]), a), (tf.constant([1.0]), a)])
+        assert clipper._export_state().groups[0].recorded.tolist() == [0]
+
+    def test_last_before_any_step(self):
+        with pytest.raises(RuntimeError, match="no step yet"):
+            _ = QuantileClip().last
+
+
+def test_a_clipper_is_built_by_its_first_call_even_in_a_graph(mode):
+    variable = tf.Variable([0.0])
+    clipper = QuantileClip(0.5)
+
+    def step(gradient):
+        return clipper([(gradient, variable)])[0][0]
+
+    run = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla")
+    for size in (1.0, 3.0):
+        clipped = run(tf.constant([size]))
+    np.testing.assert_allclose(clipped, [2.0])
+
+
+def test_repr():
+    clipper = QuantileClip(0.5, 10)
+    assert repr(clipper) == (
+        "QuantileClip(quantile=0.5, history_length=10, global_clipping=False, on_nonfinite='keep')"
+    )
+    clipper.build([tf.Variable([0.0])])
+    assert "group 0: 1 parameters, quantile=0.5, history_length=10" in repr(clipper)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copy_goes_on_with_its_own_history(copied):
+    variable = tf.Variable([0.0])
+    clipper = QuantileClip(0.5, 10, on_nonfinite="zero", param_groups=[{"match": "Variable"}])
+    clipper([(tf.constant([1.0]), variable)])
+    other = copied(clipper)
+    assert type(other) is QuantileClip
+    assert other.get_config() == clipper.get_config()
+    ((clipped, _),) = other([(tf.constant([3.0]), variable)])
+    np.testing.assert_allclose(clipped, [2.0])
+    assert clipper._export_state().groups[0].recorded.tolist() == [1]
+
+
+def test_a_thousand_variables_are_traced_in_linear_size():
+    """Operations in the graph: some for each variable, none for each pair of them."""
+
+    def operations(count):
+        variables = [tf.Variable(tf.zeros(3)) for _ in range(count)]
+        clipper = QuantileClip()
+
+        @tf.function
+        def step():
+            return clipper([(tf.ones(3), variable) for variable in variables])[0][0]
+
+        graph = step.get_concrete_function().graph
+        return len(graph.get_operations())
+
+    ten, hundred = operations(10), operations(100)
+    assert (hundred - ten) / 90 < 12

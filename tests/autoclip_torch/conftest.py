@@ -1,0 +1,21 @@
+"""The two paths of a step: NumPy histories for CPU tensors, tensor histories for devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autoclip.torch import _rows
+
+
+@pytest.fixture(params=["numpy", "device"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test over both paths; under "device", CPU tensors are treated as a GPU's are."""
+    name: str = request.param
+    if name == "device":
+
+        def never(device: torch.device) -> bool:
+            return False
+
+        monkeypatch.setattr(_rows, "uses_numpy", never)
+    return name

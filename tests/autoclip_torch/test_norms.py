@@ -1,0 +1,325 @@
+"""The norms of gradients against float64, on both paths."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import hypothesis.extra.numpy as npst
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autoclip.torch._norms import cpu_norms, device_norms
+
+CPU = torch.device("cpu")
+Measure = Callable[[Sequence["Tensor | None"]], npt.NDArray[np.float64]]
+
+
+def on_cpu(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+    return cpu_norms(gradients)
+
+
+def on_device(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+    return device_norms(gradients, CPU, check_finite=True).numpy()
+
+
+@pytest.fixture(params=[on_cpu, on_device], ids=["cpu", "device"])
+def measure(request: pytest.FixtureRequest) -> Measure:
+    """`cpu_norms`, or `device_norms` on CPU tensors."""
+    chosen: Measure = request.param
+    return chosen
+
+
+def exact(gradient: Tensor) -> float:
+    """The norm in float64, of elements scaled so that no square leaves its range."""
+    dense = gradient.to_dense().resolve_conj()
+    if dense.is_complex():  # through complex128: of 16-bit complex numbers torch has little else
+        dense = torch.view_as_real(dense.to(torch.complex128))
+    values = dense.double().reshape(-1)
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return largest * float(((values / largest) ** 2).sum().sqrt()) if largest else 0.0
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+
+
+# -- accuracy ----------------------------------------------------------------------------------
+
+
+def test_forty_million_elements_and_an_outlier() -> None:
+    gradient = normal((1000, 1000)).repeat(40, 1)
+    square = 40 * float(gradient[:1000].double().square().sum())
+    assert cpu_norms([gradient])[0] == pytest.approx(math.sqrt(square), rel=1e-6)
+    # One element that outweighs a tenth of the others: running sums lose what is beside it.
+    square += 2000.0**2 - float(gradient[17, 3]) ** 2
+    gradient[17, 3] = 2000.0
+    assert cpu_norms([gradient])[0] == pytest.approx(math.sqrt(square), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 4095, 2**18 + 1, 3_000_001])
+@pytest.mark.parametrize("outlier", [None, 4096.0])
+def test_float32_and_float64_on_the_cpu(
+    dtype: torch.dtype, size: int, outlier: float | None
+) -> None:
+    gradient = normal((size,), dtype)
+    if outlier is not None:
+        gradient[size // 3] = outlier
+    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex32])
+@pytest.mark.parametrize("size", [1, 300, 2**18 + 7, 1_000_003])
+@pytest.mark.parametrize("outlier", [None, 4096.0])
+def test_sixteen_bits_on_the_cpu(dtype: torch.dtype, size: int, outlier: float | None) -> None:
+    gradient = normal((size,), dtype)
+    if outlier is not None:
+        gradient[size // 3] = outlier
+    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+)
+@pytest.mark.parametrize("size", [1, 255, 5000])
+def test_device_operations(dtype: torch.dtype, size: int) -> None:
+    gradient = normal((size,), dtype)
+    assert on_device([gradient])[0] == pytest.approx(exact(gradient), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits(measure: Measure, dtype: torch.dtype) -> None:
+    gradient = normal((1000,)).to(dtype)
+    assert measure([gradient, torch.zeros(3).to(dtype)]).tolist() == pytest.approx(
+        [exact(gradient.float()), 0.0], rel=1e-5
+    )
+
+
+@given(npst.arrays(np.float32, st.integers(0, 600), elements=st.floats(-1e4, 1e4, width=32)))
+def test_any_moderate_vector(values: npt.NDArray[np.float32]) -> None:
+    gradient = torch.from_numpy(values)
+    assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+
+
+@given(
+    npst.arrays(
+        st.sampled_from([np.float32, np.float64]),
+        st.integers(1, 40),
+        elements=st.floats(allow_nan=False, allow_infinity=False, width=32),
+    )
+)
+def test_any_finite_vector_whatever_its_range(
+    values: npt.NDArray[np.float32],
+) -> None:
+    gradient = torch.from_numpy(values)
+    assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+
+
+# Subnormal squares, subnormal elements, squares beyond float32, and the ends of float64.
+SIZES = {
+    torch.float32: [1e-45, 1e-40, 1e-38, 1e-30, 1e-23, 1e-19, 1e17, 1e19, 1e30, 3e38],
+    torch.float64: [5e-324, 1e-310, 1e-200, 1e-160, 1e-30, 1e30, 1e160, 1e300],
+    torch.bfloat16: [1e-39, 1e-30, 1e30, 3e38],
+    torch.float16: [6e-8, 1e-6, 6e4],
+    torch.complex64: [1e-40, 1e-30, 1e30, 3e38],
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
+)
+@pytest.mark.parametrize("count", [1, 1000])
+def test_tiny_and_huge_elements_on_the_cpu(dtype: torch.dtype, size: float, count: int) -> None:
+    gradient = torch.full((count,), size, dtype=torch.float64).to(dtype)
+    assert 0.0 < exact(gradient) < math.inf
+    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+
+
+def test_tiny_beside_huge_elements_on_the_cpu() -> None:
+    gradient = torch.full((1000,), 1e-30)
+    gradient[7] = 1e-10  # its square is a normal number, the others' are not
+    assert cpu_norms([gradient])[0] == pytest.approx(1e-10, rel=1e-6)
+    gradient[8] = 1e30
+    assert cpu_norms([gradient])[0] == pytest.approx(1e30, rel=1e-6)
+
+
+def test_a_finite_gradient_has_a_finite_norm_even_beyond_float64(measure: Measure) -> None:
+    gradient = torch.full((100,), 1.7e308, dtype=torch.float64)
+    assert 1.7e308 < measure([gradient])[0] < math.inf
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-12, 1e12, 1e18])
+def test_the_range_that_devices_are_exact_in(size: float) -> None:
+    gradient = normal((1000,)) * np.float32(size / math.sqrt(1000))
+    assert on_device([gradient])[0] == pytest.approx(exact(gradient), rel=1e-5)
+
+
+# -- finite or not -----------------------------------------------------------------------------
+
+DTYPES = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 255, 256, 999])
+def test_not_finite_exactly_if_an_element_is_not(
+    measure: Measure, dtype: torch.dtype, bad: float, place: int
+) -> None:
+    clean, broken = normal((1000,), dtype), normal((1000,), dtype)
+    broken[place] = bad
+    finite = np.isfinite(measure([clean, broken, None, clean]))
+    assert finite.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_finite_elements_are_finite(measure: Measure, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    gradient = torch.full((1000,), largest, dtype=dtype)
+    assert torch.isfinite(gradient).all()
+    assert np.isfinite(measure([gradient])).all()
+
+
+def test_an_imaginary_nan_counts(measure: Measure) -> None:
+    gradient = torch.complex(torch.ones(3), torch.tensor([0.0, math.nan, 0.0]))
+    assert np.isnan(measure([gradient])[0])
+
+
+def test_without_the_check_a_device_calls_overflowing_squares_infinite() -> None:
+    gradient = torch.full((2,), 1e30)
+    assert device_norms([gradient], CPU, check_finite=False).tolist() == [math.inf]
+
+
+# -- layouts -----------------------------------------------------------------------------------
+
+
+def views() -> dict[str, Tensor]:
+    base = normal((12, 34, 5, 6))
+    return {
+        "transposed": base.transpose(0, 1),
+        "permuted": base.permute(3, 1, 0, 2),
+        "channels last": base.contiguous(memory_format=torch.channels_last),
+        "every third": base.view(-1)[::3],
+        "inner slice": base[2:7, :, 1:4],
+        "a column": base.view(-1, 40)[:, 11],
+        "expanded": base[0, 0, 0].expand(100, 6),
+        "0-d": base[1, 2, 3, 4],
+        "transposed complex": normal((20, 30), torch.complex64).T,
+        "conjugate": normal((20, 30), torch.complex64).conj(),
+        "conjugate transpose": normal((20, 30), torch.complex128).mH,
+        "imaginary part of a conjugate": normal((20, 30), torch.complex64).conj().imag,
+        "real part": normal((20, 30), torch.complex64).real,
+    }
+
+
+@pytest.mark.parametrize("name", views())
+def test_views(measure: Measure, name: str) -> None:
+    gradient = views()[name]
+    before = gradient.clone()
+    assert measure([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+    assert torch.equal(gradient, before)
+
+
+def test_a_dense_transpose_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the largest gradient would double what a step needs of memory."""
+    gradient = normal((300, 400)).T
+    pointers = []
+    vector_norm = torch.linalg.vector_norm
+
+    def spy(values: Tensor, *args: object, **kwargs: object) -> Tensor:
+        pointers.append(values.untyped_storage().data_ptr())
+        return vector_norm(values, *args, **kwargs)  # type: ignore[arg-type, call-overload, no-any-return]
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", spy)
+    cpu_norms([gradient])
+    assert pointers
+    assert set(pointers) == {gradient.untyped_storage().data_ptr()}
+
+
+def sparse(dtype: torch.dtype, indices: list[list[int]], shape: tuple[int, ...]) -> Tensor:
+    tail = shape[len(indices) :]
+    values = normal((len(indices[0]), *tail), dtype)
+    return torch.sparse_coo_tensor(torch.tensor(indices), values, shape, check_invariants=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.bfloat16])
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_duplicate_indices_count_as_their_sum(
+    measure: Measure, dtype: torch.dtype, coalesced: bool
+) -> None:
+    gradient = sparse(dtype, [[3, 1, 3, 3, 0]], (5, 7))
+    if coalesced:
+        gradient = gradient.coalesce()
+    assert gradient.is_coalesced() is coalesced
+    # torch adds the duplicates up in the gradient's own dtype.
+    tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-6
+    assert measure([gradient])[0] == pytest.approx(exact(gradient), rel=tolerance)
+    assert gradient.is_coalesced() is coalesced  # only read
+
+
+def test_duplicates_that_cancel_have_no_norm(measure: Measure) -> None:
+    gradient = torch.sparse_coo_tensor([[2, 2]], [1.5, -1.5], (4,), check_invariants=True)
+    assert measure([gradient])[0] == 0.0
+
+
+def test_other_sparse_layouts(measure: Measure) -> None:
+    dense = normal((4, 6)) * (normal((4, 6), seed=1) > 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls the compressed layouts a beta
+        gradients = [dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc()]
+    assert measure(gradients).tolist() == pytest.approx([exact(dense)] * 3, rel=1e-6)
+
+
+def test_scalars_of_two_sparse_dimensions(measure: Measure) -> None:
+    gradient = sparse(torch.float32, [[0, 1, 0], [2, 2, 2]], (3, 3))
+    assert measure([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+
+
+# -- lists -------------------------------------------------------------------------------------
+
+
+def test_nothing_and_zeros(measure: Measure) -> None:
+    empty = torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.int64), torch.empty(0), (9,))
+    gradients = [None, torch.zeros(0), torch.zeros(3, 0, 2), torch.zeros(5), empty]
+    assert measure(gradients).tolist() == [0.0] * 5
+    assert measure([None, None]).tolist() == [0.0, 0.0]
+    assert measure([]).tolist() == []
+
+
+def test_mixed_dtypes_and_layouts_keep_their_places(measure: Measure) -> None:
+    gradients = [
+        normal((300,), torch.float64),
+        None,
+        normal((7, 5), torch.bfloat16),
+        normal((0,), torch.float16),
+        sparse(torch.float32, [[3, 3, 0]], (5, 7)),
+        normal((600,), torch.float16),
+        normal((2, 3), torch.complex64),
+        normal((1000,)) * 1e-30 if measure is on_cpu else normal((1000,)),
+        normal((1,)),
+    ]
+    expected = [0.0 if g is None else exact(g) for g in gradients]
+    found = measure(gradients)
+    assert found.dtype == np.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_gradient_measures_the_same_alone_and_among_others() -> None:
+    gradients = [normal((size,), seed=size) for size in (1, 10, 256, 1000, 5000)]
+    together = cpu_norms(gradients)
+    assert together.tolist() == [cpu_norms([gradient])[0] for gradient in gradients]
