@@ -21,7 +21,13 @@ from autoclip.torch import _legacy
 if TYPE_CHECKING:
     from autoclip.torch._clipper import Clipper, _Group
 
-__all__ = ["STATE_KEY", "Attachment", "AttachmentHandle", "called_by_loss_scaler"]
+__all__ = [
+    "STATE_KEY",
+    "Attachment",
+    "AttachmentHandle",
+    "called_by_loss_scaler",
+    "users_stacklevel",
+]
 
 STATE_KEY = "autoclip"
 """Where a clipper's state stands in its optimizer's `state_dict()`."""
@@ -250,7 +256,7 @@ class Attachment:
             warnings.warn(
                 f"The optimizer's checkpoint has no {STATE_KEY!r} entry: it was saved without "
                 "AutoClip. The clipper keeps the history that it has.",
-                stacklevel=7,
+                stacklevel=users_stacklevel(),
             )
         return replaced
 
@@ -290,3 +296,19 @@ def called_by_loss_scaler() -> bool:
     while frame is not None and frame.f_globals.get("__name__") != "torch.amp.grad_scaler":
         frame = frame.f_back
     return frame is not None
+
+
+def users_stacklevel() -> int:
+    """The stacklevel with which a warning of whoever calls this points at the user's own line.
+
+    torch wraps steps and hooks, and how many frames that makes depends on its version, on
+    schedulers and on closures.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _package(frame) in ("autoclip", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

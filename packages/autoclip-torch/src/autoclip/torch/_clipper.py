@@ -32,7 +32,12 @@ from autoclip.core import (
     nonfinite_message,
 )
 from autoclip.torch import _legacy, _rows
-from autoclip.torch._attach import Attachment, AttachmentHandle, called_by_loss_scaler
+from autoclip.torch._attach import (
+    Attachment,
+    AttachmentHandle,
+    called_by_loss_scaler,
+    users_stacklevel,
+)
 from autoclip.torch._norms import cpu_norms, device_norms, norm_dtype
 from autoclip.torch._rows import Norms, Rows
 from autoclip.torch._scaling import scale_on_cpu, scale_on_device, zero_nonfinite
@@ -82,6 +87,7 @@ class Clipper(Saveable):
                 "parameters takes an iterable of tensors, (name, tensor) pairs or dicts, but got "
                 f"a single {torch.typename(parameters)}. Put it into a list."
             )
+        _refuse_set(parameters)
         entries = list(parameters)
         if not entries:
             raise ValueError(f"{type(self).__name__} got an empty parameter list.")
@@ -367,7 +373,7 @@ class Clipper(Saveable):
             f"{caller}.step() found no gradient on any parameter. Call it after backward(). If the "
             "model was wrapped, sharded, re-created or loaded with assign=True in the meantime, "
             f"its parameters are other objects now: make the {remedy}.",
-            stacklevel=5,
+            stacklevel=users_stacklevel(),
         )
 
     @property
@@ -474,7 +480,8 @@ class Clipper(Saveable):
 
     def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
         if _legacy.is_legacy(state_dict):
-            return _legacy.read(state_dict, self._rule_class, self._global)
+            sizes = [len(group) for group in self._parameters()]
+            return _legacy.read(state_dict, self._rule_class, self._global, sizes)
         return super()._read_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -502,8 +509,7 @@ def _named(params: Any) -> tuple[list[str | None], list[Tensor]]:
     """Names and tensors of a group's parameters, checked as torch's optimizers check theirs."""
     if isinstance(params, Tensor):
         params = [params]
-    elif isinstance(params, set):
-        raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
+    _refuse_set(params)
     names: list[str | None] = []
     parameters: list[Tensor] = []
     for entry in params:
@@ -520,6 +526,12 @@ def _named(params: Any) -> tuple[list[str | None], list[Tensor]]:
         names.append(name)
         parameters.append(parameter)
     return names, parameters
+
+
+def _refuse_set(parameters: object) -> None:
+    # Its order changes from run to run, and a saved history is matched by order.
+    if isinstance(parameters, (set, frozenset)):
+        raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
 
 
 def _checked_names(names: Iterable[Any], count: int) -> list[str | None]:

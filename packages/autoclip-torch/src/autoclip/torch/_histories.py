@@ -56,14 +56,17 @@ class TensorHistory:
 
     def _reserve(self) -> None:
         capacity = self._values.shape[1]
-        if self._longest < capacity or capacity == self.history_length:
+        if capacity == self.history_length:
             return
+        # Also while there is room: replays are not counted here, and would run out of it.
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"A history of {len(self.rules)} rows of {self.history_length} norms grows with "
                 "use, and memory cannot grow inside a CUDA graph. Capture with a shorter "
                 f"history_length: up to {_ALLOCATE_AT_ONCE // (4 * len(self.rules))}."
             )
+        if self._longest < capacity:
+            return
         values, ordered = self._values, self._ordered
         self._allocate(min(2 * capacity, self.history_length))
         self._values[:, :capacity], self._ordered[:, :capacity] = values, ordered
@@ -141,7 +144,8 @@ class TensorHistory:
         for row, window in enumerate(kept):
             table[row, : len(window)] = window
         lengths = np.array([len(window) for window in kept], np.int64)
-        self._allocate(capacity)
+        if capacity > self._values.shape[1]:  # a captured CUDA graph writes where they are now
+            self._allocate(capacity)
         self._longest = longest
         self._values.copy_(torch.from_numpy(table))
         self._ordered.copy_(torch.from_numpy(np.sort(table, axis=1)))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from autoclip.core import SMALLEST_NORM, GroupState, ParameterInfo, Rule, State, StateError
+from autoclip.core import (
+    SMALLEST_NORM,
+    GroupState,
+    ParameterInfo,
+    Rule,
+    State,
+    StateError,
+    check_history_length,
+)
 
 __all__ = ["is_legacy", "is_legacy_pair", "read"]
 
@@ -24,12 +33,19 @@ def is_legacy_pair(state_dict: object) -> bool:
     return isinstance(state_dict, Mapping) and set(state_dict) == {"optimizer", "clipper"}
 
 
-def read(state_dict: Mapping[str, Any], rule_class: type[Rule], global_clipping: bool) -> State:
+def read(
+    state_dict: Mapping[str, Any],
+    rule_class: type[Rule],
+    global_clipping: bool,
+    sizes: Sequence[int],
+) -> State:
     """Make a state from a state_dict of autoclip 0.2.1.
 
     It knows no names and no shapes. It recorded every norm, the zeros and NaN included, that
     nothing records any more: they are dropped. A clipper that had not made a step does not say
-    whether it was global; it is then taken to be what `global_clipping` says.
+    whether it was global; it is then taken to be what `global_clipping` says. Its `as_optimizer`
+    put the parameters of all the optimizer's groups into one group of the clipper: such a group is
+    divided into groups of `sizes` parameters.
 
     Raises:
         StateError: it has another layout than 0.2.1 wrote, or another rule's settings.
@@ -40,11 +56,15 @@ def read(state_dict: Mapping[str, Any], rule_class: type[Rule], global_clipping:
         if state:
             global_clipping = "global_history" in state
         identifiers = [list(group["params"]) for group in groups]
+        if len(groups) == 1 and len(identifiers[0]) == sum(sizes):
+            everything = iter(identifiers[0])
+            identifiers = [list(islice(everything, size)) for size in sizes]
+            settings *= len(sizes)
         unknown = ParameterInfo(None, None)
         if global_clipping:
             window = _clean(state.get("global_history", []))
-            everything = [unknown] * sum(map(len, identifiers))
-            found = [_group(settings[0], everything, [window])]
+            parameters = [unknown] * sum(map(len, identifiers))
+            found = [_group(settings[0], parameters, [window])]
         else:
             found = [
                 _group(
@@ -71,8 +91,9 @@ def _settings(group: Mapping[str, Any], rule_class: type[Rule]) -> dict[str, Any
                 f"state_dict was saved by another clipper of autoclip 0.2.1: its groups have no "
                 f"{name!r}. Load it into a clipper of the same class."
             )
-    settings: dict[str, Any] = {name: float(group[name]) for name in rule_class.setting_names()}
-    return {**settings, "history_length": int(group["history_length"])}
+    # A quantile could be a tensor then.
+    rule = rule_class.from_settings({k: float(group[k]) for k in rule_class.setting_names()})
+    return {**rule.settings, "history_length": check_history_length(group["history_length"])}
 
 
 def _clean(history: Any) -> npt.NDArray[np.float32]:

@@ -38,10 +38,11 @@ def values_of(gradient: Tensor) -> Tensor:
         gradient = gradient.detach()
         sparse = gradient.layout is torch.sparse_coo
         gradient = gradient._values() if sparse else gradient.values()
-    if not gradient.is_complex():
-        return gradient
-    # Autograd leaves conjugates lazy. They share their memory, and their norm, with the original.
-    return torch.view_as_real(gradient.conj() if gradient.is_conj() else gradient)
+    # Autograd leaves conjugates and negations lazy, and foreach operations write to none. They
+    # share their memory, and their norm, with the original.
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient.conj() if gradient.is_conj() else gradient)
+    return torch._neg_view(gradient) if gradient.is_neg() else gradient
 
 
 def _norm_values(gradient: Tensor) -> Tensor:
@@ -170,20 +171,19 @@ def device_norms(
             found = torch._foreach_norm([v for _, v in some], 2, dtype=wide)
             for (i, _), norm in zip(some, found):
                 norms[i] = norm
-    result = (
-        torch.stack([norm.to(dtype) for norm in norms])
-        if _mixed(norms)
-        else (torch.stack(norms).to(dtype))
-    )
+    result = _stacked(norms, dtype)
     if check_finite:
         largest: list[Tensor] = [zero] * len(gradients)
         for i, values in present:
-            largest[i] = torch.linalg.vector_norm(values, math.inf).float()
-        finite = torch.stack(largest).isfinite()
+            largest[i] = torch.linalg.vector_norm(values, math.inf)
+        finite = _stacked(largest, dtype).isfinite()
         beyond = torch.finfo(dtype).max
         result = torch.where(finite & ~result.isfinite(), beyond, result)
     return result
 
 
-def _mixed(tensors: Sequence[Tensor]) -> bool:
-    return any(tensor.dtype is not tensors[0].dtype for tensor in tensors)
+def _stacked(norms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One tensor of `dtype`, by one conversion where they are of one dtype."""
+    if any(norm.dtype is not norms[0].dtype for norm in norms):
+        norms = [norm.to(dtype) for norm in norms]
+    return torch.stack(list(norms)).to(dtype)
