@@ -18,8 +18,6 @@ __all__ = ["Gradient", "gradient_norms", "root_of_squares"]
 Gradient: TypeAlias = Any
 """A `tf.Tensor` or `tf.IndexedSlices` of any floating or complex dtype."""
 
-_SumOfSquares: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
-
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
 # XLA sums long vectors slowly on the CPU, and rows of this length, as a product, fast.
@@ -38,14 +36,15 @@ def gradient_norms(gradients: Sequence[Gradient | None], xla: bool) -> tf.Tensor
         float64[n]: within 1e-5 of the exact norm, for float32 and float64 within 1e-6. 0 for
         None, and not finite exactly if the gradient holds a NaN or an infinity.
     """
-    present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    norms = [tf.zeros((), tf.float64)] * len(gradients)
-    if present:
-        vectors = [_norm_values(gradients[i]) for i in present]
-        found = _xla_norms(vectors) if xla else _graph_norms(vectors)
-        for i, norm in zip(present, tf.unstack(found)):
-            norms[i] = norm
-    return tf.stack(norms)
+    arrays = [_norm_values(gradient) for gradient in gradients if gradient is not None]
+    if not arrays:
+        return tf.zeros([len(gradients)], tf.float64)
+    found = _xla_norms(arrays) if xla else _graph_norms(arrays)
+    if len(arrays) == len(gradients):
+        return found
+    norms = iter(tf.unstack(found))
+    none = tf.zeros((), tf.float64)
+    return tf.stack([none if gradient is None else next(norms) for gradient in gradients])
 
 
 def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
@@ -84,8 +83,7 @@ def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
 
 def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
     # Every operation costs time when a model of a thousand variables is traced: few for each one.
-    count = len(arrays)
-    # l2_loss reads the gradient once, makes no copy, and its pairwise sums are right to 3e-7.
+    # l2_loss reads the gradient once, makes no copy, and its pairwise sums are right to 4e-7.
     losses = [tf.nn.l2_loss(array) for array in arrays]
     if any(loss.dtype != losses[0].dtype for loss in losses):
         losses = [tf.cast(loss, tf.float64) for loss in losses]
@@ -101,57 +99,58 @@ def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
     def look_closely() -> tf.Tensor:
         # Of the others nothing is read. A condition for each would cost much more than an
         # operation on nothing.
-        start = tf.zeros(1, tf.int64)
-        lengths = tf.split(tf.where(unsure, sizes, 0), count)
+        start, flat = tf.constant([0], tf.int64), tf.constant([-1])
+        lengths = tf.split(tf.where(unsure, sizes, 0), len(arrays))
         parts = [
-            tf.slice(tf.reshape(array, [-1]), start, length)
+            tf.slice(tf.reshape(array, flat), start, length)
             for array, length in zip(arrays, lengths)
         ]
-        return tf.where(unsure, _careful_norms(parts, _sum_of_squares), tf.sqrt(squares))
+        return tf.where(unsure, _careful_norms(parts, tf.nn.l2_loss), tf.sqrt(squares))
 
     return tf.cond(tf.reduce_any(unsure), look_closely, lambda: tf.sqrt(squares))
 
 
-def _sum_of_squares(vector: tf.Tensor) -> tf.Tensor:
-    return 2.0 * tf.nn.l2_loss(vector)
-
-
 def _xla_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
     # Carefully from the start: a condition would cost more than it saves.
-    return _careful_norms([tf.reshape(array, [-1]) for array in arrays], _xla_sum_of_squares)
+    flat, ones = tf.constant([-1]), tf.ones([_BLOCK, 1], tf.float64)
+
+    def half_of_squares(vector: tf.Tensor) -> tf.Tensor:
+        length = vector.shape.num_elements()
+        if length is None or length < _BLOCK:
+            return tf.nn.l2_loss(vector)
+        whole = length - length % _BLOCK
+        blocks = tf.reshape(vector[:whole] if whole < length else vector, [-1, _BLOCK])
+        half = 0.5 * tf.reduce_sum(tf.matmul(tf.square(blocks), ones))
+        return half + tf.nn.l2_loss(vector[whole:]) if whole < length else half
+
+    return _careful_norms([tf.reshape(array, flat) for array in arrays], half_of_squares)
 
 
-def _xla_sum_of_squares(vector: tf.Tensor) -> tf.Tensor:
-    length = vector.shape.num_elements()
-    if length is None:
-        return tf.reduce_sum(tf.square(vector))
-    whole = length - length % _BLOCK
-    total = tf.reduce_sum(tf.square(vector[whole:]))
-    if whole:
-        blocks = tf.square(tf.reshape(vector[:whole], [-1, _BLOCK]))
-        total += tf.reduce_sum(tf.linalg.matvec(blocks, tf.ones([_BLOCK], tf.float64)))
-    return total
+def _careful_norms(
+    vectors: Sequence[tf.Tensor], half_of_squares: Callable[[tf.Tensor], tf.Tensor]
+) -> tf.Tensor:
+    """The norms, float64[n], of vectors whose squares may leave the range of their dtype.
 
-
-def _careful_norms(vectors: Sequence[tf.Tensor], sum_of_squares: _SumOfSquares) -> tf.Tensor:
-    """The norms, float64[n], of vectors whose squares may leave the range of their dtype."""
-    return tf.stack(
-        [
-            _scaled_norm(vector, sum_of_squares)
-            if vector.dtype == tf.float64
-            # The squares of float32 elements are far inside the range of float64.
-            else tf.sqrt(sum_of_squares(tf.cast(vector, tf.float64)))
-            for vector in vectors
-        ]
-    )
-
-
-def _scaled_norm(vector: tf.Tensor, sum_of_squares: _SumOfSquares) -> tf.Tensor:
-    """The norm of a float64 vector, divided by its largest element before anything is squared."""
-    largest = tf.maximum(tf.reduce_max(tf.abs(vector)), 0.0)  # -inf if there are no elements
-    finite = tf.math.is_finite(largest)
-    safe = tf.where((largest > 0.0) & finite, largest, 1.0)
-    root = tf.sqrt(sum_of_squares(vector / safe))
+    Args:
+        vectors: float32 or float64[m].
+        half_of_squares: half the sum of a float64 vector's squares, as `tf.nn.l2_loss`.
+    """
+    one = tf.ones((), tf.float64)
+    units, halves = [], []
+    for vector in vectors:
+        unit = one
+        if vector.dtype == tf.float64:
+            unit = _largest(vector)
+            vector /= unit
+        # The squares of float32 elements are far inside the range of float64.
+        halves.append(half_of_squares(tf.cast(vector, tf.float64)))
+        units.append(unit)
+    unit, root = tf.stack(units), tf.sqrt(2.0 * tf.stack(halves))
     # A finite gradient never has the norm "infinity", not even beyond float64.
-    overflows = finite & tf.math.is_finite(root) & tf.math.is_inf(root * safe)
-    return tf.where(overflows, _LARGEST, root * safe)
+    return tf.where(tf.math.is_finite(root), tf.minimum(root * unit, _LARGEST), root)
+
+
+def _largest(vector: tf.Tensor) -> tf.Tensor:
+    """The largest element's size; 1 where nothing can be divided by that."""
+    largest = tf.reduce_max(tf.abs(vector))  # -inf if there are no elements
+    return tf.where((largest > 0.0) & tf.math.is_finite(largest), largest, 1.0)

@@ -24,22 +24,25 @@ def scale(
         may_be_zero: whether a factor can be 0; that makes zeros of NaN too.
     """
     values = [tf.convert_to_tensor(_values_of(gradient)) for gradient in gradients]
-    each = tf.unstack(factors, num=len(values))
+    wide = [tf.float32 if value.dtype.size < 4 else value.dtype for value in values]
+    multiply = tf.math.multiply_no_nan if may_be_zero else tf.multiply
 
     def multiplied() -> list[tf.Tensor]:
-        return [_product(value, factor, may_be_zero) for value, factor in zip(values, each)]
+        # Unpacked in here: a condition gets one tensor instead of one for each gradient.
+        each = {
+            dtype: tf.unstack(tf.cast(factors, dtype), num=len(values))
+            for dtype in dict.fromkeys(wide)
+        }
+        return [
+            tf.cast(multiply(tf.cast(value, dtype), each[dtype][i]), value.dtype)
+            for i, (value, dtype) in enumerate(zip(values, wide))
+        ]
 
     if xla:  # a condition costs more there than the multiplication
         scaled = multiplied()
     else:
         scaled = tf.cond(tf.reduce_any(factors < 1.0), multiplied, lambda: list(values))
     return [_with_values(gradient, value) for gradient, value in zip(gradients, scaled)]
-
-
-def _product(value: tf.Tensor, factor: tf.Tensor, may_be_zero: bool) -> tf.Tensor:
-    wide = tf.float32 if value.dtype.size < 4 else value.dtype
-    multiply = tf.math.multiply_no_nan if may_be_zero else tf.multiply
-    return tf.cast(multiply(tf.cast(value, wide), tf.cast(factor, wide)), value.dtype)
 
 
 def _values_of(gradient: Gradient) -> tf.Tensor:
