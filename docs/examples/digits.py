@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=14, help="epochs of each run")
     options = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)
+    # The network is so small that threads would wait for one another most of the time.
+    torch.set_num_threads(1)
     data = load_data()
     batches = -(-len(data[1]) // BATCH)
     total = (len(ARMS) * options.seeds * options.epochs + 1) * batches

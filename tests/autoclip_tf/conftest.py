@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from autoclip.core import History, Quantile, Report, Rule
 
 MODES = ("eager", "graph", "xla")
 
@@ -96,3 +102,184 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     x = generator.normal(size=(64, 4)) * np.exp(generator.normal(size=(64, 1)))
     return x.astype(np.float32), x.sum(axis=1, keepdims=True).astype(np.float32)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "two_devices: run in a process whose CPU is two devices.")
+
+
+class Process:
+    """A Python process of its own, which calls functions of test files.
+
+    Args:
+        devices: how many devices its CPU is.
+    """
+
+    def __init__(self, devices: int = 1) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("processes.py")), str(devices)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def call(self, path: Path, name: str, **arguments: Any) -> int:
+        """Call a function; the test fails if it raises.
+
+        Returns:
+            0, or the signal that killed the process.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"path": str(path), "name": name, "arguments": arguments}
+        self._process.stdin.write(json.dumps(request, default=str) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            return -self._process.wait(timeout=60)
+        if fault := json.loads(answer):
+            pytest.fail(fault, pytrace=False)
+        return 0
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    """A new one."""
+    process = Process()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def two_devices() -> Iterator[Process]:
+    process = Process(devices=2)
+    yield process
+    process.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if pyfuncitem.get_closest_marker("two_devices") is None:
+        return None
+    process = pyfuncitem._request.getfixturevalue("two_devices")
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    assert process.call(pyfuncitem.path, pyfuncitem.originalname, **arguments) == 0
+    return True
+
+
+class ByHand:
+    """Training that clips with NumPy and the core, and updates with a plain Keras optimizer.
+
+    Args:
+        model: of mean squared error, as `fit` would train it.
+        optimizer: without a clipper.
+        rules: one for all variables, or one each.
+        history_length: of all rows.
+        global_clipping: one row for all variables.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        rules: Rule | Sequence[Rule] = Quantile(0.5),  # noqa: B008 (frozen)
+        history_length: int = 1000,
+        global_clipping: bool = False,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._rules, self._history_length = rules, history_length
+        self._global = global_clipping
+        self._history: History | None = None  # until the model has variables
+        self.reports: list[Report[Any]] = []
+
+    def gradients(self, x: Any, y: Any) -> list[Any]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.model(x, training=True) - y))
+        return tape.gradient(loss, self.model.trainable_variables)
+
+    def apply(self, gradients: Sequence[Any]) -> None:
+        dense = [
+            None if g is None else tf.convert_to_tensor(g).numpy().astype(np.float64)
+            for g in gradients
+        ]
+        norms = [0.0 if g is None else np.linalg.norm(g) for g in dense]
+        if self._global:
+            norms = [np.linalg.norm(norms)]
+        if self._history is None:
+            self._history = History(len(norms), self._rules, self._history_length)
+        report = self._history.record(norms)
+        self.reports.append(report)
+        factors = np.broadcast_to(report.coefficients, len(dense))
+        variables = self.model.trainable_variables
+        clipped = [
+            None if g is None else tf.cast(tf.constant(g * factor), variable.dtype)
+            for g, factor, variable in zip(dense, factors, variables)
+        ]
+        self.optimizer.apply(clipped, variables)
+
+    def fit(self, x: Any, y: Any, epochs: int = 1, batch_size: int = 16) -> ByHand:
+        for _ in range(epochs):
+            for start in range(0, len(x), batch_size):
+                batch = slice(start, start + batch_size)
+                self.apply(self.gradients(x[batch], y[batch]))
+        return self
+
+    @property
+    def windows(self) -> list[np.ndarray]:
+        assert self._history is not None
+        return self._history.read(range(self._history.rows))[0]
+
+    @property
+    def clipped(self) -> int:
+        """How many gradients were scaled down."""
+        return sum(int((report.coefficients < 1).sum()) for report in self.reports)
+
+    def assert_equals(self, model: Any, clipper: Any, rtol: float = 1e-5) -> None:
+        """A trained model and its clipper came to the same weights, norms and thresholds."""
+        for ours, expected in zip(windows(clipper), self.windows, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=rtol)
+        last = self.reports[-1]
+        np.testing.assert_allclose(clipper.last.thresholds, last.thresholds, rtol=rtol)
+        np.testing.assert_allclose(clipper.last.coefficients, last.coefficients, rtol=rtol)
+        for ours, expected in zip(model.get_weights(), self.model.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=rtol, atol=1e-6)
+
+
+def windows(clipper: Any) -> list[np.ndarray]:
+    state = clipper._export_state()
+    return [window for group in state.groups for window in group.windows()]
+
+
+@pytest.fixture(scope="session", name="by_hand")
+def by_hand_fixture() -> type[ByHand]:
+    return ByHand
+
+
+@pytest.fixture(scope="session", name="windows")
+def windows_fixture() -> Callable[[Any], list[np.ndarray]]:
+    """Of a clipper: the recorded norms of each row, oldest first."""
+    return windows
+
+
+@pytest.fixture(scope="session")
+def growing(data: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The same in the order of their sizes: from batch to batch gradients grow, and are clipped."""
+    x, y = data
+    order = np.argsort(np.linalg.norm(x, axis=1))
+    return x[order], y[order]
+
+
+@pytest.fixture
+def fit(growing: tuple[np.ndarray, np.ndarray]) -> Callable[..., dict[str, list[float]]]:
+    """Trains a compiled model on `growing` in batches of 16, always in the same order."""
+
+    def run(model: Any, epochs: int = 1, **options: Any) -> dict[str, list[float]]:
+        options = {"batch_size": 16, "shuffle": False, "verbose": 0, **options}
+        return model.fit(*growing, epochs=epochs, **options).history
+
+    return run

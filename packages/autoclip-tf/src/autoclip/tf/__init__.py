@@ -8,11 +8,9 @@
 """
 
 from autoclip.core import Report, StateError, __version__
-from autoclip.tf._attach import AttachmentHandle, register_optimizers
+from autoclip.tf._attach import AttachmentHandle
 from autoclip.tf._clipper import Clipper
 from autoclip.tf._clippers import QuantileClip, StandardClip
-
-register_optimizers()
 
 __all__ = [
     "AttachmentHandle",

@@ -15,10 +15,10 @@ from autoclip.tf._private import SEAM, check_seam
 if TYPE_CHECKING:
     from autoclip.tf._clipper import Clipper
 
-__all__ = ["Attachment", "AttachmentHandle", "register_optimizers"]
+__all__ = ["Attachment", "AttachmentHandle"]
 
 CONFIG_KEY = "autoclip"
-"""Where a clipper's settings stand in its optimizer's `get_config()`."""
+"""Where the optimizer's own class and the clipper stand in `get_config()`."""
 
 
 class AttachmentHandle:
@@ -85,8 +85,8 @@ class Attachment:
         return optimizer
 
     @classmethod
-    def create(cls, clipper: Clipper, optimizer: Any) -> AttachmentHandle:
-        """Attach; see `Clipper.attach`."""
+    def create(cls, clipper: Clipper, optimizer: Any, stacklevel: int) -> AttachmentHandle:
+        """Attach; see `Clipper.attach`. Warnings point `stacklevel` calls up."""
         optimizer = cls.check(optimizer)
         if clipper._attachment is not None:
             raise RuntimeError("This clipper is attached to an optimizer already.")
@@ -98,7 +98,7 @@ class Attachment:
                     f"The optimizer has {name}={getattr(optimizer, name)}, which acts before "
                     f"AutoClip does: the history is one of gradients that {name} has clipped. "
                     "Leave it out unless that is what you want.",
-                    stacklevel=4,
+                    stacklevel=stacklevel,
                 )
         self = cls(clipper, optimizer)
         plain: type = type(optimizer)
@@ -116,6 +116,7 @@ class Attachment:
             optimizer.__class__ = type(optimizer)._plain_class
 
 
+@keras.saving.register_keras_serializable("autoclip", "Optimizer")
 class _Attached:
     """What an optimizer with a clipper does differently; the first base of its class."""
 
@@ -124,33 +125,43 @@ class _Attached:
 
     def build(self, variables: Iterable[Any]) -> None:
         variables = list(variables)
+        # First the clipper, which can refuse. With nothing to train there is nothing to clip;
+        # Keras also builds with no variables where it loads its legacy HDF5 files.
+        if variables:
+            self.clipper.build(variables)
         super().build(variables)  # type: ignore[misc]
-        self.clipper.build(variables)
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         return self.clipper._clip(list(getattr(super(), SEAM)(grads_and_vars)))
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()  # type: ignore[misc]
-        config[CONFIG_KEY] = keras.saving.serialize_keras_object(self.clipper)
+        config[CONFIG_KEY] = {
+            "optimizer": _reference(self._plain_class),
+            "clipper": keras.saving.serialize_keras_object(self.clipper),
+        }
         return config
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         config = dict(config)
-        settings = config.pop(CONFIG_KEY, None)
-        optimizer = cls._plain_class.from_config(config, *args, **kwargs)  # type: ignore[attr-defined]
-        if settings is not None:
-            keras.saving.deserialize_keras_object(settings).attach(optimizer)
+        saved = config.pop(CONFIG_KEY)
+        optimizer, clipper = (
+            keras.saving.deserialize_keras_object(each, custom_objects)
+            for each in ({**saved["optimizer"], "config": config}, saved["clipper"])
+        )
+        clipper.attach(optimizer)
         return optimizer
+
+    @property
+    def _unpickle_model(self) -> Any:
+        # Pickle looks for classes by their names, and under this one's name finds the plain class.
+        return self._plain_class._unpickle_model  # type: ignore[attr-defined]
 
 
 @cache
 def _attached_class(plain: type) -> type:
-    """The subclass of an optimizer's class that an optimizer with a clipper has.
-
-    It is registered with Keras, so that a saved model which has it can be loaded.
-    """
+    """The subclass of an optimizer's class that an optimizer with a clipper has."""
     attached = type(
         plain.__name__,
         (_Attached, plain),
@@ -161,13 +172,15 @@ def _attached_class(plain: type) -> type:
             "_plain_class": plain,
         },
     )
-    name = keras.saving.get_registered_name(plain)
-    keras.saving.register_keras_serializable("autoclip", name)(attached)
-    return attached
+    # All under one name. Under names of their own Keras would know them only in a process that
+    # has attached to such an optimizer before, and two of one name would be taken for each other.
+    return keras.saving.register_keras_serializable("autoclip", "Optimizer")(attached)
 
 
-def register_optimizers() -> None:
-    """Let models be loaded whose optimizers, any that Keras exports, have clippers."""
-    for optimizer in vars(keras.optimizers).values():
-        if isinstance(optimizer, type) and issubclass(optimizer, keras.optimizers.Optimizer):
-            _attached_class(optimizer)
+def _reference(plain: type) -> dict[str, Any]:
+    """How Keras writes down an optimizer's class: whatever it exports, and users' own."""
+    name = plain.__name__
+    if getattr(keras.optimizers, name, None) is plain:
+        return {"module": "keras.optimizers", "class_name": name, "registered_name": None}
+    registered_name = keras.saving.get_registered_name(plain)
+    return {"module": plain.__module__, "class_name": name, "registered_name": registered_name}

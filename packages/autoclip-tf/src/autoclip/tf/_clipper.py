@@ -39,6 +39,7 @@ from autoclip.tf._private import (
     compiled_by_xla,
     name_of,
     native,
+    saving_for_inference,
     variable_key,
 )
 from autoclip.tf._rows import Rows
@@ -433,12 +434,12 @@ class Clipper(Saveable, KerasSaveable, Trackable):
             ValueError: it and the clipper are built with different variables.
             RuntimeError: it has a clipper already, or the clipper is attached already.
         """
-        return Attachment.create(self, optimizer)
+        return Attachment.create(self, optimizer, stacklevel=3)
 
     @classmethod
     def _attached(cls: type[ClipperT], optimizer: Any, **settings: Any) -> Any:
         Attachment.check(optimizer)
-        cls(**settings).attach(optimizer)
+        Attachment.create(cls(**settings), optimizer, stacklevel=4)
         return optimizer
 
     # -- state -------------------------------------------------------------------------------
@@ -476,7 +477,8 @@ class Clipper(Saveable, KerasSaveable, Trackable):
 
     def _adopt_state(self, state: State, source: str) -> None:
         if self._built is not None:
-            super()._adopt_state(state, source)
+            # Not through super(): one call more, and a warning would point past the caller's line.
+            self._commit_state(state.fit_to(self._state_of(self._built), source))
             return
         # What can be checked without knowing the variables: that the state has the same rule and
         # mode. The rest waits for them.
@@ -523,12 +525,19 @@ class Clipper(Saveable, KerasSaveable, Trackable):
     # tf.train.Checkpoint.
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
-        with tf.init_scope():
-            return {_STORED_STATE: tf.constant(self._bytes())}
+        if saving_for_inference():
+            return {_STORED_STATE: tf.constant(b"")}
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "A checkpoint with a clipper is written outside of any tf.function. Inside, the "
+                "history would be for ever the one that it was when the function was traced."
+            )
+        return {_STORED_STATE: tf.constant(self._bytes())}
 
     def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
-        data = restored_tensors[_STORED_STATE].numpy()
-        self._load_bytes(data, "the tf.train.Checkpoint")
+        if not saving_for_inference():
+            data = restored_tensors[_STORED_STATE].numpy()
+            self._load_bytes(data, "the tf.train.Checkpoint")
 
     # Keras's configurations, copies and pickles.
 

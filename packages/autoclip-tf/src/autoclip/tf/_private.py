@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 from keras.src.saving.keras_saveable import KerasSaveable
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from tensorflow.python.saved_model.save_context import in_save_context
 
 __all__ = [
     "SEAM",
@@ -20,6 +21,7 @@ __all__ = [
     "compiled_by_xla",
     "name_of",
     "native",
+    "saving_for_inference",
     "variable_key",
 ]
 
@@ -56,6 +58,11 @@ def compiled_by_xla() -> bool:
     )
 
 
+def saving_for_inference() -> bool:
+    """Whether `tf.saved_model.save` is at work, which traces how its objects are saved."""
+    return bool(in_save_context())
+
+
 def native(variable: Any) -> Any:
     """The `tf.Variable` in a Keras variable; a `tf.Variable` itself."""
     return variable.value if isinstance(variable, keras.Variable) else variable
@@ -64,13 +71,15 @@ def native(variable: Any) -> Any:
 def variable_key(variable: Any) -> str:
     """The same for a Keras variable, its `tf.Variable`, and that one's copies on replicas."""
     variable = native(variable)
-    # Where a copy, or the handle of one, knows of which distributed variable it is a part.
-    for part in (variable, getattr(variable, "handle", None)):
-        container = getattr(part, "_distributed_container", None)
-        if container is not None:
-            owner = container()
-            variable = variable if owner is None else owner
-            break
+    # A distributed variable has no handle, and says so in an error, outside of a replica.
+    if not isinstance(variable, tf.distribute.DistributedValues):
+        # Where a copy, or the handle of one, knows of which distributed variable it is a part.
+        for part in (variable, getattr(variable, "handle", None)):
+            container = getattr(part, "_distributed_container", None)
+            if container is not None:
+                owner = container()
+                variable = variable if owner is None else owner
+                break
     return str(variable._unique_id)
 
 

@@ -1,0 +1,159 @@
+"""The same settings, in the same order, with the same defaults and the same errors."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import tensorflow as tf
+import torch
+
+import autoclip.core
+import autoclip.tf
+import autoclip.torch
+
+CLIPPERS = ["QuantileClip", "StandardClip"]
+# What parameters are is the framework's own, and so is a name of autoclip 0.2.1's torch.
+OWN = {"self", "parameters", "param_groups", "global_threshold"}
+
+
+def settings_of(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, p.default, p.annotation) for p in parameters if p.name not in OWN]
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize("method", ["__init__", "as_optimizer"])
+def test_signatures(name, method):
+    ours, theirs = (
+        settings_of(getattr(getattr(package, name), method))
+        for package in (autoclip.tf, autoclip.torch)
+    )
+    if method == "as_optimizer":  # each takes its own framework's
+        assert ours.pop(0)[0] == theirs.pop(0)[0] == "optimizer"
+    assert ours == theirs
+    assert [setting[1] for setting in ours[1:]] == [1000, False, "keep"]
+
+
+def test_public_names():
+    """What one has and the other has not, is what the frameworks themselves differ in."""
+    assert autoclip.tf.__all__ == autoclip.torch.__all__
+    for name in ("Report", "StateError", "__version__"):
+        assert getattr(autoclip.tf, name) is getattr(autoclip.torch, name)
+    for name in CLIPPERS:
+        ours, theirs = (
+            {n for n in dir(getattr(package, name)) if not n.startswith("_")}
+            for package in (autoclip.tf, autoclip.torch)
+        )
+        assert theirs - ours == {"add_param_group", "step"}
+        assert ours - theirs == {
+            *("build", "built", "check"),
+            *("from_config", "get_config", "load_own_variables", "save_own_variables"),
+        }
+
+
+def make_torch(name, *settings, **named):
+    parameters = [("weight", torch.zeros(1, requires_grad=True))]
+    return getattr(autoclip.torch, name)(parameters, *settings, **named)
+
+
+def make_tensorflow(name, *settings, **named):
+    clipper = getattr(autoclip.tf, name)(*settings, **named)
+    clipper.build([tf.Variable([0.0], name="weight")])
+    return clipper
+
+
+NOT_AN_ARRAY = object()
+WRONG = [
+    ("QuantileClip", {"quantile": value})
+    for value in (-0.1, 1.1, float("nan"), float("inf"), "0.5", None, True, 1j, NOT_AN_ARRAY)
+]
+WRONG += [
+    ("StandardClip", {"deviations": value})
+    for value in (-1.0, float("nan"), float("inf"), "2", None, False, [2.0])
+]
+WRONG += [
+    (name, {setting: value})
+    for name in CLIPPERS
+    for setting, values in {
+        "history_length": (0, -1, 1.5, "10", None, True, float("inf"), 2**63),
+        "global_clipping": (0, 1, "yes", None),
+        "on_nonfinite": ("ignore", "", None, True, b"keep"),
+    }.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), WRONG)
+def test_wrong_settings(name, settings):
+    with pytest.raises((TypeError, ValueError)) as in_torch:
+        make_torch(name, **settings)
+    with pytest.raises((TypeError, ValueError)) as in_tensorflow:
+        make_tensorflow(name, **settings)
+    assert in_tensorflow.type is in_torch.type
+    assert str(in_tensorflow.value) == str(in_torch.value)
+    assert next(iter(settings)) in str(in_torch.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"quantile": 2.0}, {"history_length": 0}, {"quantle": 0.5}, {"deviations": 1.0}],
+    ids=str,
+)
+def test_wrong_settings_of_a_group(settings):
+    parameter = torch.zeros(1, requires_grad=True)
+    with pytest.raises((TypeError, ValueError)) as in_torch:
+        autoclip.torch.QuantileClip([{"params": [parameter], **settings}])
+    with pytest.raises((TypeError, ValueError)) as in_tensorflow:
+        autoclip.tf.QuantileClip(param_groups=[{"match": "", **settings}])
+    assert in_tensorflow.type is in_torch.type
+    assert str(in_tensorflow.value) == str(in_torch.value)
+
+
+def test_settings_of_a_group_under_global_clipping():
+    parameter = torch.zeros(1, requires_grad=True)
+    group = {"quantile": 0.5}
+    with pytest.raises(ValueError, match="With global_clipping there is one") as in_torch:
+        autoclip.torch.QuantileClip([{"params": [parameter], **group}], global_clipping=True)
+    with pytest.raises(ValueError, match="With global_clipping there is one") as in_tensorflow:
+        autoclip.tf.QuantileClip(param_groups=[{"match": "", **group}], global_clipping=True)
+    assert str(in_tensorflow.value) == str(in_torch.value)
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize(
+    "settings", [(), (0.5,), (1, 10), (0, 10, True)], ids=["none", "one", "two", "three"]
+)
+def test_right_settings_by_position(name, settings):
+    ours, theirs = make_tensorflow(name, *settings), make_torch(name, *settings)
+    assert ours.defaults == theirs.defaults
+    assert ours.global_clipping == theirs.global_clipping
+    assert ours.on_nonfinite == theirs.on_nonfinite
+    ((mine,), (yours,)) = ours.param_groups, theirs.param_groups
+    assert len(mine.pop("params")) == len(yours.pop("params")) == 1
+    assert mine == yours
+
+
+@pytest.mark.parametrize("on_nonfinite", ["keep", "zero", "raise"])
+@pytest.mark.parametrize("bad", [1, 2])
+def test_nonfinite_gradients(on_nonfinite, bad):
+    """The same gradients come out, or the same words."""
+    values = [[float("nan"), 1.0] if i < bad else [3.0, 4.0] for i in range(3)]
+    named = [(f"p{i}", torch.zeros(2, requires_grad=True)) for i in range(3)]
+    in_torch = autoclip.torch.QuantileClip(named, on_nonfinite=on_nonfinite)
+    for (_, parameter), value in zip(named, values):
+        parameter.grad = torch.tensor(value)
+    variables = [tf.Variable([0.0, 0.0], name=f"p{i}") for i in range(3)]
+    in_tensorflow = autoclip.tf.QuantileClip(on_nonfinite=on_nonfinite)
+    pairs = [(tf.constant(value), v) for value, v in zip(values, variables)]
+    if on_nonfinite == "raise":
+        with pytest.raises(FloatingPointError) as theirs:
+            in_torch.step()
+        with pytest.raises(FloatingPointError) as ours:
+            in_tensorflow(pairs)
+        assert str(ours.value) == str(theirs.value)
+        assert "p0" in str(ours.value)
+    else:
+        in_torch.step()
+        for (gradient, _), (_, parameter) in zip(in_tensorflow(pairs), named):
+            assert repr(gradient.numpy().tolist()) == repr(parameter.grad.tolist())

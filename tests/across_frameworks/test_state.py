@@ -1,0 +1,172 @@
+"""A history that one framework saved goes on in the other."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import autoclip.tf
+import autoclip.torch
+from autoclip.core import History, Quantile, State, StateError
+
+
+def stream(seed, steps):
+    """Norms for the four parameters, now and then none."""
+    generator = np.random.default_rng(seed)
+    norms = np.exp(generator.normal(size=(steps, 4)))
+    norms[generator.random(norms.shape) < 0.1] = 0.0
+    return norms
+
+
+def by_file(saves, loads, folder):
+    saves.save(folder / "history.safetensors")
+    loads.load(folder / "history.safetensors")
+
+
+def by_dict(saves, loads, folder):
+    loads.load_state_dict(saves.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("steps", "hand_over"),
+    [(0, by_file), (4, by_dict), (15, by_file)],
+    ids=["nothing", "a part of a window", "more than a window"],
+)
+def test_both_go_on_alike(direction, rule, grouping, steps, hand_over, path, tmp_path):
+    first, second = (side(rule, grouping) for side in direction)
+    for norms in stream(1, steps):
+        first.step(norms)
+    for norms in stream(2, 3):  # what the other one has is replaced
+        second.step(norms)
+    hand_over(first.clipper, second.clipper, tmp_path)
+    for norms in stream(3, 10):
+        ours, theirs = second.step(norms), first.step(norms)
+        assert np.isfinite(ours).any()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_there_and_back_again(direction, rule, grouping, tmp_path):
+    """Nothing is lost: what comes back is what was sent, byte for byte."""
+    first, second = (side(rule, grouping) for side in direction)
+    for norms in stream(1, 10):
+        first.step(norms)
+    before = first.clipper.state_dict()
+    by_file(first.clipper, second.clipper, tmp_path)
+    sent, kept = (State.from_dict(side.clipper.state_dict()) for side in (first, second))
+    assert (sent.framework, kept.framework) == (first.framework, second.framework)
+    for ours, theirs in zip(kept.groups, sent.groups, strict=True):
+        np.testing.assert_array_equal(ours.values, theirs.values)
+        np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+        np.testing.assert_array_equal(ours.recorded, theirs.recorded)
+        assert ours.settings == theirs.settings
+    for norms in stream(2, 3):
+        first.step(norms)
+    by_file(second.clipper, first.clipper, tmp_path)
+    assert first.clipper.state_dict() == before
+
+
+def test_through_the_optimizers(sides):
+    """Out of torch's `optimizer.state_dict()` into the clipper of a compiled Keras model."""
+    saves, loads = sides["torch"]("quantile", "global"), sides["tensorflow"]("quantile", "global")
+    optimizer = torch.optim.SGD(saves.network.parameters(), 0.1)
+    saves.clipper = autoclip.torch.QuantileClip.as_optimizer(
+        optimizer, 0.4, 6, global_clipping=True
+    ).clipper
+    for norms in stream(1, 8):
+        saves.step(norms)
+    model = loads.network
+    model.compile(
+        autoclip.tf.QuantileClip.as_optimizer(
+            keras.optimizers.SGD(0.1), 0.4, 6, global_clipping=True
+        ),
+        loss="mse",
+    )
+    loads.clipper = model.optimizer.clipper
+    loads.clipper.load_state_dict(optimizer.state_dict()["autoclip"])
+    assert not loads.clipper.built  # the history waits for the variables
+    model.optimizer.build(loads.variables)
+    for norms in stream(2, 8):
+        np.testing.assert_allclose(loads.step(norms), saves.step(norms), rtol=1e-6)
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_the_history_of_the_core(sides, framework, tmp_path):
+    history = History(4, Quantile(0.4), history_length=6)
+    for norms in stream(1, 9):
+        history.record(norms)
+    side = sides[framework]("quantile", "parameter-wise")
+    by_file(history, side.clipper, tmp_path)
+    for norms in stream(2, 9):
+        np.testing.assert_allclose(side.step(norms), history.record(norms).thresholds, rtol=1e-6)
+    by_dict(side.clipper, history, tmp_path)
+    for norms in stream(3, 9):
+        np.testing.assert_allclose(history.record(norms).thresholds, side.step(norms), rtol=1e-6)
+
+
+NAMES = {
+    "torch": ["hidden.weight", "hidden.bias", "out.weight", "out.bias"],
+    "tensorflow": ["hidden/kernel", "hidden/bias", "out/kernel", "out/bias"],
+}
+
+
+@pytest.mark.parametrize("hand_over", [by_file, by_dict])
+def test_another_model_is_refused(direction, rule, grouping, hand_over, tmp_path):
+    """Parameter 0, a weight of 3 by 7 where 3 by 5 is expected; with groups it is a bias."""
+    saves, loads = direction
+    first, second = saves(rule, grouping, sizes=(3, 7, 2)), loads(rule, grouping)
+    for norms in stream(1, 8):
+        first.step(norms)
+        second.step(norms)
+    before = second.clipper.state_dict()
+    with pytest.raises(StateError) as error:
+        hand_over(first.clipper, second.clipper, tmp_path)
+    source = str(tmp_path / "history.safetensors") if hand_over is by_file else "state_dict"
+    position = 1 if grouping == "groups" else 0
+    theirs, ours = NAMES[first.framework][position], NAMES[second.framework][position]
+    if position:
+        shapes = "(7,)", "(5,)"
+    else:
+        shapes = ("(7, 3)", "(3, 5)") if first.framework == "torch" else ("(3, 7)", "(5, 3)")
+    assert str(error.value) == (
+        f"Parameter 0 of group 0 does not match: {source} has '{theirs}' of shape {shapes[0]}, the "
+        f"clipper has '{ours}' of shape {shapes[1]}; their numbers of elements differ. Load it for "
+        "the same model."
+    )
+    assert second.clipper.state_dict() == before
+
+
+def test_another_rule_mode_or_grouping_is_refused(direction):
+    saves, loads = direction
+    for one, other, words in [
+        (("quantile", "global"), ("standard", "global"), "the quantile rule"),
+        (("quantile", "global"), ("quantile", "groups"), "global_clipping=True"),
+        (("standard", "groups"), ("standard", "parameter-wise"), "2 parameter groups"),
+    ]:
+        first, second = saves(*one), loads(*other)
+        second.step([1.0, 2.0, 3.0, 4.0])
+        before = second.clipper.state_dict()
+        with pytest.raises(StateError, match=words):
+            by_dict(first.clipper, second.clipper, None)
+        assert second.clipper.state_dict() == before
+
+
+def test_a_shorter_history_and_other_settings(direction):
+    saves, loads = direction
+    first = saves("quantile", "parameter-wise")
+    for norms in stream(1, 12) + 0.1:
+        first.step(norms)
+    second = loads("quantile", "parameter-wise")
+    arguments = [second.network.named_parameters()] if second.framework == "torch" else []
+    second.clipper = second.cls(*arguments, quantile=0.8, history_length=2)
+    if second.framework == "tensorflow":
+        second.clipper.build(second.variables)
+    words = "quantile=0.4 there and 0.8 here .* history_length=6 there and 2 here"
+    with pytest.warns(UserWarning, match=words) as found:
+        by_dict(first.clipper, second.clipper, None)
+    assert len(found) == 1
+    kept, sent = (State.from_dict(side.clipper.state_dict()).groups[0] for side in (second, first))
+    for ours, theirs in zip(kept.windows(), sent.windows(), strict=True):
+        np.testing.assert_array_equal(ours, theirs[-2:])
+    assert kept.recorded.tolist() == sent.recorded.tolist() == [12] * 4

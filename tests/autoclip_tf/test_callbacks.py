@@ -1,0 +1,175 @@
+"""What is logged, and what the callback says that XLA cannot."""
+
+from __future__ import annotations
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from autoclip.tf import QuantileClip
+from autoclip.tf.callbacks import AutoClipCallback
+from autoclip.tf.logging import log_values
+
+NAMES = ["autoclip/clipped", "autoclip/threshold", "autoclip/total_norm"]
+
+
+def compiled(model, optimizer=None, quantile=0.5, settings=None, **options):
+    trained = model()
+    optimizer = QuantileClip.as_optimizer(
+        optimizer or keras.optimizers.SGD(1e-2), quantile, **(settings or {})
+    )
+    trained.compile(optimizer=optimizer, loss="mse", **{"jit_compile": False, **options})
+    return trained
+
+
+class Recorder(keras.callbacks.Callback):
+    """Notes what `clipper.last` says at the end of each epoch, by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.reports = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        last = self.model.optimizer.clipper.last
+        self.reports.append([each.numpy() for each in (last.norms, last.thresholds)])
+        self.reports[-1].append(last.coefficients.numpy())
+
+
+class TestCallback:
+    @pytest.mark.parametrize("global_clipping", [False, True], ids=["parameter-wise", "global"])
+    def test_three_values_of_the_last_step_of_each_epoch(self, model, fit, global_clipping):
+        trained = compiled(model, settings={"global_clipping": global_clipping})
+        recorder = Recorder()
+        history = fit(trained, epochs=3, callbacks=[AutoClipCallback(), recorder])
+        assert sorted(history) == [*NAMES, "loss"]
+        for epoch, (norms, thresholds, coefficients) in enumerate(recorder.reports):
+            found = {name: history[name][epoch] for name in NAMES}
+            assert found == {
+                "autoclip/total_norm": pytest.approx(np.linalg.norm(norms.astype(np.float64))),
+                "autoclip/threshold": float(np.median(thresholds)),
+                "autoclip/clipped": float((coefficients < 1).mean()),
+            }
+            assert all(type(value) is float for value in found.values())
+        assert max(history["autoclip/clipped"]) > 0
+
+    def test_callbacks_after_it_log_them_too(self, model, fit, growing, tmp_path):
+        log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+        trained = compiled(model)
+        callbacks = [AutoClipCallback(), log]
+        history = fit(trained, epochs=2, callbacks=callbacks, validation_data=growing)
+        rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+        assert sorted(rows[0]) == [*NAMES, "epoch", "loss", "val_loss"]
+        for name in NAMES:
+            assert [float(row[name]) for row in rows] == pytest.approx(history[name])
+
+    def test_a_callback_can_monitor_them(self, model, fit):
+        stop = keras.callbacks.EarlyStopping(
+            "autoclip/total_norm", mode="max", patience=0, min_delta=1e9
+        )
+        history = fit(compiled(model), epochs=9, callbacks=[AutoClipCallback(), stop])
+        assert len(history["loss"]) == 2
+
+    def test_under_loss_scaling(self, model, fit):
+        optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-2))
+        callback = AutoClipCallback()
+        history = fit(compiled(model, optimizer), callbacks=[callback])
+        assert callback.clipper is optimizer.inner_optimizer.clipper
+        assert sorted(history) == [*NAMES, "loss"]
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            keras.optimizers.SGD,
+            lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+        ],
+    )
+    def test_an_optimizer_without_a_clipper_is_an_error_at_the_start(self, model, fit, make):
+        trained = model()
+        trained.compile(optimizer=make(), loss="mse", jit_compile=False)
+        with pytest.raises(ValueError, match="the model's optimizer has none"):
+            fit(trained, callbacks=[AutoClipCallback()])
+        assert int(trained.optimizer.iterations) == 0
+
+    def test_it_evaluates_and_predicts(self, model, growing):
+        trained = compiled(model)
+        loss = trained.evaluate(*growing, verbose=0, callbacks=[AutoClipCallback()])
+        assert np.isfinite(loss)
+        trained.predict(growing[0], verbose=0, callbacks=[AutoClipCallback()])
+
+
+class TestFaults:
+    """`on_nonfinite="raise"`."""
+
+    @pytest.fixture
+    def broken(self, growing):
+        """The third of four batches has a target that is not finite."""
+        x, y = (each.copy() for each in growing)
+        y[40] = np.nan
+        return x, y
+
+    def test_xla_sets_the_gradient_to_zero_and_the_callback_raises(self, model, broken, windows):
+        trained = compiled(model, settings={"on_nonfinite": "raise"}, jit_compile=True)
+        weights = []
+
+        class Weights(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                weights.append(trained.get_weights())
+
+        callbacks = [Weights(), AutoClipCallback()]
+        names = ", ".join(variable.path for variable in trained.trainable_variables)
+        with pytest.raises(FloatingPointError, match=f"The gradients of {names} hold NaN") as error:
+            trained.fit(*broken, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks)
+        assert "XLA cannot stop a step: the gradient was set to zero" in str(error.value)
+        assert len(weights) == 3
+        np.testing.assert_equal(weights[2], weights[1])
+        clipper = trained.optimizer.clipper
+        assert [len(window) for window in windows(clipper)] == [2] * 4
+        clipper.check()  # said once
+        # And it goes on.
+        x, y = broken
+        trained.fit(x[:32], y[:32], batch_size=16, verbose=0, callbacks=[AutoClipCallback()])
+        assert [len(window) for window in windows(clipper)] == [4] * 4
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_without_the_callback_the_clipper_remembers(self, model, broken, steps):
+        trained = compiled(
+            model,
+            settings={"on_nonfinite": "raise"},
+            jit_compile=True,
+            steps_per_execution=steps,
+        )
+        trained.fit(*broken, batch_size=16, shuffle=False, verbose=0)
+        assert np.isfinite(trained.get_weights()[0]).all()
+        with pytest.raises(FloatingPointError, match="The gradients of"):
+            trained.optimizer.clipper.check()
+
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [({"run_eagerly": True}, FloatingPointError), ({}, tf.errors.InvalidArgumentError)],
+        ids=["eager", "graph"],
+    )
+    def test_elsewhere_the_step_itself_raises(self, model, broken, options, error):
+        trained = compiled(model, settings={"on_nonfinite": "raise"}, **options)
+        with pytest.raises(error, match="The gradients of"):
+            trained.fit(*broken, batch_size=16, verbose=0, callbacks=[AutoClipCallback()])
+
+
+class TestLogValues:
+    def test_before_any_step(self):
+        assert log_values(QuantileClip()) == {}
+
+    def test_by_hand(self):
+        variables = [tf.Variable(0.0, name=name) for name in "abc"]
+        clipper = QuantileClip(0.5)
+        for norms in ([1.0, 10.0, 100.0], [3.0, 10.0, np.nan]):
+            clipper(zip(map(tf.constant, norms), variables))
+        assert log_values(clipper) == {
+            "autoclip/total_norm": pytest.approx(np.nan, nan_ok=True),
+            "autoclip/threshold": 6.0,  # of the rows that recorded: 2 and 10
+            "autoclip/clipped": 0.5,
+        }
+        clipper(zip(map(tf.constant, [0.0, 0.0, 0.0]), variables))
+        assert log_values(clipper) == {"autoclip/total_norm": 0.0}

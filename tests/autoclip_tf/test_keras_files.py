@@ -1,0 +1,480 @@
+"""Keras's own files: whatever saves the optimizer saves the history, and training goes on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from autoclip.tf import QuantileClip, StandardClip, StateError
+
+HERE = Path(__file__)
+
+
+def adam(**settings):
+    return QuantileClip.as_optimizer(keras.optimizers.Adam(0.01), 0.5, 10, **settings)
+
+
+def scaled(optimizer):
+    return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Halved(keras.optimizers.SGD):
+    """An optimizer of a user's own, registered as Keras asks for."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate / 2)
+
+
+RUNS = {
+    "adam": (adam, {}),
+    "adam, compiled by XLA": (adam, {"jit_compile": True}),
+    "standard, global": (
+        lambda: StandardClip.as_optimizer(
+            keras.optimizers.SGD(0.001, momentum=0.9), 0.5, 10, global_clipping=True
+        ),
+        {},
+    ),
+    "groups": (
+        lambda: QuantileClip.as_optimizer(
+            keras.optimizers.AdamW(0.01, weight_decay=0.1),
+            0.9,
+            param_groups=[{"match": "bias", "quantile": 0.2, "history_length": 3}],
+        ),
+        {},
+    ),
+    "nadam, standard": (
+        lambda: StandardClip.as_optimizer(keras.optimizers.Nadam(0.01), 1.0, 10),
+        {},
+    ),
+    "accumulation": (
+        lambda: QuantileClip.as_optimizer(
+            keras.optimizers.Adam(0.01, gradient_accumulation_steps=3), 0.5, 10
+        ),
+        {},
+    ),
+    "averages and a schedule": (
+        lambda: QuantileClip.as_optimizer(
+            keras.optimizers.Lion(
+                keras.optimizers.schedules.ExponentialDecay(0.01, 5, 0.5), use_ema=True
+            ),
+            0.5,
+            10,
+        ),
+        {},
+    ),
+    "an optimizer of one's own": (
+        lambda: QuantileClip.as_optimizer(Halved(0.01, momentum=0.5), 0.5, 10),
+        {},
+    ),
+    "mixed_float16": (lambda: QuantileClip.as_optimizer(scaled(keras.optimizers.Adam()), 0.5), {}),
+}
+
+
+def make_data():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(64, 4)) * np.exp(generator.normal(size=(64, 1)))
+    return x.astype(np.float32), x.sum(axis=1, keepdims=True).astype(np.float32)
+
+
+def make_model(optimizer, dtype="float32", **options):
+    # Functional: the variables of a Sequential that was loaded have other paths.
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(8, activation="relu", name="hidden", dtype=dtype)(inputs)
+    outputs = keras.layers.Dense(1, name="out", dtype=dtype)(hidden)
+    model = keras.Model(inputs, keras.layers.Activation("linear", dtype="float32")(outputs))
+    model.compile(optimizer=optimizer, loss="mean_squared_error", **options)
+    return model
+
+
+def fit(model, epochs=1, **options):
+    x, y = make_data()
+    model.fit(x, y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, **options)
+    return model
+
+
+def clipper_of(model):
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer).clipper
+
+
+def everything(model):
+    """All that training depends on, and what the last step did."""
+    clipper = clipper_of(model)
+    arrays = {f"weight {i}": array for i, array in enumerate(model.get_weights())}
+    arrays |= {f"optimizer {i}": v.numpy() for i, v in enumerate(model.optimizer.variables)}
+    arrays["state"] = np.frombuffer(clipper.state_dict()["data"], np.uint8)
+    arrays["thresholds"] = clipper.last.thresholds.numpy()
+    arrays["norms"] = clipper.last.norms.numpy()
+    return arrays
+
+
+def assert_same(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def optimizer_state(model):
+    return [variable.numpy() for variable in model.optimizer.variables]
+
+
+def assert_optimizer_state(model, expected):
+    for ours, theirs in zip(optimizer_state(model), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+class TestFreshProcess:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        return tmp_path_factory.mktemp("runs")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def without_stop(cls, folder):
+        """Two epochs each, in one call of `fit`; the model of the first one is saved."""
+        results = {}
+        for name, (optimizer, options) in RUNS.items():
+            dtype = "mixed_float16" if "float16" in name else "float32"
+            checkpoint = keras.callbacks.ModelCheckpoint(f"{folder}/{name} {{epoch}}.keras")
+            model = make_model(optimizer(), dtype, **options)
+            results[name] = everything(fit(model, epochs=2, callbacks=[checkpoint]))
+        return results
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def restarted(cls, folder, without_stop):
+        """The second epoch in a process that has seen nothing but the file."""
+        code = (
+            "import sys, keras, numpy as np, autoclip.tf\n"
+            "sys.path.insert(0, sys.argv[1])\n"
+            "import test_keras_files as t\n"
+            "for name in t.RUNS:\n"
+            "    model = keras.models.load_model(f'{sys.argv[2]}/{name} 1.keras')\n"
+            "    arrays = t.everything(t.fit(model, initial_epoch=1, epochs=2))\n"
+            "    np.savez(f'{sys.argv[2]}/{name}.npz', **arrays)\n"
+        )
+        subprocess.run([sys.executable, "-c", code, HERE.parent, folder], check=True)
+        return {name: dict(np.load(f"{folder}/{name}.npz")) for name in RUNS}
+
+    @pytest.mark.parametrize("name", RUNS)
+    def test_fit_goes_on_as_if_it_had_never_stopped(self, without_stop, restarted, name):
+        assert len(restarted[name]["state"]) > 0
+        assert_same(restarted[name], without_stop[name])
+
+    def test_without_importing_autoclip(self, folder, without_stop):
+        """Keras names what it does not know; the model alone can be loaded."""
+        code = (
+            "import sys, keras, numpy\n"
+            "model = keras.models.load_model(sys.argv[1], compile=False)\n"
+            "print(model.predict(numpy.ones((1, 4)), verbose=0).item())\n"
+            "assert not [name for name in sys.modules if name.startswith('autoclip')]\n"
+            "keras.models.load_model(sys.argv[1])\n"
+        )
+        command = [sys.executable, "-c", code, f"{folder}/adam 2.keras"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        model = keras.models.load_model(f"{folder}/adam 2.keras")
+        expected = model.predict(np.ones((1, 4)), verbose=0).item()
+        assert float(result.stdout) == expected
+        error = result.stderr.splitlines()[-1]
+        assert error.startswith("ValueError: Argument(s) not recognized: {'autoclip': ")
+        assert "'autoclip.tf._clippers'" in error and "'QuantileClip'" in error
+
+
+class TestPlain:
+    """Between an optimizer with a clipper and the same one without."""
+
+    @pytest.fixture
+    def plain(self):
+        return fit(make_model(keras.optimizers.Adam(0.01)))
+
+    @pytest.fixture
+    def clipped(self):
+        return fit(make_model(adam()))
+
+    def test_a_clipper_for_a_loaded_plain_model(self, plain, tmp_path):
+        plain.save(f"{tmp_path}/plain.keras")
+        model = keras.models.load_model(f"{tmp_path}/plain.keras")
+        QuantileClip.as_optimizer(model.optimizer, quantile=1.0)
+        assert_optimizer_state(model, optimizer_state(plain))
+        fit(plain)
+        fit(model)  # quantile 1 never clips
+        assert_optimizer_state(model, optimizer_state(plain))
+        assert model.optimizer.clipper._export_state().groups[0].recorded.tolist() == [8] * 4
+
+    @pytest.mark.parametrize("file", ["plain.weights.h5", "plain.keras"])
+    def test_a_plain_checkpoint_into_a_clipped_model(self, plain, tmp_path, file):
+        if file.endswith(".keras"):
+            plain.save(f"{tmp_path}/{file}")
+        else:
+            plain.save_weights(f"{tmp_path}/{file}")
+        model = make_model(QuantileClip.as_optimizer(keras.optimizers.Adam(0.01), quantile=1.0))
+        model.optimizer.build(model.trainable_variables)
+        with pytest.warns(UserWarning, match="holds no history of AutoClip"):
+            model.load_weights(f"{tmp_path}/{file}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.load_weights(f"{tmp_path}/{file}")  # it is said once
+        assert_optimizer_state(model, optimizer_state(plain))
+        assert model.optimizer.clipper._export_state().groups[0].recorded.tolist() == [0] * 4
+        fit(plain)
+        fit(model)
+        assert_optimizer_state(model, optimizer_state(plain))
+
+    def test_a_plain_checkpoint_clears_no_history(self, plain, clipped, tmp_path):
+        plain.save_weights(f"{tmp_path}/plain.weights.h5")
+        state = clipped.optimizer.clipper.state_dict()
+        with pytest.warns(UserWarning, match="keeps the history that it has"):
+            clipped.load_weights(f"{tmp_path}/plain.weights.h5")
+        assert clipped.optimizer.clipper.state_dict() == state
+
+    @pytest.mark.parametrize("file", ["clipped.weights.h5", "clipped.keras"])
+    def test_a_clipped_checkpoint_into_a_plain_model(self, clipped, tmp_path, file):
+        if file.endswith(".keras"):
+            clipped.save(f"{tmp_path}/{file}")
+        else:
+            clipped.save_weights(f"{tmp_path}/{file}")
+        model = make_model(keras.optimizers.Adam(0.01))
+        model.optimizer.build(model.trainable_variables)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.load_weights(f"{tmp_path}/{file}")
+        assert type(model.optimizer) is keras.optimizers.Adam
+        assert_optimizer_state(model, optimizer_state(clipped))
+        fit(model)
+
+    def test_a_clipped_file_goes_on_without_its_clipper(self, clipped, tmp_path):
+        clipped.save(f"{tmp_path}/clipped.keras")
+        model = keras.models.load_model(f"{tmp_path}/clipped.keras")
+        config = model.optimizer.get_config()
+        del config["autoclip"]
+        plain = keras.models.load_model(f"{tmp_path}/clipped.keras", compile=False)
+        plain.compile(keras.optimizers.Adam.from_config(config), loss="mean_squared_error")
+        plain.optimizer.build(plain.trainable_variables)
+        plain.load_weights(f"{tmp_path}/clipped.keras")
+        assert_optimizer_state(plain, optimizer_state(clipped))
+        assert not hasattr(plain.optimizer, "clipper")
+
+
+class TestOtherSettings:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls):
+        return fit(make_model(adam()), epochs=2)
+
+    @pytest.fixture
+    def windows(self, model):
+        return clipper_of(model)._export_state().groups[0].windows()
+
+    @pytest.fixture
+    def file(self, model, tmp_path):
+        model.save_weights(f"{tmp_path}/model.weights.h5")
+        return f"{tmp_path}/model.weights.h5"
+
+    def built(self, optimizer):
+        model = make_model(optimizer)
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    def test_a_shorter_history_keeps_the_newest(self, file, windows):
+        model = self.built(QuantileClip.as_optimizer(keras.optimizers.Adam(), 0.2, 4))
+        with pytest.warns(UserWarning, match="history_length=10 there and 4 here") as found:
+            model.load_weights(file)
+        assert "quantile=0.5 there and 0.2 here" in str(found[0].message)
+        group = clipper_of(model)._export_state().groups[0]
+        for ours, theirs in zip(group.windows(), windows, strict=True):
+            np.testing.assert_array_equal(ours, theirs[-4:])
+        assert group.recorded.tolist() == [16] * 4
+        assert clipper_of(model).defaults == {"quantile": 0.2, "history_length": 4}
+
+    def test_a_longer_history_keeps_all(self, file, windows):
+        model = self.built(QuantileClip.as_optimizer(keras.optimizers.Adam(), 0.5, 100))
+        with pytest.warns(UserWarning, match="history_length=10 there and 100 here"):
+            model.load_weights(file)
+        group = clipper_of(model)._export_state().groups[0]
+        for ours, theirs in zip(group.windows(), windows, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        fit(model)
+        assert clipper_of(model)._export_state().groups[0].lengths.tolist() == [18] * 4
+
+    @pytest.mark.parametrize(
+        ("attach", "words"),
+        [
+            (lambda o: StandardClip.as_optimizer(o), "the quantile rule"),
+            (lambda o: QuantileClip.as_optimizer(o, global_clipping=True), "global_clipping=False"),
+            (
+                lambda o: QuantileClip.as_optimizer(o, param_groups=[{"match": "bias"}]),
+                "1 parameter groups, but the clipper has 2",
+            ),
+        ],
+        ids=["rule", "mode", "groups"],
+    )
+    def test_another_rule_mode_or_grouping_is_an_error(self, file, attach, words):
+        model = self.built(attach(keras.optimizers.Adam(0.01)))
+        fit(model)
+        state = clipper_of(model).state_dict()
+        # Keras makes a ValueError of its own of every error, with the text of the first one.
+        with pytest.raises(ValueError, match=f"the Keras checkpoint .*{words}"):
+            model.load_weights(file)
+        assert clipper_of(model).state_dict() == state
+
+
+class TestLoadedBeforeItIsBuilt:
+    def test_the_history_waits_for_the_optimizers_variables(self, tmp_path):
+        first = fit(make_model(adam()))
+        clipper_of(first).save(tmp_path / "history")
+        model = make_model(adam())
+        clipper_of(model).load(tmp_path / "history")
+        fit(model)
+        assert clipper_of(model)._export_state().groups[0].recorded.tolist() == [16] * 4
+
+    def test_one_that_does_not_fit_can_be_replaced(self, tmp_path):
+        clipper = QuantileClip()
+        clipper.build([tf.Variable([0.0])])
+        clipper.save(tmp_path / "another model's")
+        clipper_of(fit(make_model(adam()))).save(tmp_path / "the model's")
+        model = make_model(adam())
+        clipper_of(model).load(tmp_path / "another model's")
+        with pytest.raises(StateError, match="another model's has 1 parameters in group 0"):
+            model.optimizer.build(model.trainable_variables)
+        assert not model.optimizer.built  # or Keras would go on without a clipper's variables
+        clipper_of(model).load(tmp_path / "the model's")
+        fit(model)
+        assert clipper_of(model)._export_state().groups[0].recorded.tolist() == [16] * 4
+
+
+class TestCallbacks:
+    def test_model_checkpoint_of_weights_alone(self, tmp_path):
+        checkpoint = keras.callbacks.ModelCheckpoint(
+            f"{tmp_path}/{{epoch}}.weights.h5", save_weights_only=True
+        )
+        without_stop = fit(make_model(adam()), epochs=2, callbacks=[checkpoint])
+        model = make_model(adam())
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(f"{tmp_path}/1.weights.h5")
+        fit(model, initial_epoch=1, epochs=2)
+        assert_same(everything(model), everything(without_stop))
+
+    def test_backup_and_restore_after_the_process_was_killed(self, process, tmp_path):
+        assert process.call(HERE, "train_and_die", folder=tmp_path) == signal.SIGKILL
+        assert not (tmp_path / "result.npz").exists()
+        again = type(process)()
+        try:
+            again.call(HERE, "train_to_the_end", folder=tmp_path)
+        finally:
+            again.close()
+        result = dict(np.load(tmp_path / "result.npz"))
+        assert result.pop("steps") == 2 * 8  # epochs 2 and 3: it was not begun anew
+        assert_same(result, everything(fit(make_model(adam()), epochs=3)))
+
+
+class DieAt(keras.callbacks.Callback):
+    """Kills the process, as the kernel does when memory runs out, after a number of steps."""
+
+    def __init__(self, step=None):
+        super().__init__()
+        self.step = step
+        self.steps = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
+        if self.steps == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(folder):
+    backup = keras.callbacks.BackupAndRestore(f"{folder}/backup")
+    fit(make_model(adam()), epochs=3, callbacks=[backup, DieAt(step=8 + 5)])
+
+
+def train_to_the_end(folder):
+    counter = DieAt()
+    backup = keras.callbacks.BackupAndRestore(f"{folder}/backup")
+    model = fit(make_model(adam()), epochs=3, callbacks=[backup, counter])
+    np.savez(f"{folder}/result.npz", steps=counter.steps, **everything(model))
+
+
+class TestCopies:
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+    )
+    def test_a_copied_model_has_a_history_of_its_own(self, copied):
+        model = fit(make_model(adam()))
+        other = copied(model)
+        assert clipper_of(other) is not clipper_of(model)
+        assert_optimizer_state(other, optimizer_state(model))
+        assert clipper_of(other).state_dict() == clipper_of(model).state_dict()
+        before = everything(model)
+        fit(other)
+        assert_same(everything(model), before)
+        fit(model)
+        assert_same(everything(other), everything(model))
+
+    def test_a_cloned_model_compiled_from_the_config_starts_fresh(self):
+        model = fit(make_model(RUNS["groups"][0]()))
+        clone = keras.models.clone_model(model)
+        clone.compile_from_config(model.get_compile_config())
+        assert isinstance(clone.optimizer, keras.optimizers.AdamW)
+        assert clipper_of(clone) is not clipper_of(model)
+        assert clipper_of(clone).get_config() == clipper_of(model).get_config()
+        state = clipper_of(model).state_dict()
+        fit(clone)
+        assert clipper_of(model).state_dict() == state
+        recorded = [group.recorded.tolist() for group in clipper_of(clone)._export_state().groups]
+        assert recorded == [[8, 8], [8, 8]]
+
+
+class TestInference:
+    """What is exported for inference has no use for a history, and is not disturbed by one."""
+
+    @pytest.mark.parametrize("how", ["export", "tf.saved_model.save"])
+    def test_saved_models(self, how, tmp_path):
+        model = fit(make_model(adam()))
+        state = clipper_of(model).state_dict()
+        if how == "export":
+            model.export(tmp_path, verbose=False)
+        else:
+            tf.saved_model.save(model, str(tmp_path))
+        assert clipper_of(model).state_dict() == state
+        serve = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+        x = make_data()[0]
+        np.testing.assert_array_equal(
+            next(iter(serve(tf.constant(x)).values())), model.predict(x, batch_size=64, verbose=0)
+        )
+        fit(model)
+        assert clipper_of(model).state_dict() != state
+
+    def test_a_module_with_a_clipper(self, tmp_path):
+        module = tf.Module()
+        module.weight = tf.Variable([1.0, 2.0])
+        module.clipper = QuantileClip(0.5)
+        module.clipper([(tf.constant([3.0, 4.0]), module.weight)])
+        module.double = tf.function(lambda: 2.0 * module.weight, input_signature=[])
+        tf.saved_model.save(module, str(tmp_path))
+        loaded = tf.saved_model.load(str(tmp_path))
+        np.testing.assert_array_equal(loaded.double(), [2.0, 4.0])
+
+
+def test_the_legacy_format_is_loaded_as_without_a_clipper(tmp_path):
+    """Keras saves the optimizer's own variables there, nothing else of it, and loads none."""
+    model = make_model(adam())
+    model.compile(model.optimizer, loss=keras.losses.MeanSquaredError())  # "mse" cannot be loaded
+    fit(model).save(f"{tmp_path}/model.h5")
+    loaded = keras.models.load_model(f"{tmp_path}/model.h5")
+    assert loaded.evaluate(*make_data(), verbose=0) == model.evaluate(*make_data(), verbose=0)
+    assert clipper_of(loaded).get_config() == clipper_of(model).get_config()
+    assert not clipper_of(loaded).built
+    loaded.compile(adam(), loss="mean_squared_error")
+    fit(loaded)
