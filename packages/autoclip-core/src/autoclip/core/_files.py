@@ -31,13 +31,14 @@ def write_file(path: PathLike, data: bytes) -> None:
     """
     target = Path(os.path.realpath(path))
     try:
-        mode: int | None = target.stat().st_mode
-    except FileNotFoundError:
-        mode = None
-    if mode is not None and not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "AutoClip writes its state to regular files only", str(path))
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
-    try:
+        try:
+            mode: int | None = target.stat().st_mode
+        except FileNotFoundError:
+            mode = None
+        if mode is not None and not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "AutoClip writes its state to regular files only")
+        # A name has at most 255 bytes, and a character up to four of them.
+        temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(8)}.tmp")
         # Created with 0o666, so that the user's umask decides about a new file.
         descriptor = os.open(
             temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
@@ -87,8 +88,8 @@ def read_file(path: PathLike) -> bytes:
     # Opened without blocking: a pipe without a writer would hang here for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise StateError(f"{os.fspath(path)} is not a regular file; a state is read from one.")
         if status.st_size > MAX_FILE_BYTES:
@@ -96,7 +97,9 @@ def read_file(path: PathLike) -> bytes:
                 f"{os.fspath(path)} has {status.st_size} bytes; a state file has at most "
                 f"{MAX_FILE_BYTES}."
             )
-        try:
-            return file.read(MAX_FILE_BYTES)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        os.close(descriptor)

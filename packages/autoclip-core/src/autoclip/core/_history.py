@@ -137,7 +137,7 @@ class History(Saveable):
         Raises:
             ValueError: the shape is not [rows], or a norm is negative. Nothing is recorded.
         """
-        given = np.asarray(norms, np.float64)
+        given = np.array(norms, np.float64)  # a copy: the report keeps it
         if given.shape != (self.rows,):
             raise ValueError(
                 f"record takes one norm a row, shape ({self.rows},), but got shape {given.shape}."
@@ -149,7 +149,7 @@ class History(Saveable):
             rows: Rows = slice(None)
         else:
             if (given < 0).any():
-                raise ValueError(f"A norm is never negative, but got {given.min()}.")
+                raise ValueError(f"A norm is never negative, but got {np.nanmin(given)}.")
             rows = np.flatnonzero(usable)
         coefficients = np.ones(self.rows)
         if self._tracker is None or not usable.any():

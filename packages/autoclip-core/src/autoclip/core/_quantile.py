@@ -50,6 +50,10 @@ class Quantile(Rule):
         return _BandTracker(rules, windows)
 
 
+_LARGEST_ROOT = 1024
+"""Of a `history_length` beyond 2^20 that nobody fills, the band does not grow any wider."""
+
+
 class _BandTracker(Tracker):
     """Quantiles from a band of each window: the values around the one that is asked for.
 
@@ -70,7 +74,7 @@ class _BandTracker(Tracker):
         super().__init__(rules, windows)
         rows = len(rules)
         self._quantiles = np.array([rule.quantile for rule in rules], np.float64)
-        self._width = max(16, 2 * math.isqrt(windows.history_length))
+        self._width = max(16, 2 * min(math.isqrt(windows.history_length), _LARGEST_ROOT))
         # One column more than the width: room for a value that comes before another is dropped.
         self._band = np.full((rows, self._width + 1), np.inf, np.float32)
         self._sizes = np.zeros(rows, np.int64)

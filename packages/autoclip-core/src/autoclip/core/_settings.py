@@ -35,7 +35,10 @@ def _check_real(name: str, value: Any, takes: str) -> float:
     # bool is a Real to Python, and True for a quantile is a slip of the hand.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} takes {takes}, but got {value!r} of type {type(value).__name__}.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int or a Fraction beyond float64, so outside every range
+        return math.nan
 
 
 def check_quantile(value: Any) -> float:
@@ -74,14 +77,14 @@ def check_history_length(value: Any) -> int:
 
     Raises:
         TypeError: it is no integer (a float is refused, even a whole one).
-        ValueError: it is smaller than 1.
+        ValueError: it is smaller than 1, or no int64.
     """
-    takes = "an int ≥ 1"
+    takes = "an int ≥ 1 and < 2**63"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"history_length takes {takes}, but got {value!r} of type {type(value).__name__}."
         )
-    if value < 1:
+    if not 1 <= int(value) < 2**63:
         raise ValueError(f"history_length takes {takes}, but got {value!r}.")
     return int(value)
 

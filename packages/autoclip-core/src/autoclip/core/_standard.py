@@ -47,6 +47,10 @@ class Standard(Rule):
         return _BlockTracker(rules, windows)
 
 
+_LARGEST_BLOCK = 1024
+"""Of a `history_length` beyond 2^20 that nobody fills, no block is ever larger."""
+
+
 class _BlockTracker(Tracker):
     """Mean and deviation from blocks of slots, of which a new norm changes one.
 
@@ -61,7 +65,7 @@ class _BlockTracker(Tracker):
     def __init__(self, rules: Sequence[Standard], windows: Windows) -> None:
         super().__init__(rules, windows)
         self._deviations = np.array([rule.deviations for rule in rules], np.float64)
-        self._block = max(16, math.isqrt(windows.history_length))
+        self._block = max(16, min(math.isqrt(windows.history_length), _LARGEST_BLOCK))
         self._counts = np.zeros((len(rules), 0))
         self._means = np.zeros((len(rules), 0))
         self._squares = np.zeros((len(rules), 0))

@@ -30,6 +30,7 @@ VERSION = 1
 MAX_HEADER_BYTES = 4 * 2**20
 _DIGEST = "sha256"
 _DIGEST_BYTES = 32
+_MAX_RECORDED = 2**62  # room to go on counting in int64
 _METADATA_KEYS = frozenset(
     {"format", "version", "rule", "global_clipping", "framework", "library_version", "groups"}
 )
@@ -152,6 +153,9 @@ class State:
                 for group in self.groups
             ],
         }
+        fault = _metadata_fault(metadata)
+        if fault:
+            raise StateError(f"the state to be saved is not a valid AutoClip state: {fault}.")
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
         tensors: dict[str, npt.NDArray[Any]] = {_DIGEST: np.zeros(_DIGEST_BYTES, np.uint8)}
         for i, group in enumerate(self.groups):
@@ -351,6 +355,8 @@ class State:
                     f"in group {i} a window is longer than its history_length "
                     f"({history_length}) or than what it recorded, or is of negative length"
                 )
+            if (recorded > _MAX_RECORDED).any():
+                refuse(f"a row of group {i} recorded more than {_MAX_RECORDED} norms")
             # A Python sum: lengths near 2**63 must not wrap around to the right number.
             if values.shape != (sum(lengths.tolist()),):
                 refuse(f"group {i} has values of shape {values.shape} for {lengths.tolist()!r:.80}")
@@ -479,10 +485,11 @@ def _check_layout(header: dict[str, Any], groups: int, source: str) -> None:
     for name, entry in header.items():
         if (
             not isinstance(entry, dict)
-            or entry.get("dtype") != dtypes[name]
-            or not isinstance(entry.get("shape"), list)
+            or set(entry) != {"dtype", "shape", "data_offsets"}
+            or entry["dtype"] != dtypes[name]
+            or not isinstance(entry["shape"], list)
             or len(entry["shape"]) != 1
-            or not isinstance(entry.get("data_offsets"), list)
+            or not isinstance(entry["data_offsets"], list)
             or [type(n) for n in (*entry["shape"], *entry["data_offsets"])] != [int] * 3
         ):
             raise StateError(f"{source} has a tensor {name!r} that is not {dtypes[name]}[n].")
