@@ -1,15 +1,27 @@
-"""The examples that users read: those in docstrings, and those in the packages' READMEs."""
+"""The examples that users read: in docstrings, in the packages' READMEs and in docs/.
+
+Those of docs/distributed.md run on several processes, in autoclip_torch/distributed.
+"""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import re
+import textwrap
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-PACKAGES = sorted((Path(__file__).parents[1] / "packages").iterdir())
+from autoclip.core import RULES
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = sorted((ROOT / "packages").iterdir())
+PAGES = [
+    *(package / "README.md" for package in PACKAGES),
+    *(ROOT / "docs" / f"{name}.md" for name in ("core", "state-format", "torch", "tensorflow")),
+]
 
 # By name, not by path: pointed at a folder named `torch`, doctest takes it for torch itself.
 MODULES = sorted(
@@ -26,11 +38,12 @@ def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
-def test_readme(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (package / "README.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text("utf-8"), re.M | re.S)
     assert blocks
     namespace: dict[str, object] = {}
-    for block in blocks:  # later ones use what earlier ones made, as a reader would
-        exec(block, namespace)
+    with patch.dict(RULES):  # docs/core.md adds one
+        for _, block in blocks:  # later ones use what earlier ones made, as a reader would
+            exec(textwrap.dedent(block), namespace)

@@ -616,6 +616,15 @@ def test_a_checkpoint_without_the_entry_warns_once_and_clears_nothing() -> None:
     assert optimizer.state_dict()["state"][0]["step"] == 2
 
 
+def test_other_settings_are_said_at_the_users_line() -> None:
+    model = make_model()
+    saved = QuantileClip.as_optimizer(Adam(model.parameters()), quantile=0.5).state_dict()
+    other = QuantileClip.as_optimizer(Adam(model.parameters()), quantile=0.9)
+    with pytest.warns(UserWarning, match=r"quantile=0\.5 there and 0\.9 here") as caught:
+        other.load_state_dict(saved)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 class TestRefusedCheckpoints:
     """Whoever refuses, the optimizer or the clipper: neither has changed."""
 

@@ -255,7 +255,7 @@ class State:
 
     # -- loading -----------------------------------------------------------------------------
 
-    def fit_to(self, current: State, source: str = "the state") -> State:
+    def fit_to(self, current: State, source: str = "the state", stacklevel: int = 2) -> State:
         """Match this saved state to the clipper that loads it.
 
         Groups and parameters are matched by order. The histories come from this state, the
@@ -265,6 +265,7 @@ class State:
         Args:
             current: the state of the clipper as it is now.
             source: what to call this state in messages.
+            stacklevel: how many calls up the warning points, as in `warnings.warn`.
 
         Returns:
             `current` with this state's histories.
@@ -315,7 +316,7 @@ class State:
                 f"{source} was saved with other settings, and the clipper's own stay in force: "
                 + "; ".join(differences)
                 + ".",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
         return replace(current, groups=tuple(groups))
 

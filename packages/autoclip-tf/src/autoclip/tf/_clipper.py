@@ -478,12 +478,12 @@ class Clipper(Saveable, KerasSaveable, Trackable):
     def _adopt_state(self, state: State, source: str) -> None:
         if self._built is not None:
             # Not through super(): one call more, and a warning would point past the caller's line.
-            self._commit_state(state.fit_to(self._state_of(self._built), source))
+            self._commit_state(state.fit_to(self._state_of(self._built), source, stacklevel=4))
             return
         # What can be checked without knowing the variables: that the state has the same rule and
         # mode. The rest waits for them.
         mine = replace(state, rule=self._rule_class.name, global_clipping=self._global)
-        state.fit_to(mine, source)
+        state.fit_to(mine, source, stacklevel=4)
         self._pending = (state, source)
 
     def _commit_state(self, state: State) -> None:

@@ -265,7 +265,7 @@ class Attachment:
         clipper = self._clipper
         source = f"the optimizer's state_dict[{STATE_KEY!r}]"
         state = clipper._read_state_dict(state_dict)
-        return state.fit_to(clipper._export_state(), source)
+        return state.fit_to(clipper._export_state(), source, 1 + users_stacklevel())
 
     @disable_dynamo
     def _after_load(self, optimizer: Optimizer) -> None:
