@@ -444,6 +444,30 @@ def test_of_a_longer_window_the_newest_norms_stay() -> None:
     assert history.thresholds.tolist() == [math.inf, 6.0]
 
 
+@pytest.mark.parametrize(
+    ("rows", "windows", "recorded", "says"),
+    [
+        ([0, 1], [[1.0]], [1, 1], "2 rows, 1 windows and 2 numbers"),
+        ([0], [[1.0]], [], "1 rows, 1 windows and 0 numbers"),
+        ([], [[1.0]], [1], "0 rows, 1 windows and 1 numbers"),
+        ([0, 1], [[1.0], [2.0, 0.0]], [1, 2], "window of row 1 holds a norm that is zero"),
+        ([1], [[np.nan]], [1], "window of row 1 holds a norm that is zero, negative, NaN or"),
+        ([1], [[np.inf]], [1], "window of row 1 holds"),
+        ([1], [[-1.0]], [1], "window of row 1 holds"),
+        ([0], [[1.0, 2.0]], [1], "window of row 0 has 2 norms, which is more than the 1"),
+    ],
+)
+def test_what_no_history_could_hold_is_not_written(
+    rows: list[int], windows: list[list[float]], recorded: list[int], says: str
+) -> None:
+    history = History(2, Quantile(0.5), 3)
+    history.record([1.0, 2.0])
+    before = saved(history)
+    with pytest.raises(ValueError, match=says):
+        history.write(rows, [np.array(window, np.float32) for window in windows], recorded)
+    assert saved(history) == before
+
+
 def test_a_history_without_rows() -> None:
     history = History(0, Quantile(0.5), 10)
     assert history.record([]).coefficients.tolist() == []

@@ -262,6 +262,7 @@ def test_a_header_that_would_be_too_large_to_read_is_not_written() -> None:
         ({}, "but got []"),
         ({"state": {}, "param_groups": []}, r"but got \['param_groups', 'state'\]"),
         ({"format": "pickle", "version": 1, "data": b""}, r"but got \['data', 'format'"),
+        ({"format": np.array(["autoclip"] * 2)}, r"but got \['format'\]"),
         ({"format": "autoclip", "data": b""}, "has the version None; a version is an int"),
         ({"format": "autoclip", "version": "1", "data": b""}, "has the version '1'"),
         ({"format": "autoclip", "version": True, "data": b""}, "has the version True"),

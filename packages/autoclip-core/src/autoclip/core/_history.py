@@ -193,8 +193,29 @@ class History(Saveable):
             rows: which rows.
             windows: one float32[length] a row, oldest norm first.
             recorded: [len(rows)], how many norms each row has ever recorded.
+
+        Raises:
+            ValueError: there is not one window and one number for each row, a norm could not have
+                been recorded, or a window is longer than what its row recorded. Nothing changed.
         """
         index = list(rows)
+        if not len(index) == len(windows) == len(recorded):
+            raise ValueError(
+                "write takes one window and one number of recorded norms for each row, but got "
+                f"{len(index)} rows, {len(windows)} windows and {len(recorded)} numbers."
+            )
+        for row, window, count in zip(index, windows, recorded):
+            norms = np.asarray(window)
+            if not ((norms >= SMALLEST_NORM) & (norms < np.inf)).all():
+                raise ValueError(
+                    f"The window of row {row} holds a norm that is zero, negative, NaN or "
+                    "infinite; no history records such a norm."
+                )
+            if count < len(norms):
+                raise ValueError(
+                    f"The window of row {row} has {len(norms)} norms, which is more than the "
+                    f"{count} that it is said to have recorded."
+                )
         if not index:
             return
         fresh = History(self.rows, self._rules, self.history_length)

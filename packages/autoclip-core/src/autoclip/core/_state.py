@@ -242,7 +242,8 @@ class State:
         Raises:
             StateError: it is anything else.
         """
-        if not isinstance(state_dict, Mapping) or state_dict.get("format") != FORMAT:
+        # As text: of an array "equal" is another array.
+        if not isinstance(state_dict, Mapping) or str(state_dict.get("format")) != FORMAT:
             got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else state_dict
             raise StateError(
                 f'{source} takes a dict with the keys "format", "version" and "data", as a '
