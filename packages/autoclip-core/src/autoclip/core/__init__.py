@@ -15,9 +15,14 @@ from autoclip.core._installation import refuse_legacy_installation
 
 refuse_legacy_installation()
 
-from autoclip.core._errors import StateError, nonfinite_message  # noqa: E402
+from autoclip.core._errors import (  # noqa: E402
+    StateError,
+    nonfinite_message,
+    second_clipper_message,
+)
 from autoclip.core._files import MAX_FILE_BYTES  # noqa: E402
 from autoclip.core._history import History, Report  # noqa: E402
+from autoclip.core._logging import log_values  # noqa: E402
 from autoclip.core._quantile import Quantile  # noqa: E402
 from autoclip.core._rules import RULES, Rule, Tracker, register_rule  # noqa: E402
 from autoclip.core._saving import Saveable  # noqa: E402
@@ -27,6 +32,7 @@ from autoclip.core._settings import (  # noqa: E402
     DEFAULT_QUANTILE,
     OnNonfinite,
     check_flag,
+    check_group_settings,
     check_history_length,
     check_known_settings,
     check_on_nonfinite,
@@ -58,9 +64,12 @@ __all__ = [
     "Windows",
     "__version__",
     "check_flag",
+    "check_group_settings",
     "check_history_length",
     "check_known_settings",
     "check_on_nonfinite",
+    "log_values",
     "nonfinite_message",
     "register_rule",
+    "second_clipper_message",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["StateError", "nonfinite_message"]
+__all__ = ["StateError", "nonfinite_message", "second_clipper_message"]
 
 
 class StateError(ValueError):
@@ -21,4 +21,13 @@ def nonfinite_message(names: Sequence[str]) -> str:
         f"The gradient{'s' if len(names) > 1 else ''} of {', '.join(names)} "
         f'hold{"s" if len(names) == 1 else ""} NaN or infinity, and on_nonfinite is "raise". '
         "Nothing was recorded, and nothing was scaled, in this step."
+    )
+
+
+def second_clipper_message(optimizer: object, clipper: object) -> str:
+    """What is said when another clipper is to be attached to an `optimizer` that has `clipper`."""
+    return (
+        f"This {type(optimizer).__name__} has a clipper already, and two would clip twice: "
+        f"{clipper!r}. Detach that one first, with the handle that attach returned, or attach to a "
+        "new optimizer."
     )

@@ -18,6 +18,7 @@ __all__ = [
     "OnNonfinite",
     "check_deviations",
     "check_flag",
+    "check_group_settings",
     "check_history_length",
     "check_known_settings",
     "check_on_nonfinite",
@@ -137,4 +138,27 @@ def check_known_settings(given: Iterable[str], known: Iterable[str], where: str)
         raise ValueError(
             f"{where} got the unknown setting{'s' if len(unknown) > 1 else ''} "
             f"{', '.join(map(repr, unknown))}. It takes {', '.join(map(repr, known))}."
+        )
+
+
+def check_group_settings(
+    given: Iterable[str], known: Iterable[str], global_clipping: bool, clipper: str
+) -> None:
+    """Refuse settings that a parameter group cannot have.
+
+    Args:
+        given: the names of the settings that the group was given.
+        known: the names of those that a group of this clipper takes.
+        global_clipping: whether the clipper keeps one history for all groups.
+        clipper: the name of its class.
+
+    Raises:
+        ValueError: a name is not known, or there is any under `global_clipping`.
+    """
+    given = list(given)
+    check_known_settings(given, known, f"A parameter group of {clipper}")
+    if global_clipping and given:
+        raise ValueError(
+            "With global_clipping there is one history for all parameters, so a group cannot "
+            f"have settings of its own, but got {', '.join(map(repr, given))}."
         )

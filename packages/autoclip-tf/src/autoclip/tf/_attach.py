@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from autoclip.core import second_clipper_message
 from autoclip.tf._private import SEAM, check_seam
 
 if TYPE_CHECKING:
@@ -76,11 +77,7 @@ class Attachment:
                 )
             raise TypeError(message + ".")
         if hasattr(optimizer, "clipper"):
-            raise RuntimeError(
-                f"This {type(optimizer).__name__} has a clipper already, and two would clip "
-                f"twice: {optimizer.clipper!r}. Detach that one first, with the handle that "
-                "attach returned, or attach to a new optimizer."
-            )
+            raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
         check_seam(type(optimizer))
         return optimizer
 

@@ -25,8 +25,8 @@ from autoclip.core import (
     State,
     __version__,
     check_flag,
+    check_group_settings,
     check_history_length,
-    check_known_settings,
     check_on_nonfinite,
     nonfinite_message,
 )
@@ -191,14 +191,7 @@ class Clipper(Saveable, KerasSaveable, Trackable):
                     f"match takes a regular expression, but got {pattern!r}: {error}."
                 ) from None
             settings = {name: value for name, value in group.items() if name != "match"}
-            check_known_settings(
-                settings, self.defaults, f"A parameter group of {type(self).__name__}"
-            )
-            if self._global and settings:
-                raise ValueError(
-                    "With global_clipping there is one history for all parameters, so a group "
-                    f"cannot have settings of its own, but got {', '.join(map(repr, settings))}."
-                )
+            check_group_settings(settings, self.defaults, self._global, type(self).__name__)
             self._make_group(group)
             checked.append(dict(group))
         return checked

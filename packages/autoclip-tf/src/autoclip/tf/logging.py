@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from autoclip.core import SMALLEST_NORM
+from autoclip import core
 from autoclip.tf._clipper import Clipper
 
 __all__ = ["log_values"]
@@ -39,12 +37,4 @@ def log_values(clipper: Clipper) -> dict[str, float]:
     """
     if not clipper.built:
         return {}
-    last = clipper.last
-    norms = last.norms.numpy().astype(np.float64)
-    values = {"autoclip/total_norm": float(np.sqrt(np.square(norms).sum()))}
-    recorded = np.isfinite(norms) & (norms >= SMALLEST_NORM)
-    if recorded.any():
-        thresholds, coefficients = last.thresholds.numpy(), last.coefficients.numpy()
-        values["autoclip/threshold"] = float(np.median(thresholds[recorded]))
-        values["autoclip/clipped"] = float((coefficients[recorded] < 1).mean())
-    return values
+    return core.log_values(clipper.last)

@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo as disable_dynamo  # torch.optim's ow
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from autoclip.core import State
+from autoclip.core import State, second_clipper_message
 from autoclip.torch import _legacy
 
 if TYPE_CHECKING:
@@ -80,11 +80,7 @@ class Attachment:
                 "ever called. Attach to the optimizer inside, often its attribute `.optimizer`."
             )
         if hasattr(optimizer, "clipper"):
-            raise RuntimeError(
-                f"This {type(optimizer).__name__} has a clipper already, and two would clip "
-                f"twice: {optimizer.clipper!r}. Detach that one first, with the handle that "
-                "attach returned, or attach to a new optimizer."
-            )
+            raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
 
     @classmethod
     def create(cls, clipper: Clipper, optimizer: Optimizer) -> AttachmentHandle:

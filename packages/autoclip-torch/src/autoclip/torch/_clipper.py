@@ -26,8 +26,8 @@ from autoclip.core import (
     State,
     __version__,
     check_flag,
+    check_group_settings,
     check_history_length,
-    check_known_settings,
     check_on_nonfinite,
     nonfinite_message,
 )
@@ -174,18 +174,13 @@ class Clipper(Saveable):
         if known & {id(p) for p in parameters}:
             raise ValueError("Some parameters appear in more than one parameter group.")
         settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
-        check_known_settings(settings, self.defaults, f"A parameter group of {type(self).__name__}")
         group = self._make_group(settings)
         self._extend(group, names, len(parameters))
         group.parameters = parameters
         self._groups.append(group)
 
     def _make_group(self, settings: Mapping[str, Any]) -> _Group:
-        if self._global and settings:
-            raise ValueError(
-                "With global_clipping there is one history for all parameters, so a group cannot "
-                f"have settings of its own, but got {', '.join(map(repr, settings))}."
-            )
+        check_group_settings(settings, self.defaults, self._global, type(self).__name__)
         merged = {**self.defaults, **settings}
         history_length = check_history_length(merged.pop("history_length"))
         return _Group(type(self._default_rule).from_settings(merged), history_length)

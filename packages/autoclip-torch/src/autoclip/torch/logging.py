@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from autoclip.core import SMALLEST_NORM
+from autoclip import core
+from autoclip.core import Report
 from autoclip.torch._clipper import Clipper
 
 __all__ = ["log_values"]
@@ -44,10 +44,4 @@ def log_values(clipper: Clipper) -> dict[str, float]:
     last = clipper.last
     # One transfer for all three.
     together = torch.stack([last.norms, last.thresholds, last.coefficients])
-    norms, thresholds, coefficients = together.cpu().numpy().astype(np.float64)
-    values = {"autoclip/total_norm": float(np.sqrt(np.square(norms).sum()))}
-    recorded = np.isfinite(norms) & (norms >= SMALLEST_NORM)
-    if recorded.any():
-        values["autoclip/threshold"] = float(np.median(thresholds[recorded]))
-        values["autoclip/clipped"] = float((coefficients[recorded] < 1).mean())
-    return values
+    return core.log_values(Report(*together.cpu().numpy()))
