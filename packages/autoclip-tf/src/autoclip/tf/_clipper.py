@@ -307,7 +307,7 @@ class Clipper(Saveable, KerasSaveable, Trackable):
         built = self._built
         assert built is not None
         by_row: list[Gradient | None] = [None] * len(built.index)
-        rows = []
+        rows: dict[int, None] = {}  # ordered, and quick to ask: eagerly this runs at each step
         for gradient, variable in pairs:
             row = built.index.get(variable_key(variable))
             if row is None:
@@ -318,7 +318,7 @@ class Clipper(Saveable, KerasSaveable, Trackable):
                 )
             if row in rows:
                 raise ValueError(f"{name_of(variable)!r} stands twice among the variables.")
-            rows.append(row)
+            rows[row] = None
             by_row[row] = gradient
         present = [row for row in rows if by_row[row] is not None]
         if not present:
@@ -476,7 +476,7 @@ class Clipper(Saveable, KerasSaveable, Trackable):
         # What can be checked without knowing the variables: that the state has the same rule and
         # mode. The rest waits for them.
         mine = replace(state, rule=self._rule_class.name, global_clipping=self._global)
-        state.fit_to(mine, source, stacklevel=4)
+        state.fit_to(mine, source)
         self._pending = (state, source)
 
     def _commit_state(self, state: State) -> None:
