@@ -1,31 +1,56 @@
-"""What the benchmarks share: the gradients of a ResNet-50, full histories, and ratios of times."""
+"""What the benchmarks share: full histories, paired timings, tables, JSON and charts."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from shapes import resnet50
 
 from autoclip.core import GroupState, ParameterInfo, State
 
+__all__ = [
+    "Timing",
+    "add_output_options",
+    "compare",
+    "factors",
+    "full_history",
+    "resnet50",
+    "show",
+    "time_in_turn",
+    "write_output",
+]
+
 REPETITIONS = 60
+WARM_UP = 5
 
 
-def resnet50() -> list[tuple[int, ...]]:
-    """The shapes of torchvision's ResNet-50: 161 parameters, 25.6 million elements."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            layers = [(width, channels, 1), (width, width, 3), (4 * width, width, 1)]
-            if block == 0:
-                layers.append((4 * width, channels, 1))
-            for out, into, kernel in layers:
-                shapes += [(out, into, kernel, kernel), (out,), (out,)]
-            channels = 4 * width
-    return [*shapes, (1000, channels), (1000,)]
+@dataclass(frozen=True)
+class Timing:
+    """One candidate's times beside its rival's.
+
+    Attributes:
+        case: what was measured: a model, a regime.
+        candidate: who was measured.
+        milliseconds: the median time.
+        ratio: the median of the ratios to the rival in the same round.
+        lower: the lower quartile of these ratios.
+        upper: their upper quartile.
+    """
+
+    case: str
+    candidate: str
+    milliseconds: float
+    ratio: float
+    lower: float
+    upper: float
 
 
 def full_history(
@@ -50,29 +75,126 @@ def full_history(
 
 
 def factors(generator: np.random.Generator, count: int) -> np.ndarray:
-    """By how much gradients differ from one step to the next: as much as a factor of 1.5."""
+    """By how much norms vary from step to step: log-normal, as much as a factor of 1.5."""
     return generator.lognormal(sigma=0.4, size=count).astype(np.float32)
 
 
-def compare(
-    rival: str, candidates: Mapping[str, Callable[[], object]], before: Callable[[], object]
-) -> None:
-    """Print each candidate's time and its ratio to the rival's, all measured in turn.
+def time_in_turn(
+    case: str,
+    rival: str,
+    candidates: Mapping[str, Callable[[], object]],
+    before: Callable[[], object],
+    repetitions: int = REPETITIONS,
+) -> list[Timing]:
+    """Time candidates in turn, each round in another order, and compare them within a round.
+
+    What slows the machine down for a while slows a whole round, and cancels in its ratios.
 
     Args:
-        rival: one of `candidates`.
+        case: what is measured, for the result.
+        rival: one of `candidates`; the ratios are to its time.
         candidates: what is timed, by name.
-        before: what is called, and not timed, before each.
+        before: called before each and not timed: restores what a candidate changed.
+        repetitions: how many rounds count; `WARM_UP` more come before them.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repetition in range(REPETITIONS + 5):
-        for name, candidate in candidates.items():
+    names = list(candidates)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(repetitions + WARM_UP):
+        shift = repetition % len(names)
+        for name in names[shift:] + names[:shift]:
             before()
             start = time.perf_counter()
-            candidate()
-            if repetition >= 5:
-                times[name].append(time.perf_counter() - start)
+            candidates[name]()
+            elapsed = time.perf_counter() - start
+            if repetition >= WARM_UP:
+                times[name].append(elapsed)
+    timings = []
     for name, found in times.items():
-        # Of each pair: what slows the machine down for a while slows both.
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(found, times[rival]))
-        print(f"  {name:<52}{statistics.median(found) * 1e3:9.3f} ms{ratio:8.2f}")
+        ratios = [ours / theirs for ours, theirs in zip(found, times[rival])]
+        lower, ratio, upper = statistics.quantiles(ratios, n=4)
+        milliseconds = statistics.median(found) * 1e3
+        timings.append(Timing(case, name, milliseconds, ratio, lower, upper))
+    return timings
+
+
+def show(timings: Sequence[Timing]) -> None:
+    """Print timings as a table: the median time, the ratio and its quartiles."""
+    for timing in timings:
+        print(
+            f"  {timing.candidate:<44}{timing.milliseconds:10.3f} ms"
+            f"{timing.ratio:8.2f}  ({timing.lower:.2f}-{timing.upper:.2f})",
+            flush=True,
+        )
+
+
+def compare(
+    rival: str,
+    candidates: Mapping[str, Callable[[], object]],
+    before: Callable[[], object],
+    case: str = "",
+    repetitions: int = REPETITIONS,
+) -> list[Timing]:
+    """`time_in_turn`, then `show`."""
+    if case:
+        print(case)
+    timings = time_in_turn(case, rival, candidates, before, repetitions)
+    show(timings)
+    return timings
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--json FILE` and `--chart FILE`, which `write_output` reads."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the timings to FILE")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the ratios into FILE")
+
+
+def write_output(
+    options: argparse.Namespace, timings: Sequence[Timing], about: Mapping[str, Any]
+) -> None:
+    """Write the files that the options ask for.
+
+    Args:
+        options: with `json` and `chart`, as `add_output_options` adds them.
+        timings: all that was measured.
+        about: versions, device and settings, for the JSON file and the chart's title.
+    """
+    if options.json is not None:
+        document = {**about, "timings": [asdict(timing) for timing in timings]}
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    if options.chart is not None:
+        _draw(options.chart, timings, ", ".join(f"{key} {value}" for key, value in about.items()))
+
+
+def _draw(path: Path, timings: Sequence[Timing], title: str) -> None:
+    """Bars of the ratios, one panel for each case; the whiskers are the quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys(timing.case for timing in timings))
+    heights = [sum(timing.case == case for timing in timings) for case in cases]
+    figure, panels = pyplot.subplots(
+        len(cases),
+        1,
+        figsize=(9, 1.5 + 0.3 * sum(heights) + 0.5 * len(cases)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    figure.suptitle(title, fontsize="small")
+    for panel, case in zip(panels[:, 0], cases):
+        here = [timing for timing in timings if timing.case == case]
+        ratios = [timing.ratio for timing in here]
+        whiskers = [[t.ratio - t.lower for t in here], [t.upper - t.ratio for t in here]]
+        panel.barh([timing.candidate for timing in here], ratios, xerr=whiskers, color="#4477aa")
+        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.set_xlim(0.0, 3.0)  # some rivals take ten times as long; their ratio is written out
+        for row, ratio in enumerate(ratios):
+            panel.text(min(ratio + 0.03, 2.8), row, f"{ratio:.2f}", va="center", fontsize="x-small")
+        panel.invert_yaxis()
+        panel.set_title(case, loc="left", fontsize="small")
+        panel.tick_params(labelsize="x-small")
+    panels[-1, 0].set_xlabel("time, relative to the rival in the same round", fontsize="small")
+    figure.savefig(path, dpi=150)
