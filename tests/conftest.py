@@ -1,20 +1,68 @@
-"""What all tests share: quiet, patient, and no GPU tests where there is no GPU."""
+"""What all tests share: Hypothesis profiles, threads, and no GPU tests where there is no GPU."""
 
 from __future__ import annotations
 
 import os
 
-import hypothesis
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
-# Both must stand before a framework is imported. Two workers on two cores: each computes alone.
+# Both must be set before a framework is imported. Two workers on two cores: one thread each.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shared machine may stall for a second; that is no failure of the code under test.
-hypothesis.settings.register_profile("patient", deadline=None)
-hypothesis.settings.load_profile("patient")
+# The default finds in each run what it finds in every other; `nightly` searches where no run has
+# been. Neither depends on how fast the machine is.
+settings.register_profile(
+    "deterministic",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.register_profile(
+    "nightly",
+    derandomize=False,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.load_profile("deterministic")
+
+NIGHTLY_FACTOR = 20
+
+# Hypothesis also draws the constants in the source of whatever modules are imported, so that a
+# file's examples would depend on the files that run with it. Only the nightly profile does that.
+all_local_constants = providers._get_local_constants
+no_local_constants = providers._local_constants
+
+
+def local_constants() -> providers.Constants:
+    nightly = settings.get_current_profile_name() == "nightly"
+    return all_local_constants() if nightly else no_local_constants
+
+
+providers._get_local_constants = local_constants
+
+
+@pytest.hookimpl(trylast=True)  # after Hypothesis has marked its tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if settings.get_current_profile_name() == "nightly":
+        multiply_examples(items, NIGHTLY_FACTOR)
+
+
+def multiply_examples(items: list[pytest.Item], factor: int) -> None:
+    """Draw more examples in each test, whether or not it says how many by itself."""
+    functions = [item.obj for item in items if item.get_closest_marker("hypothesis")]
+    # Each access binds a method anew; the function under it carries the settings.
+    for function in {getattr(function, "__func__", function) for function in functions}:
+        own = function._hypothesis_internal_use_settings
+        function._hypothesis_internal_use_settings = settings(
+            own, max_examples=factor * own.max_examples
+        )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
