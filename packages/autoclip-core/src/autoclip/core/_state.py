@@ -1,39 +1,38 @@
-"""The saved state of a clipper: one schema for every framework, validated, as canonical bytes.
+"""The saved state of a clipper: one schema for every framework, its checks, and how it is loaded.
 
 The format is described for implementers in the documentation, under "The state format".
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.numpy
 
-from autoclip.core._errors import StateError
-from autoclip.core._rules import RULES
-from autoclip.core._settings import check_history_length, check_known_settings
-from autoclip.core._windows import SMALLEST_NORM
+from autoclip.core._messages import StateError
+from autoclip.core._ring import SMALLEST_NORM
+from autoclip.core._safetensors import SealedTensors, brief_repr, check_size
+from autoclip.core._settings import Mode, check_saved_settings
+from autoclip.core._warnings import warn_user
 
-__all__ = ["FORMAT", "MAX_HEADER_BYTES", "VERSION", "GroupState", "ParameterInfo", "State"]
+__all__ = ["FORMAT", "VERSION", "GroupState", "ParameterInfo", "State"]
 
 FORMAT = "autoclip"
 VERSION = 1
-MAX_HEADER_BYTES = 4 * 2**20
-_DIGEST = "sha256"
-_DIGEST_BYTES = 32
 _MAX_RECORDED = 2**62  # room to go on counting in int64
+_MAX_RANK = 64
+_MAX_SETTINGS = 100
+_MAX_WORD = 100
+_MAX_SETTING_TEXT = 1000
 _METADATA_KEYS = frozenset(
-    {"format", "version", "rule", "global_clipping", "framework", "library_version", "groups"}
+    {"format", "version", "rule", "mode", "framework", "library_version", "groups"}
 )
+_TENSORS = {"values": "F32", "lengths": "I64", "recorded": "I64"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,9 @@ class ParameterInfo:
     shape: tuple[int, ...] | None
 
     def __str__(self) -> str:
-        name = "an unnamed parameter" if self.name is None else repr(self.name)
-        return f"{name} of {'unknown shape' if self.shape is None else f'shape {self.shape}'}"
+        name = "an unnamed parameter" if self.name is None else brief_repr(self.name)
+        shape = "unknown shape" if self.shape is None else f"shape {brief_repr(self.shape)}"
+        return f"{name} of {shape}"
 
     def fits(self, other: ParameterInfo, same_framework: bool) -> bool:
         """Whether the two can be the same parameter.
@@ -70,13 +70,13 @@ class GroupState:
     """One parameter group: its settings, its parameters, and the histories of its rows.
 
     Attributes:
-        settings: the rule's settings and `history_length`, by name.
+        settings: all settings by name: strings, bools, ints, finite floats and None.
         parameters: the parameters of the group, in order.
         values: float32[sum(lengths)], all windows one after the other, oldest norm first.
         lengths: int64[rows], how many norms each window holds.
         recorded: int64[rows], how many norms each row has ever recorded.
 
-    There is one row a parameter, or a single row under global clipping.
+    There is one row a parameter in the mode "parameter", and a single row in the other modes.
     """
 
     settings: Mapping[str, Any]
@@ -110,18 +110,19 @@ class GroupState:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """All that a clipper saves. What can be derived from it is not saved.
+    """All that a clipper saves. What can be computed from it is not saved.
 
     Attributes:
         rule: the name of the rule, one for all groups.
-        global_clipping: whether one row stands for all parameters; then there is one group.
+        mode: what a row stands for: a "parameter", a "group", or in the mode "global" all
+            parameters; then there is one group.
         framework: "numpy", "torch" or "tensorflow".
         groups: the parameter groups, in order.
         library_version: the version of autoclip that saved it; information only.
     """
 
     rule: str
-    global_clipping: bool
+    mode: Mode
     framework: str
     groups: tuple[GroupState, ...]
     library_version: str = ""
@@ -132,14 +133,14 @@ class State:
         """Serialize: equal states give equal bytes.
 
         Raises:
-            StateError: the state is not valid; it could not be loaded again.
+            StateError: the state is not valid or too large; it could not be loaded again.
         """
-        self._check("the state to be saved")
+        source = "the state to be saved"
         metadata = {
             "format": FORMAT,
             "version": VERSION,
             "rule": self.rule,
-            "global_clipping": self.global_clipping,
+            "mode": self.mode,
             "framework": self.framework,
             "library_version": self.library_version,
             "groups": [
@@ -153,29 +154,21 @@ class State:
                 for group in self.groups
             ],
         }
-        fault = _metadata_fault(metadata)
-        if fault:
-            raise StateError(f"the state to be saved is not a valid AutoClip state: {fault}.")
-        text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        tensors: dict[str, npt.NDArray[Any]] = {_DIGEST: np.zeros(_DIGEST_BYTES, np.uint8)}
-        for i, group in enumerate(self.groups):
-            # safetensors 0.8.0 writes the buffer as it lies, whatever strides or byte order say.
-            tensors[f"groups.{i}.values"] = np.ascontiguousarray(group.values, "<f4")
-            tensors[f"groups.{i}.lengths"] = np.ascontiguousarray(group.lengths, "<i8")
-            tensors[f"groups.{i}.recorded"] = np.ascontiguousarray(group.recorded, "<i8")
-        # One metadata key only: several come out in random order.
-        data = safetensors.numpy.save(tensors, metadata={FORMAT: text})
-        if _header_size(data) > MAX_HEADER_BYTES:
-            raise StateError(
-                f"the state to be saved has a header of {_header_size(data)} bytes; "
-                f"{MAX_HEADER_BYTES} are the most. Shorten the parameters' names."
-            )
-        body = data[:-_DIGEST_BYTES]
-        return body + hashlib.sha256(body).digest()
+        _refuse_first(_metadata_faults(metadata), source)
+        check_size(sum(_nbytes(group) for group in self.groups), source)
+        _refuse_first(self._history_faults(), source)
+        tensors = {
+            f"groups.{i}.{name}": getattr(group, name)
+            for i, group in enumerate(self.groups)
+            for name in _TENSORS
+        }
+        return SealedTensors.dump(metadata, tensors, source)
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "the state") -> State:
         """Read what `to_bytes` wrote, trusting nothing: digest, then structure, then contents.
+
+        A rule that is not registered in this process is accepted; see `match`.
 
         Args:
             data: the bytes.
@@ -186,30 +179,22 @@ class State:
         """
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise StateError(f"{source} takes bytes, but got {type(data).__name__}.")
-        data = bytes(data)
-        if len(data) < 8 + _DIGEST_BYTES:
-            raise StateError(
-                f"{source} is no AutoClip state: it has only {len(data)} bytes. "
-                "It may be empty or cut off."
-            )
-        body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:
-            raise StateError(
-                f"{source} is damaged, cut off, or no AutoClip state: its last {_DIGEST_BYTES} "
-                "bytes are not the SHA-256 digest of what stands before them. "
-                "Load another copy or an earlier checkpoint."
-            )
-        header = _read_header(data, source)
-        metadata = _read_metadata(header, source)
-        groups = metadata["groups"]
-        _check_layout(header, len(groups), source)
-        try:
-            tensors = safetensors.numpy.load(data)
-        except Exception as error:  # its parser has its own exception class, and more
-            raise StateError(f"{source} is no valid safetensors file: {error}") from error
+        sealed = SealedTensors.parse(bytes(data), source)
+        metadata = sealed.metadata
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+            raise StateError(f'{source} is not an AutoClip state: its format is not "{FORMAT}".')
+        _check_version(metadata.get("version"), source)
+        _refuse_first(_metadata_faults(metadata), source)
+        tensors = sealed.tensors(
+            {
+                f"groups.{i}.{name}": dtype
+                for i in range(len(metadata["groups"]))
+                for name, dtype in _TENSORS.items()
+            }
+        )
         state = cls(
             rule=metadata["rule"],
-            global_clipping=metadata["global_clipping"],
+            mode=metadata["mode"],
             framework=metadata["framework"],
             library_version=metadata["library_version"],
             groups=tuple(
@@ -219,14 +204,12 @@ class State:
                         ParameterInfo(p["name"], None if p["shape"] is None else tuple(p["shape"]))
                         for p in group["parameters"]
                     ),
-                    values=tensors[f"groups.{i}.values"],
-                    lengths=tensors[f"groups.{i}.lengths"],
-                    recorded=tensors[f"groups.{i}.recorded"],
+                    **{name: tensors[f"groups.{i}.{name}"] for name in _TENSORS},
                 )
-                for i, group in enumerate(groups)
+                for i, group in enumerate(metadata["groups"])
             ),
         )
-        state._check(source)
+        _refuse_first(state._history_faults(), source)
         return state
 
     # -- a framework's state_dict ------------------------------------------------------------
@@ -242,63 +225,56 @@ class State:
         Raises:
             StateError: it is anything else.
         """
-        # As text: of an array "equal" is another array.
-        if not isinstance(state_dict, Mapping) or str(state_dict.get("format")) != FORMAT:
-            got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else state_dict
+        found = state_dict.get("format") if isinstance(state_dict, Mapping) else None
+        if not isinstance(state_dict, Mapping) or not isinstance(found, str) or found != FORMAT:
+            got = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
+            what = "one with the keys " if isinstance(state_dict, Mapping) else ""
             raise StateError(
                 f'{source} takes a dict with the keys "format", "version" and "data", as a '
-                f"clipper's state_dict() returns it, but got {got!r:.200}."
+                f"clipper's state_dict() returns it, but got {what}{brief_repr(got)}."
             )
         _check_version(state_dict.get("version"), source)
         if "data" not in state_dict:
-            raise StateError(f'{source} has no "data": it was saved by something else.')
+            raise StateError(
+                f'{source} has no "data". Load what a clipper\'s state_dict() returned.'
+            )
         return cls.from_bytes(state_dict["data"], source)
 
     # -- loading -----------------------------------------------------------------------------
 
-    def fit_to(self, current: State, source: str = "the state", stacklevel: int = 2) -> State:
-        """Match this saved state to the clipper that loads it.
+    def match(self, current: State, source: str = "the state") -> State:
+        """Match this saved state to the clipper that loads it, by position.
 
-        Groups and parameters are matched by order. The histories come from this state, the
-        settings from `current`; where they differ, one warning says so. Of a window longer than
-        the current `history_length` the newest values stay.
+        The histories come from this state, the settings from `current`; where they differ, one
+        warning says so. Of a window longer than the current `history_length` the newest values
+        stay.
 
         Args:
             current: the state of the clipper as it is now.
             source: what to call this state in messages.
-            stacklevel: how many calls up the warning points, as in `warnings.warn`.
 
         Returns:
             `current` with this state's histories.
 
         Raises:
-            StateError: another rule, mode, number of groups or parameters, or a shape that
-                cannot be the same parameter's.
+            StateError: another rule, mode, number of groups or parameters, a shape that cannot be
+                the same parameter's, or the same names of parameters in another order.
         """
-        if self.rule != current.rule:
-            raise StateError(
-                f"{source} holds a clipper with the {self.rule} rule, but it is loaded into one "
-                f"with the {current.rule} rule. Load it into a clipper of the same class."
-            )
-        if self.global_clipping != current.global_clipping:
-            raise StateError(
-                f"{source} was saved with global_clipping={self.global_clipping}, but it is "
-                f"loaded into a clipper with global_clipping={current.global_clipping}. A history "
-                "of one mode says nothing about the other: make the clipper with the same mode."
-            )
+        self._check_kind(current, source)
         if len(self.groups) != len(current.groups):
             raise StateError(
                 f"{source} has {len(self.groups)} parameter groups, but the clipper has "
                 f"{len(current.groups)}. Groups are matched by order: make the same ones."
             )
         same_framework = self.framework == current.framework
-        groups, differences = [], []
         for i, (saved, ours) in enumerate(zip(self.groups, current.groups)):
             if len(saved.parameters) != len(ours.parameters):
                 raise StateError(
                     f"{source} has {len(saved.parameters)} parameters in group {i}, but the "
                     f"clipper has {len(ours.parameters)}. Load it for the same model."
                 )
+            if self.mode == "parameter":
+                _check_order(saved, ours, i, source)
             for k, (theirs, mine) in enumerate(zip(saved.parameters, ours.parameters)):
                 if not theirs.fits(mine, same_framework):
                     what = "shapes" if same_framework else "numbers of elements"
@@ -306,195 +282,330 @@ class State:
                         f"Parameter {k} of group {i} does not match: {source} has {theirs}, the "
                         f"clipper has {mine}; their {what} differ. Load it for the same model."
                     )
-            differences += [
-                f"{name}={saved.settings[name]!r} there and {value!r} here (group {i})"
-                for name, value in ours.settings.items()
-                if saved.settings.get(name, value) != value
-            ]
-            groups.append(_with_histories(ours, saved))
+        pairs = list(zip(self.groups, current.groups))
+        differences = _settings_that_differ(pairs)
         if differences:
-            warnings.warn(
-                f"{source} was saved with other settings, and the clipper's own stay in force: "
-                + "; ".join(differences)
-                + ".",
-                stacklevel=stacklevel,
-            )
+            warn_user(f"{source} {differences}")
+        groups = (_with_rows(ours, saved.windows(), saved.recorded) for saved, ours in pairs)
         return replace(current, groups=tuple(groups))
+
+    def match_by_name(self, current: State, source: str = "the state") -> State:
+        """Match this saved state to the clipper that loads it, and keep what matches.
+
+        In the mode "parameter" rows are matched by the names of their parameters, in whatever
+        groups and order, if their shapes can be the same parameter's. In the other modes groups
+        are matched by position, if their parameters have the same numbers of elements in any
+        order. All other rows start empty; one warning says which, and which settings differ.
+
+        Args:
+            current: the state of the clipper as it is now.
+            source: what to call this state in messages.
+
+        Returns:
+            `current` with this state's histories where they match.
+
+        Raises:
+            StateError: another rule or mode.
+        """
+        self._check_kind(current, source)
+        if self.mode == "parameter":
+            groups, pairs, empty, unused = self._match_parameters(current)
+        else:
+            groups, pairs, empty, unused = self._match_groups(current)
+        faults = [_settings_that_differ(pairs)]
+        if empty or unused:
+            faults.append(
+                f"does not match the clipper everywhere. Histories that start empty: "
+                f"{_some(empty)}. Saved histories that are not used: {_some(unused)}."
+            )
+        if any(faults):
+            warn_user(" ".join(f"{source} {fault}" for fault in faults if fault))
+        return replace(current, groups=tuple(groups))
+
+    def _check_kind(self, current: State, source: str) -> None:
+        if self.rule != current.rule:
+            raise StateError(
+                f"{source} holds a clipper with the rule {brief_repr(self.rule)}, but it is loaded "
+                f"into one with the rule {brief_repr(current.rule)}. Load it into a clipper with "
+                "the same rule."
+            )
+        if self.mode != current.mode:
+            raise StateError(
+                f'{source} has one history for each {_ROW[self.mode]} (mode "{self.mode}"), but '
+                f"it is loaded into a clipper that has one for each {_ROW[current.mode]} (mode "
+                f'"{current.mode}"). Make the clipper with {_ARGUMENTS[self.mode]}.'
+            )
+
+    def _match_parameters(self, current: State) -> _Matched:
+        names = Counter(p.name for group in self.groups for p in group.parameters)
+        saved = {
+            parameter.name: (i, parameter, window, recorded)
+            for i, group in enumerate(self.groups)
+            for parameter, window, recorded in zip(
+                group.parameters, group.windows(), group.recorded
+            )
+            if parameter.name is not None and names[parameter.name] == 1
+        }
+        same_framework = self.framework == current.framework
+        groups: list[GroupState] = []
+        pairs: dict[tuple[int, int], tuple[GroupState, GroupState]] = {}
+        empty: list[str] = []
+        for j, ours in enumerate(current.groups):
+            windows: list[npt.NDArray[np.float32]] = []
+            recorded: list[int] = []
+            for parameter in ours.parameters:
+                row = saved.get(parameter.name)
+                if row is not None and row[1].fits(parameter, same_framework):
+                    del saved[parameter.name]
+                    pairs[row[0], j] = self.groups[row[0]], ours
+                    windows.append(row[2])
+                    recorded.append(int(row[3]))
+                else:
+                    empty.append(str(parameter))
+                    windows.append(np.empty(0, np.float32))
+                    recorded.append(0)
+            groups.append(_with_rows(ours, windows, recorded))
+        unused = [str(parameter) for _, parameter, _, _ in saved.values()]
+        unused += [
+            str(parameter)
+            for group in self.groups
+            for parameter in group.parameters
+            if parameter.name is None or names[parameter.name] > 1
+        ]
+        return groups, list(pairs.values()), empty, unused
+
+    def _match_groups(self, current: State) -> _Matched:
+        groups: list[GroupState] = []
+        pairs: list[tuple[GroupState, GroupState]] = []
+        unused = [f"group {i}" for i in range(len(current.groups), len(self.groups))]
+        empty: list[str] = []
+        for i, ours in enumerate(current.groups):
+            saved = self.groups[i] if i < len(self.groups) else None
+            if saved is not None and _same_elements(saved, ours):
+                pairs.append((saved, ours))
+                groups.append(_with_rows(ours, saved.windows(), saved.recorded))
+            else:
+                empty.append(f"group {i}")
+                unused += [] if saved is None else [f"group {i}"]
+                groups.append(_with_rows(ours, [np.empty(0, np.float32)], [0]))
+        return groups, pairs, empty, unused
 
     # -- checks ------------------------------------------------------------------------------
 
-    def _check(self, source: str) -> None:
-        def refuse(fault: str) -> NoReturn:
-            raise StateError(f"{source} is not a valid AutoClip state: {fault}.")
-
-        if self.rule not in RULES:
-            refuse(
-                f"it has the rule {self.rule!r}, and this version of autoclip-core knows "
-                f"{', '.join(map(repr, sorted(RULES)))}"
-            )
-        rule = RULES[self.rule]
-        if self.global_clipping and len(self.groups) != 1:
-            refuse(f"global clipping has one group, but there are {len(self.groups)}")
+    def _history_faults(self) -> Iterator[str]:
+        """What is wrong with the tensors of a state whose metadata is right."""
         for i, group in enumerate(self.groups):
-            try:
-                names = (*rule.setting_names(), "history_length")
-                check_known_settings(group.settings, names, f"group {i}")
-                history_length = check_history_length(group.settings["history_length"])
-                rule.from_settings({name: group.settings[name] for name in rule.setting_names()})
-            except KeyError as error:
-                refuse(f"group {i} lacks the setting {error}")
-            except (TypeError, ValueError) as error:
-                refuse(f"group {i}: {error}")
-            rows = 1 if self.global_clipping else len(group.parameters)
+            rows = len(group.parameters) if self.mode == "parameter" else 1
             values, lengths, recorded = group.values, group.lengths, group.recorded
             if lengths.shape != (rows,) or recorded.shape != (rows,):
-                refuse(
-                    f"group {i} has {rows} rows, but lengths of shape {lengths.shape} and "
-                    f"recorded of shape {recorded.shape}"
+                yield (
+                    f"group {i} has {rows} rows, but lengths of shape {lengths.shape} and recorded "
+                    f"of shape {recorded.shape}"
                 )
-            if (lengths < 0).any() or (lengths > np.minimum(recorded, history_length)).any():
-                refuse(
-                    f"in group {i} a window is longer than its history_length "
-                    f"({history_length}) or than what it recorded, or is of negative length"
+            for name, array in (("lengths", lengths), ("recorded", recorded)):
+                if not np.can_cast(array.dtype, np.int64):
+                    yield f"group {i} has {name} of dtype {array.dtype}, not int64"
+            if not np.can_cast(values.dtype, np.float32):
+                yield f"group {i} has values of dtype {values.dtype}, not float32"
+            history_length = group.settings["history_length"]
+            if rows and (
+                lengths.min() < 0 or (lengths > np.minimum(recorded, history_length)).any()
+            ):
+                yield (
+                    f"in group {i} a window is longer than its history_length ({history_length}) "
+                    "or than what it recorded, or is of negative length"
                 )
-            if (recorded > _MAX_RECORDED).any():
-                refuse(f"a row of group {i} recorded more than {_MAX_RECORDED} norms")
+            if rows and recorded.max() > _MAX_RECORDED:
+                yield f"a row of group {i} recorded more than {_MAX_RECORDED} norms"
             # A Python sum: lengths near 2**63 must not wrap around to the right number.
-            if values.shape != (sum(lengths.tolist()),):
-                refuse(f"group {i} has values of shape {values.shape} for {lengths.tolist()!r:.80}")
-            if not ((values >= SMALLEST_NORM) & (values < np.inf)).all():
-                refuse(f"group {i} holds a norm that is zero, negative, NaN or infinite")
+            held = sum(lengths.tolist())
+            if values.shape != (held,):
+                yield f"group {i} has values of shape {values.shape}, but lengths that sum to {held}"
+            # Written so that NaN, which min and max return if there is one, is refused.
+            if held and not (values.min() >= SMALLEST_NORM and values.max() < np.inf):
+                yield f"group {i} holds a norm that is zero, negative, NaN or infinite"
 
 
-def _with_histories(ours: GroupState, saved: GroupState) -> GroupState:
+_Matched = tuple[list[GroupState], list[tuple[GroupState, GroupState]], list[str], list[str]]
+
+_ROW = {"parameter": "parameter", "group": "parameter group", "global": "clipper"}
+_ARGUMENTS = {
+    "parameter": "neither global_clipping nor group_clipping",
+    "group": "group_clipping=True",
+    "global": "global_clipping=True",
+}
+
+
+def _nbytes(group: GroupState) -> int:
+    return 4 * group.values.size + 8 * group.lengths.size + 8 * group.recorded.size
+
+
+def _with_rows(
+    ours: GroupState, windows: Iterable[npt.NDArray[np.float32]], recorded: npt.ArrayLike
+) -> GroupState:
     keep = ours.settings["history_length"]
-    return GroupState.from_windows(
-        ours.settings,
-        ours.parameters,
-        [window[-keep:] for window in saved.windows()],
-        saved.recorded,
+    newest = [window[-keep:] for window in windows]
+    return GroupState.from_windows(ours.settings, ours.parameters, newest, recorded)
+
+
+def _check_order(saved: GroupState, ours: GroupState, group: int, source: str) -> None:
+    """Refuse parameters that are known to be the same ones in another order."""
+    theirs = [p.name for p in saved.parameters]
+    mine = [p.name for p in ours.parameters]
+    if theirs == mine or None in theirs or set(theirs) != set(mine):
+        return
+    k = next(k for k, (a, b) in enumerate(zip(theirs, mine)) if a != b)
+    raise StateError(
+        f"{source} has the parameters of group {group} in another order: parameter {k} is "
+        f"{brief_repr(theirs[k])} there and {brief_repr(mine[k])} in the clipper. Histories are "
+        "matched by order: pass the parameters to the clipper in the order in which they were "
+        "saved."
     )
 
 
-def _header_size(data: bytes) -> int:
-    return int.from_bytes(data[:8], "little")
+def _same_elements(saved: GroupState, ours: GroupState) -> bool:
+    def counts(group: GroupState) -> list[int] | None:
+        shapes = [p.shape for p in group.parameters if p.shape is not None]
+        known = len(shapes) == len(group.parameters)
+        return sorted(map(math.prod, shapes)) if known else None
+
+    theirs, mine = counts(saved), counts(ours)
+    if theirs is None or mine is None:
+        return len(saved.parameters) == len(ours.parameters)
+    return theirs == mine
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
+def _settings_that_differ(pairs: Iterable[tuple[GroupState, GroupState]]) -> str:
+    """What is said of settings that differ between saved groups and the clipper's; or ""."""
+    found: dict[str, None] = {}  # without duplicates, in order
+    for saved, ours in pairs:
+        for name in {**ours.settings, **saved.settings}:
+            there, here = (group.settings.get(name, _ABSENT) for group in (saved, ours))
+            if there != here:
+                found[
+                    f"{brief_repr(name)[1:-1]}={_setting(there)} there and {_setting(here)} here"
+                ] = None
+    if not found:
+        return ""
+    return f"was saved with other settings, and the clipper's own are used: {_some(found)}."
 
 
-def _no_constants(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not a JSON number")
+_ABSENT = object()
 
 
-def _parse_json(text: str | bytes, source: str, what: str) -> Any:
-    # RecursionError: "[[[[…" nested deeply enough exhausts Python's stack, not ours to die of.
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except (ValueError, RecursionError) as error:
-        raise StateError(f"{source} has {what} that is no valid JSON: {error}") from error
+def _setting(value: object) -> str:
+    return "absent" if value is _ABSENT else brief_repr(value)
 
 
-def _read_header(data: bytes, source: str) -> dict[str, Any]:
-    size = _header_size(data)
-    if size > MAX_HEADER_BYTES or 8 + size > len(data) - _DIGEST_BYTES:
-        raise StateError(
-            f"{source} announces a header of {size} bytes; at most {MAX_HEADER_BYTES} are read, "
-            f"and the file has {len(data)}."
-        )
-    header = _parse_json(data[8 : 8 + size], source, "a header")
-    if not isinstance(header, dict):
-        raise StateError(f"{source} has a header that is no JSON object.")
-    return header
-
-
-def _read_metadata(header: dict[str, Any], source: str) -> dict[str, Any]:
-    entries = header.pop("__metadata__", None)
-    if (
-        not isinstance(entries, dict)
-        or set(entries) != {FORMAT}
-        or not isinstance(entries[FORMAT], str)
-    ):
-        raise StateError(
-            f'{source} is no AutoClip state: its only metadata key must be "{FORMAT}".'
-        )
-    metadata = _parse_json(entries[FORMAT], source, "metadata")
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise StateError(f'{source} is no AutoClip state: its format is not "{FORMAT}".')
-    _check_version(metadata.get("version"), source)
-    fault = _metadata_fault(metadata)
-    if fault:
-        raise StateError(f"{source} is not a valid AutoClip state: {fault}.")
-    return metadata
+def _some(items: Iterable[str]) -> str:
+    """The first five of many, and how many more there are."""
+    items = list(items)
+    rest = len(items) - 5
+    return "; ".join(items[:5]) + (f"; and {rest} more" if rest > 0 else "") or "none"
 
 
 def _check_version(version: object, source: str) -> None:
     if type(version) is not int or version < 1:
-        raise StateError(f"{source} has the version {version!r}; a version is an int ≥ 1.")
+        raise StateError(
+            f"{source} has the version {brief_repr(version)}; a version is an int ≥ 1."
+        )
     if version > VERSION:
         raise StateError(
-            f"{source} has version {version} of the state format, and this autoclip-core reads "
-            f"up to {VERSION}. Upgrade it: pip install -U autoclip-core"
+            f"{source} has version {brief_repr(version)} of the state format, and this "
+            f"autoclip-core reads up to {VERSION}. Upgrade it: pip install -U autoclip-core"
         )
 
 
-def _metadata_fault(metadata: dict[str, Any]) -> str | None:
-    """What is wrong with the types and names in the metadata, if anything."""
-    if set(metadata) != _METADATA_KEYS:
-        return f"its metadata has the keys {sorted(metadata)}, not {sorted(_METADATA_KEYS)}"
+def _refuse_first(faults: Iterator[str], source: str) -> None:
+    for fault in faults:
+        raise StateError(f"{source} is not a valid AutoClip state: {fault}.")
+
+
+def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the metadata. Only the first fault counts: later ones may follow from it."""
+    if metadata.keys() != _METADATA_KEYS:
+        yield f"its metadata has the keys {brief_repr(set(metadata))}, not {sorted(_METADATA_KEYS)}"
     for name in ("rule", "framework", "library_version"):
-        if not isinstance(metadata[name], str):
-            return f"{name} is {metadata[name]!r}, not a string"
-    if not isinstance(metadata["global_clipping"], bool):
-        return f"global_clipping is {metadata['global_clipping']!r}, not true or false"
-    if not isinstance(metadata["groups"], list):
-        return "groups is not a list"
-    for i, group in enumerate(metadata["groups"]):
-        if not isinstance(group, dict) or set(group) != {"settings", "parameters"}:
-            return f"group {i} does not consist of settings and parameters"
-        if not isinstance(group["settings"], dict) or not isinstance(group["parameters"], list):
-            return f"group {i} has settings that are no object, or parameters that are no list"
-        for parameter in group["parameters"]:
-            if not isinstance(parameter, dict) or set(parameter) != {"name", "shape"}:
-                return f"a parameter of group {i} does not consist of name and shape"
-            name, shape = parameter["name"], parameter["shape"]
-            if not (name is None or isinstance(name, str)):
-                return f"a parameter of group {i} has the name {name!r}, not a string or null"
-            if shape is not None and not (
-                isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-            ):
-                return f"a parameter of group {i} has the shape {shape!r}, not sizes or null"
+        value = metadata[name]
+        if not isinstance(value, str) or len(value) > _MAX_WORD:
+            yield (f"{name} is {brief_repr(value)}, not a string of at most {_MAX_WORD} characters")
+    if metadata["mode"] not in get_args(Mode):
+        yield f"mode is {brief_repr(metadata['mode'])}, not one of {get_args(Mode)}"
+    groups = metadata["groups"]
+    if not isinstance(groups, list):
+        yield f"groups is {brief_repr(groups)}, not a list"
+    if metadata["mode"] == "global" and len(groups) != 1:
+        yield f"global clipping has one group, but there are {len(groups)}"
+    checked: set[tuple[Any, ...]] = set()
+    for i, group in enumerate(groups):
+        if (
+            not isinstance(group, dict)
+            or group.keys() != {"settings", "parameters"}
+            or not isinstance(group["settings"], dict)
+            or not isinstance(group["parameters"], list)
+        ):
+            yield (
+                f"group {i} is {brief_repr(group)}, not an object of settings, an object, and "
+                "parameters, a list"
+            )
+        fault = _settings_fault(metadata["rule"], group["settings"], checked)
+        if fault:
+            yield f"group {i} {fault}"
+        for k, parameter in enumerate(group["parameters"]):
+            fault = _parameter_fault(parameter)
+            if fault:
+                yield f"parameter {k} of group {i} {fault}"
+
+
+def _settings_fault(
+    rule: str, settings: Mapping[str, Any], checked: set[tuple[Any, ...]]
+) -> str | None:
+    if len(settings) > _MAX_SETTINGS:
+        return f"has {len(settings)} settings; {_MAX_SETTINGS} are the most"
+    for name, value in settings.items():
+        if not isinstance(name, str) or len(name) > _MAX_WORD:
+            return (
+                f"has the setting {brief_repr(name)}, not a string of at most {_MAX_WORD} "
+                "characters"
+            )
+        if not (
+            value is None
+            or (isinstance(value, str) and len(value) <= _MAX_SETTING_TEXT)
+            or (isinstance(value, int) and -(2**63) <= value < 2**63)
+            or (isinstance(value, float) and math.isfinite(value))
+        ):
+            return (
+                f"has the setting {name!r} with the value {brief_repr(value)}, not null, true, "
+                f"false, an int64, a finite float or a string of at most {_MAX_SETTING_TEXT} "
+                "characters"
+            )
+    # With the types: to Python, True equals 1 and 1.0.
+    key = tuple((name, type(value), value) for name, value in settings.items())
+    if key in checked:
+        return None
+    try:
+        check_saved_settings(rule, settings)
+    except KeyError as error:
+        return f"lacks the setting {error!s:.200}"
+    except (TypeError, ValueError) as error:
+        return f"has wrong settings: {str(error).rstrip('.'):.200}"
+    checked.add(key)
     return None
 
 
-def _check_layout(header: dict[str, Any], groups: int, source: str) -> None:
-    """Exact tensor names, dtypes and ranks, before any other parser sees the file."""
-    dtypes = {_DIGEST: "U8"}
-    for i in range(groups):
-        dtypes |= {
-            f"groups.{i}.values": "F32",
-            f"groups.{i}.lengths": "I64",
-            f"groups.{i}.recorded": "I64",
-        }
-    if set(header) != set(dtypes):
-        strange = sorted(set(header) ^ set(dtypes))
-        raise StateError(f"{source} has missing or unknown tensors: {', '.join(strange)}.")
-    end = 0
-    for name, entry in header.items():
-        if (
-            not isinstance(entry, dict)
-            or set(entry) != {"dtype", "shape", "data_offsets"}
-            or entry["dtype"] != dtypes[name]
-            or not isinstance(entry["shape"], list)
-            or len(entry["shape"]) != 1
-            or not isinstance(entry["data_offsets"], list)
-            or [type(n) for n in (*entry["shape"], *entry["data_offsets"])] != [int] * 3
-        ):
-            raise StateError(f"{source} has a tensor {name!r} that is not {dtypes[name]}[n].")
-        end = max(end, entry["data_offsets"][1])
-    if header[_DIGEST]["shape"] != [_DIGEST_BYTES] or header[_DIGEST]["data_offsets"][1] != end:
-        raise StateError(f"{source} does not end with its digest of {_DIGEST_BYTES} bytes.")
+def _parameter_fault(parameter: Any) -> str | None:
+    if not isinstance(parameter, dict) or parameter.keys() != {"name", "shape"}:
+        return f"is {brief_repr(parameter)}, not an object of name and shape"
+    name, shape = parameter["name"], parameter["shape"]
+    if not (name is None or isinstance(name, str)):
+        return f"has the name {brief_repr(name)}, not a string or null"
+    if shape is not None and not (
+        isinstance(shape, list)
+        and len(shape) <= _MAX_RANK
+        and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    ):
+        return (
+            f"has the shape {brief_repr(shape)}, not null or at most {_MAX_RANK} sizes from 0 to "
+            "2**63 - 1"
+        )
+    return None
