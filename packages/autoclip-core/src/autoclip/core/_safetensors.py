@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._messages import StateError
+from autoclip.core._errors import StateError
 
-__all__ = ["MAX_FILE_BYTES", "MAX_HEADER_BYTES", "SealedTensors", "brief_repr"]
+__all__ = ["MAX_FILE_BYTES", "MAX_HEADER_BYTES", "SealedTensors", "brief_repr", "check_size"]
 
 MAX_FILE_BYTES = 2**33
 """The largest state that is written or read, 8 GiB: two million rows of a thousand norms each."""
@@ -31,7 +31,12 @@ _METADATA_KEY = "autoclip"
 _DIGEST = "sha256"
 _DIGEST_BYTES = 32
 _MAX_NUMBER_LENGTH = 100
-_DTYPES = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype("<i8"),
+    "F32": np.dtype("<f4"),
+    "U8": np.dtype("u1"),
+}
+_ORDER = tuple(_DTYPES)
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 2
@@ -63,13 +68,15 @@ class SealedTensors:
 
     @staticmethod
     def dump(
-        metadata: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]], source: str
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, tuple[str, npt.NDArray[Any]]],
+        source: str,
     ) -> bytes:
         """Serialize metadata and one-dimensional tensors: equal ones give equal bytes.
 
         Args:
             metadata: a JSON object.
-            tensors: float32[n] and int64[n] arrays by name, of any strides and byte order.
+            tensors: a dtype, "F32" or "I64", and an array [n] that can be cast to it, by name.
             source: what to call them in an error.
 
         Raises:
@@ -80,13 +87,12 @@ class SealedTensors:
         parts: list[npt.NDArray[Any]] = []
         end = 0
         # The order of safetensors' own writer: large elements first, then by name.
-        for dtype in ("I64", "F32"):
-            kind = _DTYPES[dtype].kind
-            for name in sorted(name for name in tensors if tensors[name].dtype.kind == kind):
-                part = np.ascontiguousarray(tensors[name], _DTYPES[dtype])
-                begin, end = end, end + part.nbytes
-                header[name] = _entry(dtype, len(part), begin, end)
-                parts.append(part)
+        for name in sorted(tensors, key=lambda name: (_ORDER.index(tensors[name][0]), name)):
+            dtype, array = tensors[name]
+            part = np.ascontiguousarray(array, _DTYPES[dtype])
+            begin, end = end, end + part.nbytes
+            header[name] = _entry(dtype, len(part), begin, end)
+            parts.append(part)
         header[_DIGEST] = _entry("U8", _DIGEST_BYTES, end, end + _DIGEST_BYTES)
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
@@ -96,7 +102,11 @@ class SealedTensors:
                 f"{MAX_HEADER_BYTES}. Shorten the parameters' names."
             )
         check_size(8 + len(encoded) + end + _DIGEST_BYTES, source)
-        pieces = [len(encoded).to_bytes(8, "little"), encoded, *(part.data for part in parts)]
+        pieces: list[bytes | memoryview] = [
+            len(encoded).to_bytes(8, "little"),
+            encoded,
+            *(part.data for part in parts),
+        ]
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)

@@ -9,26 +9,27 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._messages import StateError
+from autoclip.core._errors import StateError
 from autoclip.core._ring import SMALLEST_NORM
 from autoclip.core._safetensors import SealedTensors, brief_repr, check_size
 from autoclip.core._settings import Mode, check_saved_settings
 from autoclip.core._warnings import warn_user
 
-__all__ = ["FORMAT", "VERSION", "GroupState", "ParameterInfo", "State"]
+__all__ = ["FORMAT", "MAX_RECORDED", "VERSION", "GroupState", "ParameterInfo", "State"]
 
 FORMAT = "autoclip"
 VERSION = 1
-_MAX_RECORDED = 2**62  # room to go on counting in int64
+MAX_RECORDED = 2**62  # room to go on counting in int64
 _MAX_RANK = 64
 _MAX_SETTINGS = 100
 _MAX_WORD = 100
 _MAX_SETTING_TEXT = 1000
+_WORD = f"a string of at most {_MAX_WORD} characters"
 _METADATA_KEYS = frozenset(
     {"format", "version", "rule", "mode", "framework", "library_version", "groups"}
 )
@@ -158,9 +159,9 @@ class State:
         check_size(sum(_nbytes(group) for group in self.groups), source)
         _refuse_first(self._history_faults(), source)
         tensors = {
-            f"groups.{i}.{name}": getattr(group, name)
+            f"groups.{i}.{name}": (dtype, getattr(group, name))
             for i, group in enumerate(self.groups)
-            for name in _TENSORS
+            for name, dtype in _TENSORS.items()
         }
         return SealedTensors.dump(metadata, tensors, source)
 
@@ -282,11 +283,11 @@ class State:
                         f"Parameter {k} of group {i} does not match: {source} has {theirs}, the "
                         f"clipper has {mine}; their {what} differ. Load it for the same model."
                     )
-        pairs = list(zip(self.groups, current.groups))
+        pairs = list(zip(range(len(self.groups)), self.groups, current.groups))
         differences = _settings_that_differ(pairs)
         if differences:
             warn_user(f"{source} {differences}")
-        groups = (_with_rows(ours, saved.windows(), saved.recorded) for saved, ours in pairs)
+        groups = (_with_rows(ours, saved.windows(), saved.recorded) for _, saved, ours in pairs)
         return replace(current, groups=tuple(groups))
 
     def match_by_name(self, current: State, source: str = "the state") -> State:
@@ -316,7 +317,7 @@ class State:
         if empty or unused:
             faults.append(
                 f"does not match the clipper everywhere. Histories that start empty: "
-                f"{_some(empty)}. Saved histories that are not used: {_some(unused)}."
+                f"{_some(empty, 120)}. Saved histories that are not used: {_some(unused, 120)}."
             )
         if any(faults):
             warn_user(" ".join(f"{source} {fault}" for fault in faults if fault))
@@ -338,7 +339,7 @@ class State:
 
     def _match_parameters(self, current: State) -> _Matched:
         names = Counter(p.name for group in self.groups for p in group.parameters)
-        saved = {
+        saved: dict[str | None, _Row] = {
             parameter.name: (i, parameter, window, recorded)
             for i, group in enumerate(self.groups)
             for parameter, window, recorded in zip(
@@ -348,7 +349,7 @@ class State:
         }
         same_framework = self.framework == current.framework
         groups: list[GroupState] = []
-        pairs: dict[tuple[int, int], tuple[GroupState, GroupState]] = {}
+        pairs: dict[tuple[int, int], _Pair] = {}
         empty: list[str] = []
         for j, ours in enumerate(current.groups):
             windows: list[npt.NDArray[np.float32]] = []
@@ -357,7 +358,7 @@ class State:
                 row = saved.get(parameter.name)
                 if row is not None and row[1].fits(parameter, same_framework):
                     del saved[parameter.name]
-                    pairs[row[0], j] = self.groups[row[0]], ours
+                    pairs[row[0], j] = j, self.groups[row[0]], ours
                     windows.append(row[2])
                     recorded.append(int(row[3]))
                 else:
@@ -376,13 +377,13 @@ class State:
 
     def _match_groups(self, current: State) -> _Matched:
         groups: list[GroupState] = []
-        pairs: list[tuple[GroupState, GroupState]] = []
+        pairs: list[_Pair] = []
         unused = [f"group {i}" for i in range(len(current.groups), len(self.groups))]
         empty: list[str] = []
         for i, ours in enumerate(current.groups):
             saved = self.groups[i] if i < len(self.groups) else None
             if saved is not None and _same_elements(saved, ours):
-                pairs.append((saved, ours))
+                pairs.append((i, saved, ours))
                 groups.append(_with_rows(ours, saved.windows(), saved.recorded))
             else:
                 empty.append(f"group {i}")
@@ -415,18 +416,23 @@ class State:
                     f"in group {i} a window is longer than its history_length ({history_length}) "
                     "or than what it recorded, or is of negative length"
                 )
-            if rows and recorded.max() > _MAX_RECORDED:
-                yield f"a row of group {i} recorded more than {_MAX_RECORDED} norms"
+            if rows and recorded.max() > MAX_RECORDED:
+                yield f"a row of group {i} recorded more than {MAX_RECORDED} norms"
             # A Python sum: lengths near 2**63 must not wrap around to the right number.
             held = sum(lengths.tolist())
             if values.shape != (held,):
-                yield f"group {i} has values of shape {values.shape}, but lengths that sum to {held}"
+                yield f"group {i} has values of shape {values.shape}, but its lengths sum to {held}"
             # Written so that NaN, which min and max return if there is one, is refused.
             if held and not (values.min() >= SMALLEST_NORM and values.max() < np.inf):
                 yield f"group {i} holds a norm that is zero, negative, NaN or infinite"
 
 
-_Matched = tuple[list[GroupState], list[tuple[GroupState, GroupState]], list[str], list[str]]
+# The place of one of the clipper's groups, a saved group, and the clipper's.
+_Pair: TypeAlias = tuple[int, GroupState, GroupState]
+# The place of a saved row's group, its parameter, window and number of recorded norms.
+_Row: TypeAlias = tuple[int, ParameterInfo, npt.NDArray[np.float32], np.int64]
+# The groups, the pairs that matched, the rows that start empty, and the saved ones not used.
+_Matched: TypeAlias = tuple[list[GroupState], list[_Pair], list[str], list[str]]
 
 _ROW = {"parameter": "parameter", "group": "parameter group", "global": "clipper"}
 _ARGUMENTS = {
@@ -475,33 +481,40 @@ def _same_elements(saved: GroupState, ours: GroupState) -> bool:
     return theirs == mine
 
 
-def _settings_that_differ(pairs: Iterable[tuple[GroupState, GroupState]]) -> str:
-    """What is said of settings that differ between saved groups and the clipper's; or ""."""
-    found: dict[str, None] = {}  # without duplicates, in order
-    for saved, ours in pairs:
+def _settings_that_differ(pairs: Sequence[_Pair]) -> str:
+    """What to say of settings that differ between saved groups and the clipper's; or ""."""
+    found: dict[str, list[int]] = {}
+    for i, saved, ours in pairs:
         for name in {**ours.settings, **saved.settings}:
             there, here = (group.settings.get(name, _ABSENT) for group in (saved, ours))
             if there != here:
-                found[
-                    f"{brief_repr(name)[1:-1]}={_setting(there)} there and {_setting(here)} here"
-                ] = None
+                text = f"{brief_repr(name)[1:-1]}={_shown(there)} there and {_shown(here)} here"
+                found.setdefault(text, []).append(i)
     if not found:
         return ""
-    return f"was saved with other settings, and the clipper's own are used: {_some(found)}."
+    differences = (
+        text if len(groups) == len(pairs) else f"{text} (group {_some(map(str, groups), 30, ', ')})"
+        for text, groups in found.items()
+    )
+    return f"was saved with other settings, and the clipper's own are used: {_some(differences)}."
 
 
 _ABSENT = object()
 
 
-def _setting(value: object) -> str:
-    return "absent" if value is _ABSENT else brief_repr(value)
+def _shown(setting: object) -> str:
+    return "absent" if setting is _ABSENT else brief_repr(setting)
 
 
-def _some(items: Iterable[str]) -> str:
-    """The first five of many, and how many more there are."""
+def _some(items: Iterable[str], limit: int = 300, separator: str = "; ") -> str:
+    """The first of many items, in about `limit` characters, and how many more there are."""
     items = list(items)
-    rest = len(items) - 5
-    return "; ".join(items[:5]) + (f"; and {rest} more" if rest > 0 else "") or "none"
+    text = items[0] if items else "none"
+    for i, item in enumerate(items[1:], start=1):
+        if len(text) + len(item) > limit:
+            return f"{text}{separator}and {len(items) - i} more"
+        text += separator + item
+    return text
 
 
 def _check_version(version: object, source: str) -> None:
@@ -522,13 +535,13 @@ def _refuse_first(faults: Iterator[str], source: str) -> None:
 
 
 def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the metadata. Only the first fault counts: later ones may follow from it."""
+    """What is wrong with the metadata; only the first fault can be relied on."""
     if metadata.keys() != _METADATA_KEYS:
         yield f"its metadata has the keys {brief_repr(set(metadata))}, not {sorted(_METADATA_KEYS)}"
     for name in ("rule", "framework", "library_version"):
         value = metadata[name]
         if not isinstance(value, str) or len(value) > _MAX_WORD:
-            yield (f"{name} is {brief_repr(value)}, not a string of at most {_MAX_WORD} characters")
+            yield f"{name} is {brief_repr(value)}, not {_WORD}"
     if metadata["mode"] not in get_args(Mode):
         yield f"mode is {brief_repr(metadata['mode'])}, not one of {get_args(Mode)}"
     groups = metadata["groups"]
@@ -550,7 +563,7 @@ def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
             )
         fault = _settings_fault(metadata["rule"], group["settings"], checked)
         if fault:
-            yield f"group {i} {fault}"
+            yield f"group {i}: {fault}"
         for k, parameter in enumerate(group["parameters"]):
             fault = _parameter_fault(parameter)
             if fault:
@@ -561,13 +574,10 @@ def _settings_fault(
     rule: str, settings: Mapping[str, Any], checked: set[tuple[Any, ...]]
 ) -> str | None:
     if len(settings) > _MAX_SETTINGS:
-        return f"has {len(settings)} settings; {_MAX_SETTINGS} are the most"
+        return f"it has {len(settings)} settings; {_MAX_SETTINGS} are the most"
     for name, value in settings.items():
         if not isinstance(name, str) or len(name) > _MAX_WORD:
-            return (
-                f"has the setting {brief_repr(name)}, not a string of at most {_MAX_WORD} "
-                "characters"
-            )
+            return f"a setting is called {brief_repr(name)}, not {_WORD}"
         if not (
             value is None
             or (isinstance(value, str) and len(value) <= _MAX_SETTING_TEXT)
@@ -575,9 +585,9 @@ def _settings_fault(
             or (isinstance(value, float) and math.isfinite(value))
         ):
             return (
-                f"has the setting {name!r} with the value {brief_repr(value)}, not null, true, "
-                f"false, an int64, a finite float or a string of at most {_MAX_SETTING_TEXT} "
-                "characters"
+                f"the setting {brief_repr(name)} is {brief_repr(value)}, not null, true, false, "
+                "an int64, a finite float64, or a string of at most "
+                f"{_MAX_SETTING_TEXT} characters"
             )
     # With the types: to Python, True equals 1 and 1.0.
     key = tuple((name, type(value), value) for name, value in settings.items())
@@ -586,9 +596,9 @@ def _settings_fault(
     try:
         check_saved_settings(rule, settings)
     except KeyError as error:
-        return f"lacks the setting {error!s:.200}"
+        return f"it lacks the setting {error!s:.100}"
     except (TypeError, ValueError) as error:
-        return f"has wrong settings: {str(error).rstrip('.'):.200}"
+        return f"{str(error).rstrip('.'):.300}"
     checked.add(key)
     return None
 
