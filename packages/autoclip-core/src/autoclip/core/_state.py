@@ -332,9 +332,8 @@ class State:
             )
         if self.mode != current.mode:
             raise StateError(
-                f'{source} has one history for each {_ROW[self.mode]} (mode "{self.mode}"), but '
-                f"it is loaded into a clipper that has one for each {_ROW[current.mode]} (mode "
-                f'"{current.mode}"). Make the clipper with {_ARGUMENTS[self.mode]}.'
+                f"{source} holds {_ROWS[self.mode]}, but it is loaded into a clipper with "
+                f"{_ROWS[current.mode]}. Make the clipper with {_ARGUMENTS[self.mode]}."
             )
 
     def _match_parameters(self, current: State) -> _Matched:
@@ -397,17 +396,21 @@ class State:
         """What is wrong with the tensors of a state whose metadata is right."""
         for i, group in enumerate(self.groups):
             rows = len(group.parameters) if self.mode == "parameter" else 1
-            values, lengths, recorded = group.values, group.lengths, group.recorded
+            for name, dtype in (
+                ("lengths", np.int64),
+                ("recorded", np.int64),
+                ("values", np.float32),
+            ):
+                found = getattr(group, name).dtype
+                if not np.can_cast(found, dtype):
+                    yield f"group {i} has {name} of dtype {found}, not {np.dtype(dtype)}"
+            values = group.values
+            lengths, recorded = group.lengths.astype(np.int64), group.recorded.astype(np.int64)
             if lengths.shape != (rows,) or recorded.shape != (rows,):
                 yield (
                     f"group {i} has {rows} rows, but lengths of shape {lengths.shape} and recorded "
                     f"of shape {recorded.shape}"
                 )
-            for name, array in (("lengths", lengths), ("recorded", recorded)):
-                if not np.can_cast(array.dtype, np.int64):
-                    yield f"group {i} has {name} of dtype {array.dtype}, not int64"
-            if not np.can_cast(values.dtype, np.float32):
-                yield f"group {i} has values of dtype {values.dtype}, not float32"
             history_length = group.settings["history_length"]
             if rows and (
                 lengths.min() < 0 or (lengths > np.minimum(recorded, history_length)).any()
@@ -434,7 +437,11 @@ _Row: TypeAlias = tuple[int, ParameterInfo, npt.NDArray[np.float32], np.int64]
 # The groups, the pairs that matched, the rows that start empty, and the saved ones not used.
 _Matched: TypeAlias = tuple[list[GroupState], list[_Pair], list[str], list[str]]
 
-_ROW = {"parameter": "parameter", "group": "parameter group", "global": "clipper"}
+_ROWS = {
+    "parameter": "a history for each parameter",
+    "group": "a history for each parameter group",
+    "global": "one history for all parameters",
+}
 _ARGUMENTS = {
     "parameter": "neither global_clipping nor group_clipping",
     "group": "group_clipping=True",
