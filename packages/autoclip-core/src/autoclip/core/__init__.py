@@ -15,61 +15,45 @@ from autoclip.core._installation import refuse_legacy_installation
 
 refuse_legacy_installation()
 
-from autoclip.core._errors import (  # noqa: E402
-    StateError,
-    nonfinite_message,
-    second_clipper_message,
-)
+from autoclip.core._errors import StateError  # noqa: E402
+from autoclip.core._fields import setting  # noqa: E402
 from autoclip.core._files import MAX_FILE_BYTES  # noqa: E402
 from autoclip.core._history import History, Report  # noqa: E402
 from autoclip.core._logging import log_values  # noqa: E402
+from autoclip.core._max_norm import MaxNorm  # noqa: E402
 from autoclip.core._quantile import Quantile  # noqa: E402
-from autoclip.core._rules import RULES, Rule, Tracker, register_rule  # noqa: E402
+from autoclip.core._ring import SMALLEST_NORM, RingBuffer  # noqa: E402
+from autoclip.core._rule import Rule, register_rule  # noqa: E402
 from autoclip.core._saving import Saveable  # noqa: E402
-from autoclip.core._settings import (  # noqa: E402
-    DEFAULT_DEVIATIONS,
-    DEFAULT_HISTORY_LENGTH,
-    DEFAULT_QUANTILE,
-    OnNonfinite,
-    check_flag,
-    check_group_settings,
-    check_history_length,
-    check_known_settings,
-    check_on_nonfinite,
-)
+from autoclip.core._settings import OnNonfinite, OnSpike, Record  # noqa: E402
 from autoclip.core._standard import Standard  # noqa: E402
 from autoclip.core._state import GroupState, ParameterInfo, State  # noqa: E402
+from autoclip.core._tracker import Tracker  # noqa: E402
 from autoclip.core._version import __version__  # noqa: E402
-from autoclip.core._windows import SMALLEST_NORM, Windows  # noqa: E402
+from autoclip.core._window import Window  # noqa: E402
 
 __all__ = [
-    "DEFAULT_DEVIATIONS",
-    "DEFAULT_HISTORY_LENGTH",
-    "DEFAULT_QUANTILE",
     "MAX_FILE_BYTES",
-    "RULES",
     "SMALLEST_NORM",
     "GroupState",
     "History",
+    "MaxNorm",
     "OnNonfinite",
+    "OnSpike",
     "ParameterInfo",
     "Quantile",
+    "Record",
     "Report",
+    "RingBuffer",
     "Rule",
     "Saveable",
     "Standard",
     "State",
     "StateError",
     "Tracker",
-    "Windows",
+    "Window",
     "__version__",
-    "check_flag",
-    "check_group_settings",
-    "check_history_length",
-    "check_known_settings",
-    "check_on_nonfinite",
     "log_values",
-    "nonfinite_message",
     "register_rule",
-    "second_clipper_message",
+    "setting",
 ]

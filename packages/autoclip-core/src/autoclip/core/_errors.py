@@ -1,10 +1,10 @@
-"""The one exception class that AutoClip adds to Python's own, and words that adapters share."""
+"""Errors and words that both frameworks use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["StateError", "nonfinite_message", "second_clipper_message"]
+__all__ = ["StateError", "attached_message", "nonfinite_message", "second_clipper_message"]
 
 
 class StateError(ValueError):
@@ -30,4 +30,12 @@ def second_clipper_message(optimizer: object, clipper: object) -> str:
         f"This {type(optimizer).__name__} has a clipper already, and two would clip twice: "
         f"{clipper!r}. Detach that one first, with the handle that attach returned, or attach to a "
         "new optimizer."
+    )
+
+
+def attached_message(clipper: object) -> str:
+    """What is said when a `clipper` that is attached is to be attached again."""
+    return (
+        f"This {type(clipper).__name__} is attached to an optimizer already. Detach it first, with "
+        "the handle that attach returned, or make another one."
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from autoclip.core._history import Report
-from autoclip.core._windows import SMALLEST_NORM
+from autoclip.core._ring import is_recorded
 
 __all__ = ["log_values"]
 
@@ -22,7 +22,8 @@ def log_values(report: Report[Any]) -> dict[str, float]:
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
         * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
           this step; with one row, the threshold.
-        * `"autoclip/clipped"`: of these rows, the share whose gradient was scaled down, 0 … 1.
+        * `"autoclip/clipped"`: of these rows, the share whose norm was above its threshold, 0 … 1:
+          the gradients that were clipped, zeroed or skipped.
 
         Only the first one if no row recorded a norm.
 
@@ -34,10 +35,14 @@ def log_values(report: Report[Any]) -> dict[str, float]:
     {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
     """
     norms = np.asarray(report.norms, np.float64)
-    values = {"autoclip/total_norm": float(np.sqrt(np.square(norms).sum()))}
-    recorded = np.isfinite(norms) & (norms >= SMALLEST_NORM)
+    largest = norms.max(initial=0.0)
+    # Scaled by the largest: norms near the ends of the range have squares beyond it.
+    scale = largest if 0.0 < largest < np.inf else 1.0
+    values = {"autoclip/total_norm": float(np.sqrt(np.square(norms / scale).sum()) * scale)}
+    with np.errstate(over="ignore"):
+        recorded = is_recorded(norms.astype(np.float32))
     if recorded.any():
         thresholds = np.asarray(report.thresholds, np.float64)
         values["autoclip/threshold"] = float(np.median(thresholds[recorded]))
-        values["autoclip/clipped"] = float((np.asarray(report.coefficients)[recorded] < 1).mean())
+        values["autoclip/clipped"] = float(np.asarray(report.spikes)[recorded].mean())
     return values

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._rules import Rows, Rule, Tracker, register_rule
-from autoclip.core._settings import DEFAULT_QUANTILE, check_quantile
-from autoclip.core._windows import Windows
+from autoclip.core._fields import setting
+from autoclip.core._ring import RingBuffer, Rows
+from autoclip.core._rule import Rule, register_rule
+from autoclip.core._tracker import FEW_ROWS, FewRowsTracker, Tracker
+from autoclip.core._window import interpolate
 
 __all__ = ["Quantile"]
 
@@ -20,16 +24,18 @@ __all__ = ["Quantile"]
 @register_rule
 @dataclass(frozen=True)
 class Quantile(Rule):
-    """The threshold is the `quantile` of the window, with linear interpolation.
+    """The threshold is `factor` times the `quantile` of the window.
 
-    The position `quantile * (length - 1)` is computed in float64, as `numpy.quantile` does at its
-    default method (Hyndman and Fan's type 7). Seetharaman et al., 2020, arXiv:2007.14469.
+    Quantiles are interpolated linearly between order statistics in float64, with the same bits as
+    `numpy.quantile` at its default method (Hyndman and Fan's type 7). Seetharaman et al., 2020,
+    arXiv:2007.14469, Algorithm 1.
 
     Args:
         quantile: a real number in [0, 1]; 1 never clips, 0 clips to the smallest norm kept.
+        factor: a finite real number > 0, what the quantile is multiplied by.
 
     Raises:
-        TypeError, ValueError: `quantile` is something else.
+        TypeError, ValueError: an argument is something else.
 
     >>> from autoclip.core import History
     >>> history = History(rows=1, rule=Quantile(0.5))
@@ -39,19 +45,67 @@ class Quantile(Rule):
     array([2.])
     """
 
-    quantile: float = DEFAULT_QUANTILE
+    quantile: float = setting(0.9, ge=0, le=1)
+    factor: float = setting(1.0, gt=0)
     name: ClassVar[str] = "quantile"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "quantile", check_quantile(self.quantile))
+    @staticmethod
+    def threshold(window: Any, quantile: Any, factor: Any) -> Any:
+        """See `Rule.threshold`."""
+        return factor * window.quantile(quantile)
+
+    @property
+    def thresholds_only_fall(self) -> bool:
+        """See `Rule.thresholds_only_fall`."""
+        return self.factor <= 1.0
 
     @classmethod
-    def track(cls, rules: Sequence[Quantile], windows: Windows) -> Tracker:
-        return _BandTracker(rules, windows)
+    def track(cls, rules: Sequence[Quantile], ring: RingBuffer) -> Tracker:
+        """See `Rule.track`."""
+        if ring.rows <= FEW_ROWS and ring.history_length <= _LONGEST_SORTED:
+            return _SortedTracker(rules, ring)
+        return _BandTracker(rules, ring)
+
+
+_LONGEST_SORTED = 2**14
+"""Up to this length, to move half of a sorted window takes less time than to look after a band."""
+
+
+class _SortedTracker(FewRowsTracker):
+    """Quantiles of a few sorted windows."""
+
+    def __init__(self, rules: Sequence[Quantile], ring: RingBuffer) -> None:
+        super().__init__(rules, ring)
+        self._rules = [(rule.quantile, rule.factor) for rule in rules]
+        self._ordered = [array("f") for _ in rules]
+
+    def update_one(self, row: int, entered: float, left: float | None) -> None:
+        ordered = self._ordered[row]
+        if left is not None:
+            del ordered[bisect_left(ordered, left)]
+        insort(ordered, entered)
+        self._interpolate(row)
+
+    def _interpolate(self, row: int) -> None:
+        quantile, factor = self._rules[row]
+        ordered = self._ordered[row]
+        position = quantile * (len(ordered) - 1)
+        lower = int(position)
+        a, t = ordered[lower], position - lower
+        if t:  # then there is a next one
+            b = ordered[lower + 1]
+            a = a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
+        self.thresholds[row] = factor * a
+
+    def rebuild(self, rows: npt.NDArray[np.int64]) -> None:
+        for row in rows.tolist():
+            self._ordered[row] = array("f", np.sort(self.ring.read(row)).tobytes())
+            self._interpolate(row)
 
 
 _LARGEST_ROOT = 1024
 """Of a `history_length` beyond 2^20 that nobody fills, the band does not grow any wider."""
+_SORTED_AT_ONCE = 2**22
 
 
 class _BandTracker(Tracker):
@@ -60,21 +114,27 @@ class _BandTracker(Tracker):
     A threshold needs two neighbouring order statistics, not a sorted window. For every row we
     keep a *band*, a run of the sorted window around them, and the number of values *below* it. A
     value that comes or goes outside the band only changes that number; one inside changes the
-    band, by one sort of a few dozen values. Only when the order statistics have wandered out of
-    the band is it cut anew from the window. The thresholds are exact throughout, and the cost of
-    a step depends on the band's width, which is about `2 * sqrt(history_length)`: a random walk
-    then leaves the band after `history_length` steps, the fastest trend after half its width.
+    band, by one sort of a few dozen values. The thresholds are exact throughout, and the cost of
+    a step depends on the band's width, which is about `2 * sqrt(history_length)`.
+
+    The order statistics move by at most one place a step. Long before they leave a band it is cut
+    anew from the window, a few rows at a time, so that no single step has to do it for all rows.
 
     Ends: a band that has nothing below (above) it takes in whatever comes on that side.
     Otherwise a value equal to an end counts as inside, where an equal one is sure to be found
     when it leaves.
     """
 
-    def __init__(self, rules: Sequence[Quantile], windows: Windows) -> None:
-        super().__init__(rules, windows)
+    def __init__(self, rules: Sequence[Quantile], ring: RingBuffer) -> None:
+        super().__init__(rules, ring)
         rows = len(rules)
         self._quantiles = np.array([rule.quantile for rule in rules], np.float64)
-        self._width = max(16, 2 * min(math.isqrt(windows.history_length), _LARGEST_ROOT))
+        self._factors = np.array([rule.factor for rule in rules], np.float64)
+        self._scales = bool((self._factors != 1.0).any())
+        self._width = max(16, 2 * min(math.isqrt(ring.history_length), _LARGEST_ROOT))
+        # Rows whose order statistics come this close to an end wait for a new band, so many a step.
+        self._margin = self._width // 4
+        self._cuts = -(-2 * rows // self._margin)
         # One column more than the width: room for a value that comes before another is dropped.
         self._band = np.full((rows, self._width + 1), np.inf, np.float32)
         self._sizes = np.zeros(rows, np.int64)
@@ -129,41 +189,62 @@ class _BandTracker(Tracker):
 
     def _set_ends(self, rows: npt.NDArray[np.int64]) -> None:
         below, sizes = self._below[rows], self._sizes[rows]
-        above = self.windows.lengths[rows] - below - sizes
+        above = self.ring.lengths[rows] - below - sizes
         last = self._band[rows, np.maximum(sizes - 1, 0)]
         self._low[rows] = np.where(below > 0, self._band[rows, 0], np.float32(-np.inf))
         self._high[rows] = np.where(above > 0, last, np.float32(np.inf))
 
     def _positions(self, rows: Rows) -> npt.NDArray[np.float64]:
-        return self._quantiles[rows] * (self.windows.lengths[rows] - 1)
+        return self._quantiles[rows] * (self.ring.lengths[rows] - 1)
 
     def _interpolate(self, rows: Rows) -> None:
-        lengths = self.windows.lengths[rows]
+        lengths = self.ring.lengths[rows]
         positions = self._quantiles[rows] * (lengths - 1)
         lower = positions.astype(np.int64)
         upper = np.minimum(lower + 1, lengths - 1)
         below = self._below[rows]
-        outside = np.flatnonzero((lower < below) | (upper >= below + self._sizes[rows]))
-        index = np.arange(len(self.rules)) if isinstance(rows, slice) else rows
-        if len(outside):
-            self._cut_bands(index[outside])
+        index = np.arange(self.ring.rows) if isinstance(rows, slice) else rows
+        # How far the order statistics are from the ends, where there is more beyond an end.
+        end = below + self._sizes[rows]
+        room = np.minimum(
+            np.where(below > 0, lower - below, self._width),
+            np.where(end < lengths, end - 1 - upper, self._width),
+        )
+        close = np.flatnonzero(room < self._margin)
+        if len(close):
+            self._renew(index[close], room[close])
             below = self._below[rows]
         a = self._band[index, lower - below].astype(np.float64)
         b = self._band[index, upper - below].astype(np.float64)
-        self.thresholds[rows] = a + (b - a) * (positions - lower)
+        found = interpolate(a, b, positions - lower)
+        self.thresholds[rows] = self._factors[rows] * found if self._scales else found
+
+    def _renew(self, rows: npt.NDArray[np.int64], room: npt.NDArray[np.int64]) -> None:
+        """Cut new bands for the rows that have left theirs and for a few of those that may soon."""
+        outside = int((room < 0).sum())
+        count = max(outside, self._cuts)
+        if count < len(rows):
+            rows = rows[np.argpartition(room, count)[:count]]
+        self._cut_bands(rows)
 
     def _cut_bands(self, rows: npt.NDArray[np.int64]) -> None:
-        for row, position in zip(rows.tolist(), self._positions(rows).tolist()):
-            window = self.windows.read(row)
-            size = min(self._width, len(window))
-            start = min(max(0, int(position) + 1 - size // 2), len(window) - size)
-            if size < len(window):
-                window.partition((start, start + size - 1))
-            self._band[row, :size] = np.sort(window[start : start + size])
-            self._band[row, size:] = np.inf
-            self._sizes[row], self._below[row] = size, start
+        longest = int(self.ring.lengths[rows].max())
+        pieces = -(-len(rows) * longest // _SORTED_AT_ONCE)
+        for some in np.array_split(rows, pieces):
+            lengths = self.ring.lengths[some]
+            ordered = np.sort(self.ring.padded(some), axis=1)
+            sizes = np.minimum(self._width, lengths)
+            middle = self._positions(some).astype(np.int64) + 1
+            starts = np.minimum(np.maximum(middle - sizes // 2, 0), lengths - sizes)
+            columns = np.arange(self._width)
+            places = np.minimum(starts[:, None] + columns, ordered.shape[1] - 1)
+            band = np.take_along_axis(ordered, places, axis=1)
+            self._band[some, :-1] = np.where(columns < sizes[:, None], band, np.float32(np.inf))
+            self._band[some, -1] = np.inf
+            self._sizes[some], self._below[some] = sizes, starts
         self._set_ends(rows)
 
     def rebuild(self, rows: npt.NDArray[np.int64]) -> None:
-        self._cut_bands(rows)
-        self._interpolate(rows)
+        if len(rows):
+            self._cut_bands(rows)
+            self._interpolate(rows)

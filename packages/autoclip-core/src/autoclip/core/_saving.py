@@ -30,8 +30,7 @@ class Saveable(ABC):
 
     def _adopt_state(self, state: State, source: str) -> None:
         """Check that a saved state fits, then commit it."""
-        # The warning points at the line that called `load` or `load_state_dict`.
-        self._commit_state(state.fit_to(self._export_state(), source, stacklevel=4))
+        self._commit_state(state.match(self._export_state(), source))
 
     def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
         return State.from_dict(state_dict)

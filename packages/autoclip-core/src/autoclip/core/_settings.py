@@ -1,164 +1,382 @@
-"""The settings of a clipper: their defaults, and the one place that checks them.
+"""The settings of a clipper: names, defaults, checks, and what a parameter group may override.
 
-Both frameworks call these functions, so a wrong value is refused with the same words everywhere:
-TypeError for a wrong type, ValueError for a wrong value.
+Both frameworks make their clippers from these classes, so that a wrong value is refused with the
+same words everywhere.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from numbers import Integral, Real
-from typing import Any, Literal, cast, get_args
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypedDict
+
+from autoclip.core._fields import check_fields, check_flag, check_known_settings, setting
+from autoclip.core._rule import RULES, Rule
 
 __all__ = [
-    "DEFAULT_DEVIATIONS",
-    "DEFAULT_HISTORY_LENGTH",
-    "DEFAULT_QUANTILE",
+    "CLIPPER_SETTINGS",
+    "ClipperSettings",
+    "CommonSettings",
+    "GroupSettings",
+    "Mode",
     "OnNonfinite",
-    "check_deviations",
-    "check_flag",
-    "check_group_settings",
-    "check_history_length",
-    "check_known_settings",
-    "check_on_nonfinite",
-    "check_quantile",
+    "OnSpike",
+    "ParamGroup",
+    "QuantileSettings",
+    "Record",
+    "StandardSettings",
+    "batches",
+    "check_saved_settings",
 ]
 
-OnNonfinite = Literal["keep", "zero", "raise"]
+Mode: TypeAlias = Literal["parameter", "group", "global"]
+"""What a row of the history stands for: a parameter, a parameter group, or all parameters."""
 
-DEFAULT_QUANTILE = 0.9
-DEFAULT_DEVIATIONS = 2.0
-DEFAULT_HISTORY_LENGTH = 1000
-
-
-def _check_real(name: str, value: Any, takes: str) -> float:
-    # bool is a Real to Python, and True for a quantile is a slip of the hand.
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} takes {takes}, but got {value!r} of type {type(value).__name__}.")
-    try:
-        return float(value)
-    except OverflowError:  # an int or a Fraction beyond float64, so outside every range
-        return math.nan
+OnNonfinite: TypeAlias = Literal["keep", "zero", "raise"]
+OnSpike: TypeAlias = Literal["clip", "zero", "skip"]
+Record: TypeAlias = Literal["raw", "clipped"]
 
 
-def check_quantile(value: Any) -> float:
-    """Return `value` as a float if it is a quantile, a real number in [0, 1].
+class CommonSettings(TypedDict, total=False):
+    """The settings that every clipper takes by keyword, for editors and type checkers.
 
-    Raises:
-        TypeError: it is no real number (a bool or a string, say).
-        ValueError: it is NaN or lies outside [0, 1].
-
-    >>> check_quantile(1)
-    1.0
+    * `group_clipping`: one history of the norm of all gradients of a parameter group together,
+      instead of one for each parameter.
+    * `max_norm`: a ceiling on every threshold, and the only threshold during warm-up.
+    * `warmup_steps`: how many norms a row records before its rule counts.
+    * `include_current`: whether a norm is part of the window that it is compared with.
+    * `record`: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
+    * `on_spike`: what happens to a gradient above its threshold: `"clip"` scales it down to the
+      threshold, `"zero"` sets it to zero, `"skip"` (PyTorch) leaves the parameter untouched.
+    * `on_nonfinite`: what happens to a gradient that holds a NaN or an infinity: `"keep"` leaves
+      it as it is, `"zero"` sets it to zero, `"raise"` raises FloatingPointError. Its norm is
+      never recorded.
     """
-    takes = "a real number in [0, 1]"
-    quantile = _check_real("quantile", value, takes)
-    if not 0.0 <= quantile <= 1.0:
-        raise ValueError(f"quantile takes {takes}, but got {value!r}.")
-    return quantile
+
+    group_clipping: bool
+    max_norm: float | None
+    warmup_steps: int | None
+    include_current: bool | None
+    record: Record
+    on_spike: OnSpike
+    on_nonfinite: OnNonfinite
 
 
-def check_deviations(value: Any) -> float:
-    """Return `value` as a float if it is a number of standard deviations, finite and ≥ 0.
+class QuantileSettings(CommonSettings, total=False):
+    """What `QuantileClip` takes by keyword alone; see `Quantile` and `CommonSettings`."""
 
-    Raises:
-        TypeError: it is no real number.
-        ValueError: it is negative, NaN or infinite.
-    """
-    takes = "a finite real number ≥ 0"
-    deviations = _check_real("deviations", value, takes)
-    if not (math.isfinite(deviations) and deviations >= 0.0):
-        raise ValueError(f"deviations takes {takes}, but got {value!r}.")
-    return deviations
+    factor: float
 
 
-def check_history_length(value: Any) -> int:
-    """Return `value` as an int if it is a number of norms to keep, an integer ≥ 1.
+class StandardSettings(CommonSettings, total=False):
+    """What `StandardClip` takes by keyword alone; see `Standard` and `CommonSettings`."""
 
-    Raises:
-        TypeError: it is no integer (a float is refused, even a whole one).
-        ValueError: it is smaller than 1, or no int64.
-    """
-    takes = "an int ≥ 1 and < 2**63"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(
-            f"history_length takes {takes}, but got {value!r} of type {type(value).__name__}."
-        )
-    if not 1 <= int(value) < 2**63:
-        raise ValueError(f"history_length takes {takes}, but got {value!r}.")
-    return int(value)
+    decay: float | None
+    factor: float
+    shrink: bool
 
 
-def check_on_nonfinite(value: Any) -> OnNonfinite:
-    """Return `value` if it is one of the words "keep", "zero" and "raise".
-
-    Raises:
-        TypeError: it is no string.
-        ValueError: it is another string.
-    """
-    words = get_args(OnNonfinite)
-    takes = "one of " + ", ".join(f'"{word}"' for word in words)
-    if not isinstance(value, str):
-        raise TypeError(
-            f"on_nonfinite takes {takes}, but got {value!r} of type {type(value).__name__}."
-        )
-    if value not in words:
-        raise ValueError(f"on_nonfinite takes {takes}, but got {value!r}.")
-    return cast(OnNonfinite, value)
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """Return `value` if it is a bool.
-
-    Raises:
-        TypeError: it is anything else: a number given by position would otherwise pass as a flag.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"{name} takes True or False, but got {value!r} of type {type(value).__name__}."
-        )
-    return value
-
-
-def check_known_settings(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse settings that do not exist: a misspelt one would otherwise be ignored in silence.
+@dataclass(frozen=True)
+class GroupSettings:
+    """All settings of one parameter group, and so of its rows.
 
     Args:
-        given: the names that were given.
-        known: the names that `where` takes.
-        where: who was given them, for the message.
+        rule: how a window becomes a threshold.
+        history_length: how many norms a row keeps, the newest ones; an int ≥ 1.
+        max_norm: see `CommonSettings`, as for all that follow; None for no ceiling.
+        warmup_steps: None for the rule's default.
+        include_current: None for the rule's default.
+        record: `"raw"` or `"clipped"`.
+        on_spike: `"clip"`, `"zero"` or `"skip"`.
+        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
 
     Raises:
-        ValueError: a given name is not known.
+        TypeError: a setting has a wrong type.
+        ValueError: a setting has a wrong value, or `record="clipped"` cannot work.
     """
-    known = list(known)
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(
-            f"{where} got the unknown setting{'s' if len(unknown) > 1 else ''} "
-            f"{', '.join(map(repr, unknown))}. It takes {', '.join(map(repr, known))}."
+
+    rule: Rule
+    history_length: int = setting(1000, ge=1, lt=2**63)
+    max_norm: float | None = setting(None, gt=0)
+    warmup_steps: int | None = setting(None, kind=int, ge=0, lt=2**63)
+    include_current: bool | None = setting(None, kind=bool)
+    record: Record = setting("raw", choices=("raw", "clipped"))
+    on_spike: OnSpike = setting("clip", choices=("clip", "zero", "skip"))
+    on_nonfinite: OnNonfinite = setting("keep", choices=("keep", "zero", "raise"))
+
+    def __post_init__(self) -> None:
+        """Check the settings and fill in the rule's defaults."""
+        if not isinstance(self.rule, Rule):
+            raise TypeError(
+                f"rule takes a Rule such as Quantile(0.9), but got {self.rule!r:.200} of type "
+                f"{type(self.rule).__name__}."
+            )
+        check_fields(self)
+        for name, usual in (("warmup_steps", 0), ("include_current", True)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.rule.defaults.get(name, usual))
+        if self.record == "clipped" and self.include_current:
+            raise ValueError(
+                'record="clipped" needs include_current=False: a norm that is compared with itself '
+                "cannot be recorded as clipped before it is."
+            )
+        if self.record == "clipped" and self.rule.thresholds_only_fall:
+            raise ValueError(
+                f'record="clipped" does not work with {self.rule}: its threshold never exceeds the '
+                "largest norm in the window, and no norm above the threshold would be recorded, so "
+                'the threshold could only fall. Use record="raw", or a rule whose threshold can '
+                "rise, such as Quantile(0.5, factor=2.0)."
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by name, the rule's first, as a saved state holds them."""
+        return {
+            **self.rule.settings,
+            **{name: getattr(self, name) for name in CLIPPER_SETTINGS},
+        }
+
+    @property
+    def structure(self) -> Hashable:
+        """What rows that are recorded together must share; the other settings are numbers a row."""
+        return (
+            type(self.rule),
+            self.rule.structure,
+            self.history_length,
+            self.include_current,
+            self.record,
         )
 
+    def merged(self, overrides: Mapping[str, Any]) -> GroupSettings:
+        """These settings with some replaced, by flat names.
 
-def check_group_settings(
-    given: Iterable[str], known: Iterable[str], global_clipping: bool, clipper: str
-) -> None:
-    """Refuse settings that a parameter group cannot have.
+        Raises:
+            TypeError, ValueError: a setting has a wrong type or value.
+        """
+        if not overrides:
+            return self
+        both = {**self.settings, **overrides}
+        rule = type(self.rule)(**{name: both.pop(name) for name in self.rule.setting_names()})
+        return GroupSettings(rule, **both)
+
+
+CLIPPER_SETTINGS = tuple(
+    field.name for field in dataclasses.fields(GroupSettings) if field.name != "rule"
+)
+"""The names of the settings that a group has besides its rule's."""
+
+
+@dataclass(frozen=True)
+class ClipperSettings:
+    """The settings of a clipper: its mode, and what groups have that override nothing.
+
+    Attributes:
+        mode: what a row stands for.
+        default: the settings of a group that names none of its own.
+        owner: the name of the clipper's class, for messages.
+    """
+
+    mode: Mode
+    default: GroupSettings
+    owner: str
+
+    @classmethod
+    def make(
+        cls,
+        owner: str,
+        rule: Rule | type[Rule],
+        *,
+        global_clipping: bool = False,
+        group_clipping: bool = False,
+        **settings: Any,
+    ) -> ClipperSettings:
+        """Check and collect the arguments of a clipper's constructor.
+
+        Args:
+            owner: the name of the clipper's class, for messages.
+            rule: the rule, or its class; then `settings` holds the rule's settings as well.
+            global_clipping: one row for all parameters together.
+            group_clipping: one row for each parameter group.
+            settings: settings by name.
+
+        Raises:
+            TypeError: a setting is unknown or has a wrong type, as for any Python function.
+            ValueError: a setting has a wrong value, or both modes were asked for.
+        """
+        both = (
+            check_flag("global_clipping", global_clipping),
+            check_flag("group_clipping", group_clipping),
+        )
+        if all(both):
+            raise ValueError(
+                "global_clipping keeps one history for all parameters, and group_clipping one for "
+                "each group. Choose one of the two."
+            )
+        names = rule.setting_names() if isinstance(rule, type) else ()
+        unknown = [name for name in settings if name not in (*names, *CLIPPER_SETTINGS)]
+        if unknown:
+            known = [*names, *CLIPPER_SETTINGS, "global_clipping", "group_clipping"]
+            raise TypeError(
+                f"{owner} got an unexpected keyword argument {unknown[0]!r}. It takes "
+                f"{', '.join(map(repr, known))}."
+            )
+        if isinstance(rule, type):
+            rule = rule(**{name: settings.pop(name) for name in names if name in settings})
+        mode: Mode = "global" if global_clipping else "group" if group_clipping else "parameter"
+        return cls(mode, GroupSettings(rule, **settings), owner)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of a group that names none of its own, by name."""
+        return self.default.settings
+
+    def for_group(self, overrides: Mapping[str, Any]) -> GroupSettings:
+        """The settings of a group that overrides some.
+
+        Raises:
+            TypeError: a setting has a wrong type.
+            ValueError: a setting is unknown or has a wrong value, or there is any under global
+                clipping.
+        """
+        known = self.defaults
+        check_known_settings(overrides, known, f"A parameter group of {self.owner}")
+        if overrides and self.mode == "global":
+            raise ValueError(
+                "With global_clipping there is one history for all parameters, so a group cannot "
+                f"have settings of its own, but got {', '.join(map(repr, overrides))}."
+            )
+        return self.default.merged(overrides)
+
+    def taken_from(self, group: Mapping[str, Any]) -> GroupSettings:
+        """The settings of a group of somebody else's, such as an optimizer's: what we know in it.
+
+        Raises:
+            TypeError, ValueError: as `for_group`.
+        """
+        return self.for_group({name: group[name] for name in self.defaults if name in group})
+
+    @property
+    def modes(self) -> dict[str, bool]:
+        """The mode as the constructor's arguments."""
+        return {
+            "global_clipping": self.mode == "global",
+            "group_clipping": self.mode == "group",
+        }
+
+    def describe(self, groups: Iterable[tuple[int, GroupSettings, str]] = ()) -> str:
+        """What `repr` shows of a clipper.
+
+        Args:
+            groups: of each group how many parameters it has, its settings, and what else is to be
+                said of it.
+        """
+        lines = [f"{self.owner}(", f"    {_words(self.default)}"]
+        modes = [name for name, chosen in self.modes.items() if chosen]
+        lines += [f"    {name}=True" for name in modes]
+        for i, (count, settings, extra) in enumerate(groups):
+            own = "" if settings == self.default else f", {_words(settings, self.default)}"
+            what = "parameter" if count == 1 else "parameters"
+            lines.append(f"    group {i}: {count} {what}{extra}{own}")
+        return "\n".join([*lines, ")"])
+
+
+def _words(settings: GroupSettings, default: GroupSettings | None = None) -> str:
+    """The settings that differ from a default; without one, what the rule has, and the rest."""
+    usual = GroupSettings(settings.rule).settings if default is None else default.settings
+    always = {*settings.rule.setting_names(), "history_length"} if default is None else set()
+    return ", ".join(
+        f"{name}={value!r}"
+        for name, value in settings.settings.items()
+        if name in always or value != usual[name]
+    )
+
+
+class ParamGroup(dict[str, Any]):
+    """A parameter group as `param_groups` shows it. Writing a setting changes the clipper's.
+
+    >>> group = ParamGroup({"params": [], "quantile": 0.9}, lambda name, value: value)
+    >>> group["quantile"] = 0.5
+    >>> group["quantile"]
+    0.5
+    """
+
+    def __init__(self, contents: Mapping[str, Any], write: Any) -> None:
+        super().__init__(contents)
+        self._write = write
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in ("params", "param_names") or name not in self:
+            settings = [key for key in self if key not in ("params", "param_names")]
+            raise KeyError(
+                f"{name!r} cannot be set. The settings of this group are "
+                f"{', '.join(map(repr, settings))}; parameters are added with add_param_group."
+            )
+        super().__setitem__(name, self._write(name, value))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Set several settings; see `dict.update`."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError("A parameter group's settings can be changed, not removed.")
+
+    __delitem__ = pop = popitem = clear = setdefault = _refuse
+    __ior__ = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # a copy is no view of the clipper's settings
+
+
+def batches(
+    settings: Sequence[GroupSettings], *keys: Sequence[Hashable]
+) -> dict[Hashable, list[int]]:
+    """The rows that can be recorded together: those with equal `structure`.
 
     Args:
-        given: the names of the settings that the group was given.
-        known: the names of those that a group of this clipper takes.
-        global_clipping: whether the clipper keeps one history for all groups.
-        clipper: the name of its class.
+        settings: one a row.
+        keys: what else they must share, one a row, such as a device.
+    """
+    found: dict[Hashable, list[int]] = {}
+    # Groups share their settings among many rows, and a look at each row's structure takes long.
+    known = {id(each): each.structure for each in settings}
+    for row, each in enumerate(settings):
+        key = (known[id(each)], *(values[row] for values in keys))
+        found.setdefault(key, []).append(row)
+    return found
+
+
+def check_saved_settings(rule: str, settings: Mapping[str, Any]) -> int:
+    """Check the settings of a group in a saved state.
+
+    Args:
+        rule: the name of the rule. Of one that is not registered here, any settings are accepted.
+        settings: all settings of the group, by name.
+
+    Returns:
+        The group's `history_length`.
 
     Raises:
-        ValueError: a name is not known, or there is any under `global_clipping`.
+        TypeError, ValueError: a setting is unknown or has a wrong type or value.
+        KeyError: a setting is missing.
     """
-    given = list(given)
-    check_known_settings(given, known, f"A parameter group of {clipper}")
-    if global_clipping and given:
-        raise ValueError(
-            "With global_clipping there is one history for all parameters, so a group cannot "
-            f"have settings of its own, but got {', '.join(map(repr, given))}."
-        )
+    ours = {name: settings[name] for name in CLIPPER_SETTINGS}
+    theirs = {name: value for name, value in settings.items() if name not in ours}
+    known = RULES.get(rule)
+    if known is None:
+        return GroupSettings(_Unknown(), **ours).history_length
+    check_known_settings(theirs, known.setting_names(), f"the {rule} rule")
+    made = known(**{name: theirs[name] for name in known.setting_names()})
+    return GroupSettings(made, **ours).history_length
+
+
+@dataclass(frozen=True)
+class _Unknown(Rule):
+    """Stands for a rule that is not registered in this process."""
+
+    name = "unknown"
+
+    @staticmethod
+    def threshold(window: Any) -> Any:
+        raise AssertionError

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._rules import Rows, Rule, Tracker, register_rule
-from autoclip.core._settings import DEFAULT_DEVIATIONS, check_deviations
-from autoclip.core._windows import Windows
+from autoclip.core._fields import setting
+from autoclip.core._ring import RingBuffer, Rows
+from autoclip.core._rule import Rule, register_rule
+from autoclip.core._tracker import FEW_ROWS, FewRowsTracker, Tracker
 
 __all__ = ["Standard"]
 
@@ -20,87 +21,149 @@ __all__ = ["Standard"]
 @register_rule
 @dataclass(frozen=True)
 class Standard(Rule):
-    """The threshold is `mean + deviations * std` of the window (population deviation).
+    """The threshold is `factor * (mean + deviations * std)` of the window.
+
+    The deviation is the population's, `ddof=0`. By default a norm is compared with the norms before
+    it: a spike that is counted among them hides itself.
 
     Args:
         deviations: a finite real number ≥ 0.
+        decay: a real number in (0, 1): mean and deviation are weighted by `decay ** age`, an
+            exponential average over the window. None weighs all norms alike.
+        factor: a finite real number > 0.
+        shrink: scale a gradient above its threshold down to
+            `mean + (threshold - mean)² / (norm - mean)`, the lower the larger it is, instead of
+            to the threshold (ZClip, Kumar et al., 2025, arXiv:2504.02507).
 
     Raises:
-        TypeError, ValueError: `deviations` is something else.
+        TypeError, ValueError: an argument is something else.
 
     >>> from autoclip.core import History
-    >>> history = History(rows=1, rule=Standard(deviations=2.0))
-    >>> for norm in (1.0, 3.0):
+    >>> history = History(rows=1, rule=Standard(deviations=2.0), warmup_steps=2)
+    >>> for norm in (1.0, 3.0, 8.0):
     ...     report = history.record([norm])
     >>> report.thresholds
     array([4.])
     """
 
-    deviations: float = DEFAULT_DEVIATIONS
+    deviations: float = setting(2.0, ge=0)
+    decay: float | None = setting(None, gt=0, lt=1)
+    factor: float = setting(1.0, gt=0)
+    shrink: bool = setting(False)
     name: ClassVar[str] = "standard"
+    # The deviation of a handful of norms says little; that of a single one is 0.
+    defaults: ClassVar[Mapping[str, Any]] = {"include_current": False, "warmup_steps": 25}
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "deviations", check_deviations(self.deviations))
+    @staticmethod
+    def threshold(window: Any, deviations: Any, decay: Any, factor: Any, shrink: bool) -> Any:
+        """See `Rule.threshold`."""
+        mean, std = _moments(window, decay)
+        return factor * (mean + deviations * std)
+
+    @staticmethod
+    def clip_to(
+        window: Any,
+        norm: Any,
+        threshold: Any,
+        deviations: Any,
+        decay: Any,
+        factor: Any,
+        shrink: bool,
+    ) -> Any:
+        """See `Rule.clip_to`."""
+        if not shrink:
+            return threshold
+        mean, _ = _moments(window, decay)
+        return mean + (threshold - mean) ** 2 / (norm - mean)
+
+    @property
+    def thresholds_only_fall(self) -> bool:
+        """See `Rule.thresholds_only_fall`."""
+        return self.deviations == 0.0 and self.factor <= 1.0
 
     @classmethod
-    def track(cls, rules: Sequence[Standard], windows: Windows) -> Tracker:
-        return _BlockTracker(rules, windows)
+    def track(cls, rules: Sequence[Standard], ring: RingBuffer) -> Tracker | None:
+        """See `Rule.track`."""
+        if rules[0].decay is not None or rules[0].shrink:
+            return None
+        if ring.rows <= FEW_ROWS and ring.history_length <= _LONGEST_OF_FEW:
+            return _FewBlocksTracker(rules, ring)
+        return _BlockTracker(rules, ring)
 
 
-_LARGEST_BLOCK = 1024
-"""Of a `history_length` beyond 2^20 that nobody fills, no block is ever larger."""
+_LONGEST_OF_FEW = 2**14
+"""Beyond this length there are too many blocks for a loop in Python."""
+
+
+def _moments(window: Any, decay: Any) -> tuple[Any, Any]:
+    """Mean and standard deviation of each window, weighted by age if there is a decay."""
+    if decay is None:
+        mean = window.mean()
+        return mean, window.mean((window.norms - mean) ** 2) ** 0.5
+    weights = decay**window.age
+    total = window.sum(weights)
+    mean = window.sum(weights * window.norms) / total
+    return mean, (window.sum(weights * (window.norms - mean) ** 2) / total) ** 0.5
+
+
+def _block_length(history_length: int) -> int:
+    # Of a history_length beyond 2^20 that nobody fills, no block is ever larger than 1024.
+    return max(16, min(math.isqrt(history_length), 1024))
 
 
 class _BlockTracker(Tracker):
-    """Mean and deviation from blocks of slots, of which a new norm changes one.
+    """Mean and deviation from blocks of norms, of which a new norm changes one.
 
     Running sums drift, and after a spike has left they can go negative. Here each block's mean
     and sum of squared deviations are computed afresh, in two passes, whenever a value in it
     changes, and the blocks are combined as in Chan, Golub and LeVeque (1983): only sums of
-    squares, so never negative, and a function of the slots alone, so the same bits after a load.
-    With blocks of about `sqrt(history_length)` slots a step reads `2 * sqrt(history_length)`
-    numbers a row.
+    squares, so never negative. A norm that leaves has the place of the one that comes (see
+    `RingBuffer`), so one block changes, and the results follow from the window and
+    `recorded` alone: the same bits after a load. With blocks of about `sqrt(history_length)` norms
+    a step reads `2 * sqrt(history_length)` numbers a row.
     """
 
-    def __init__(self, rules: Sequence[Standard], windows: Windows) -> None:
-        super().__init__(rules, windows)
+    def __init__(self, rules: Sequence[Standard], ring: RingBuffer) -> None:
+        super().__init__(rules, ring)
         self._deviations = np.array([rule.deviations for rule in rules], np.float64)
-        self._block = max(16, min(math.isqrt(windows.history_length), _LARGEST_BLOCK))
+        self._factors = np.array([rule.factor for rule in rules], np.float64)
+        self._length = _block_length(ring.history_length)
         self._counts = np.zeros((len(rules), 0))
         self._means = np.zeros((len(rules), 0))
         self._squares = np.zeros((len(rules), 0))
 
-    def _reserve(self) -> None:
-        blocks = -(-self.windows.values.shape[1] // self._block)
-        more = ((0, 0), (0, blocks - self._counts.shape[1]))
-        if more[1][1]:
+    def update(
+        self, rows: Rows, entered: npt.NDArray[np.float32], left: npt.NDArray[np.float32]
+    ) -> None:
+        index = np.arange(self.ring.rows) if isinstance(rows, slice) else rows
+        newest = self.ring.newest(index)
+        self._reserve(int(newest.max()))
+        self._summarize(index, newest // self._length)
+        self._combine(index)
+        growing = np.isnan(left)
+        if growing.any():
+            self.rebuild(self.ring.renumbered(index, growing))
+
+    def rebuild(self, rows: npt.NDArray[np.int64]) -> None:
+        if not len(rows):
+            return
+        self._reserve(int(self.ring.lengths[rows].max()) - 1)
+        for block in range(self._counts.shape[1]):
+            self._summarize(rows, np.full(len(rows), block))
+        self._combine(rows)
+
+    def _reserve(self, place: int) -> None:
+        missing = place // self._length + 1 - self._counts.shape[1]
+        if missing > 0:
+            more = ((0, 0), (0, missing))
             self._counts = np.pad(self._counts, more)
             self._means = np.pad(self._means, more)
             self._squares = np.pad(self._squares, more)
 
-    def update(
-        self, rows: Rows, entered: npt.NDArray[np.float32], left: npt.NDArray[np.float32]
-    ) -> None:
-        index = np.arange(len(self.rules)) if isinstance(rows, slice) else rows
-        newest = (self.windows.recorded[index] - 1) % self.windows.history_length
-        self._reserve()
-        self._summarise(index, newest // self._block)
-        self._combine(index)
-
-    def rebuild(self, rows: npt.NDArray[np.int64]) -> None:
-        self._reserve()
-        for block in range(self._counts.shape[1]):
-            self._summarise(rows, np.full(len(rows), block))
-        self._combine(rows)
-
-    def _summarise(self, rows: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64]) -> None:
-        windows = self.windows
-        slots = blocks[:, None] * self._block + np.arange(self._block)
-        # How many norms ago a slot was written; the slots that count are younger than the window.
-        age = (windows.recorded[rows, None] - 1 - slots) % windows.history_length
-        valid = (age < windows.lengths[rows, None]) & (slots < windows.history_length)
-        values = windows.values[rows[:, None], np.minimum(slots, windows.values.shape[1] - 1)]
-        values = np.where(valid, values.astype(np.float64), 0.0)
+    def _summarize(self, rows: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64]) -> None:
+        values = self.ring.at(rows, blocks[:, None] * self._length + np.arange(self._length))
+        valid = values == values
+        values = np.where(valid, values, 0.0)
         counts = valid.sum(axis=1)
         means = values.sum(axis=1) / np.maximum(counts, 1)
         squares = np.where(valid, (values - means[:, None]) ** 2, 0.0).sum(axis=1)
@@ -110,8 +173,53 @@ class _BlockTracker(Tracker):
 
     def _combine(self, rows: npt.NDArray[np.int64]) -> None:
         counts, means = self._counts[rows], self._means[rows]
-        lengths = self.windows.lengths[rows]
+        lengths = self.ring.lengths[rows]
         mean = (counts * means).sum(axis=1) / lengths
         between = (counts * (means - mean[:, None]) ** 2).sum(axis=1)
         variance = (self._squares[rows].sum(axis=1) + between) / lengths
-        self.thresholds[rows] = mean + self._deviations[rows] * np.sqrt(variance)
+        self.thresholds[rows] = self._factors[rows] * (
+            mean + self._deviations[rows] * np.sqrt(variance)
+        )
+
+
+class _FewBlocksTracker(FewRowsTracker):
+    """`_BlockTracker` for a few rows, in Python's numbers."""
+
+    def __init__(self, rules: Sequence[Standard], ring: RingBuffer) -> None:
+        super().__init__(rules, ring)
+        self._rules = [(rule.deviations, rule.factor) for rule in rules]
+        self._length = _block_length(ring.history_length)
+        # One entry a block: how many norms, their mean, and the sum of their squared deviations.
+        self._blocks: list[list[tuple[int, float, float]]] = [[] for _ in rules]
+
+    def update_one(self, row: int, entered: float, left: float | None) -> None:
+        only = np.array([row])
+        if left is None and len(self.ring.renumbered(only, np.array([True]))):
+            self.rebuild(only)
+            return
+        self._summarize(row, int(self.ring.newest(only)[0]) // self._length)
+        self._combine(row)
+
+    def rebuild(self, rows: npt.NDArray[np.int64]) -> None:
+        for row in rows.tolist():
+            self._blocks[row] = []
+            for block in range(-(-int(self.ring.lengths[row]) // self._length)):
+                self._summarize(row, block)
+            self._combine(row)
+
+    def _summarize(self, row: int, block: int) -> None:
+        values = self.ring.between(row, block * self._length, (block + 1) * self._length)
+        count = len(values)
+        mean = sum(values) / count
+        blocks = self._blocks[row]
+        if block == len(blocks):
+            blocks.append((0, 0.0, 0.0))
+        blocks[block] = count, mean, sum([(value - mean) ** 2 for value in values])
+
+    def _combine(self, row: int) -> None:
+        blocks = self._blocks[row]
+        length = int(self.ring.lengths[row])
+        mean = sum([count * each for count, each, _ in blocks]) / length
+        square = sum([squares + count * (each - mean) ** 2 for count, each, squares in blocks])
+        deviations, factor = self._rules[row]
+        self.thresholds[row] = factor * (mean + deviations * math.sqrt(square / length))

@@ -1,0 +1,84 @@
+"""From groups of parameters to rows of the history, and from rows to a state and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from autoclip.core._settings import GroupSettings, Mode
+from autoclip.core._state import GroupState, ParameterInfo, State
+from autoclip.core._version import __version__
+
+__all__ = ["make_state", "row_names", "split_state"]
+
+
+def row_names(mode: Mode, parameters: Sequence[str], groups: int) -> tuple[str, ...]:
+    """What the rows of a clipper are called in reports.
+
+    Args:
+        mode: what a row stands for.
+        parameters: the names of all parameters, in the order of their rows.
+        groups: how many groups there are.
+    """
+    if mode == "global":
+        return ("all parameters",)
+    if mode == "group":
+        return tuple(f"group {i}" for i in range(groups))
+    return tuple(parameters)
+
+
+def make_state(
+    framework: str,
+    rule: str,
+    mode: Mode,
+    settings: Sequence[GroupSettings],
+    parameters: Sequence[Sequence[ParameterInfo]],
+    rows: Sequence[Sequence[int]],
+    windows: Sequence[npt.NDArray[np.float32]],
+    recorded: npt.NDArray[np.int64],
+) -> State:
+    """The state of a clipper.
+
+    Args:
+        framework: `"torch"`, `"tensorflow"`, or another backend's name.
+        rule: the rule's name.
+        mode: what a row stands for. A global clipper's state has one group with all parameters.
+        settings: of each group.
+        parameters: of each group.
+        rows: of each group, the numbers of its rows: one a parameter, or one.
+        windows: of each row, oldest norm first.
+        recorded: int64[all rows].
+    """
+    if mode == "global":
+        settings, rows = settings[:1], [[0]]
+        parameters = [[info for group in parameters for info in group]]
+    groups = [
+        GroupState.from_windows(
+            each.settings, infos, [windows[row] for row in own], recorded[list(own)]
+        )
+        for each, infos, own in zip(settings, parameters, rows)
+    ]
+    return State(rule, mode, framework, tuple(groups), __version__)
+
+
+def split_state(
+    state: State, rows: Sequence[Sequence[int]], count: int
+) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+    """The windows and counts in a state by row; the opposite of `make_state`.
+
+    Args:
+        state: one that fits the clipper.
+        rows: of each group, the numbers of its rows.
+        count: how many rows there are.
+    """
+    windows = [np.empty(0, np.float32)] * count
+    recorded = np.zeros(count, np.int64)
+    if state.mode == "global":
+        rows = [[0]]
+    for own, group in zip(rows, state.groups):
+        recorded[list(own)] = group.recorded
+        for row, window in zip(own, group.windows()):
+            windows[row] = window
+    return windows, recorded

@@ -1,0 +1,221 @@
+"""What a rule is: a few settings and one function from a window of norms to a threshold.
+
+A rule is written once and runs in NumPy, PyTorch and TensorFlow. Gradients, hooks, state and files
+know rules only through the class `Rule`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from autoclip.core._fields import check_fields, check_known_settings
+from autoclip.core._window import QuantileProbe
+
+if TYPE_CHECKING:
+    from autoclip.core._ring import RingBuffer
+    from autoclip.core._tracker import Tracker
+
+__all__ = ["RULES", "Rule", "needs_order", "register_rule", "rule_arguments"]
+
+
+class Rule(ABC):
+    """How thresholds follow from windows of norms: a frozen dataclass of settings.
+
+    Subclass it, give its settings with `setting`, write `threshold`, and decorate the class with
+    `register_rule` if its states are to be loaded from files.
+
+    Attributes:
+        name: the rule's name in a saved state.
+        defaults: what settings of a clipper, such as `include_current`, default to under this
+            rule. Without an entry, `include_current` is True and `warmup_steps` is 0.
+
+    >>> from dataclasses import dataclass
+    >>> from typing import ClassVar
+    >>> from autoclip.core import History, Rule, register_rule, setting
+    >>> @register_rule
+    ... @dataclass(frozen=True)
+    ... class Mad(Rule):
+    ...     '''Median plus some median absolute deviations.'''
+    ...
+    ...     deviations: float = setting(3.0, ge=0)
+    ...     name: ClassVar[str] = "example_mad"
+    ...
+    ...     @staticmethod
+    ...     def threshold(window, deviations):
+    ...         median = window.quantile(0.5)
+    ...         return median + deviations * window.quantile(0.5, abs(window.norms - median))
+    >>> history = History(rows=1, rule=Mad(1.0))
+    >>> for norm in (1.0, 2.0, 9.0):
+    ...     report = history.record([norm])
+    >>> report.thresholds
+    array([3.])
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_fields(self)
+
+    @staticmethod
+    @abstractmethod
+    def threshold(window: Any, *args: Any, **settings: Any) -> Any:
+        """The thresholds of many rows.
+
+        Args:
+            window: a `Window`.
+            args: none; a rule names its settings as parameters.
+            settings: the rule's own, by name. A float is [rows, 1], or [1, 1] if all rows have the
+                same; anything else is the plain value, which all these rows share.
+
+        Returns:
+            [rows, 1].
+        """
+
+    @staticmethod
+    def clip_to(window: Any, norm: Any, threshold: Any, *args: Any, **settings: Any) -> Any:
+        """The norms that gradients above their threshold are scaled down to.
+
+        Args:
+            window: what `threshold` got.
+            norm: [rows, 1], the gradients' norms.
+            threshold: [rows, 1], what `threshold` returned.
+            args: none; a rule names its settings as parameters.
+            settings: as `threshold` gets them.
+
+        Returns:
+            [rows, 1]; the threshold itself, unless a rule overrides this.
+        """
+        return threshold
+
+    @property
+    def thresholds_only_fall(self) -> bool:
+        """Whether no threshold can exceed the largest norm in its window.
+
+        If the clipped norms were recorded under such a rule, thresholds could fall but never rise
+        again. `record="clipped"` is refused then.
+        """
+        return False
+
+    @classmethod
+    def track(cls, rules: Sequence[Any], ring: RingBuffer) -> Tracker | None:
+        """An incremental NumPy evaluation with the same results as `threshold`; None for none.
+
+        Args:
+            rules: of this class, one a row, with equal `structure`.
+            ring: the rows' windows, all empty.
+        """
+        return None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The rule's settings by name, as a saved state holds them."""
+        return {name: getattr(self, name) for name in self.setting_names()}
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """The settings that rows which are evaluated together must share: all but floats."""
+        return tuple(
+            (name, None if isinstance(value, float) else (type(value).__name__, value))
+            for name, value in self.settings.items()
+        )
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """The names of the rule's settings."""
+        return _field_names(cls)
+
+    @classmethod
+    def from_settings(cls: type[RuleT], settings: Mapping[str, Any]) -> RuleT:
+        """Make the rule from its settings by name.
+
+        Raises:
+            TypeError, ValueError: a setting is unknown, missing, or has a wrong value.
+        """
+        check_known_settings(settings, cls.setting_names(), f"the {cls.name} rule")
+        return cls(**settings)
+
+
+RuleT = TypeVar("RuleT", bound=Rule)
+
+
+@cache
+def _field_names(rule: type[Rule]) -> tuple[str, ...]:
+    if not dataclasses.is_dataclass(rule):
+        raise TypeError(
+            f"{rule.__name__} is not a dataclass. Decorate the rule with "
+            "@dataclass(frozen=True); its fields are its settings."
+        )
+    return tuple(field.name for field in dataclasses.fields(rule))
+
+
+RULES: dict[str, type[Rule]] = {}
+"""Every registered rule by the name that a saved state calls it."""
+
+
+def register_rule(rule: type[RuleT]) -> type[RuleT]:
+    """Class decorator: make a rule known by its name, for configurations and saved states.
+
+    Registering a class of the same module and name again, as a notebook cell that runs twice does,
+    replaces it.
+
+    Raises:
+        TypeError: it is not a frozen dataclass derived from `Rule` with a `name`.
+        ValueError: another rule has the name, or a setting is called like one of the clippers'.
+    """
+    from autoclip.core._settings import CLIPPER_SETTINGS  # it knows rules, rules need not know it
+
+    parameters = getattr(rule, "__dataclass_params__", None)
+    if not (isinstance(rule, type) and issubclass(rule, Rule)) or not getattr(
+        parameters, "frozen", False
+    ):
+        raise TypeError(
+            f"register_rule takes a subclass of Rule that is a frozen dataclass, but got {rule!r}. "
+            "Put @register_rule above @dataclass(frozen=True)."
+        )
+    if not isinstance(getattr(rule, "name", None), str) or not rule.name:
+        raise TypeError(f'{rule.__name__} has no name. Write: name: ClassVar[str] = "..."')
+    taken = sorted({*CLIPPER_SETTINGS, "match", "params", "param_names"} & {*rule.setting_names()})
+    if taken:
+        raise ValueError(
+            f"{rule.__name__} has the setting {taken[0]!r}, which is one of every clipper. Call it "
+            "something else."
+        )
+    known = RULES.get(rule.name, rule)
+    if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
+        raise ValueError(
+            f"A rule named {rule.name!r} is registered already: {known.__module__}."
+            f"{known.__qualname__}. Choose another name."
+        )
+    RULES[rule.name] = rule
+    return rule
+
+
+def rule_arguments(rules: Sequence[Rule]) -> dict[str, Any]:
+    """The settings of rules with equal `structure`, as `Rule.threshold` takes them.
+
+    Returns:
+        For each setting float64[rows, 1] if it is a float, or float64[1, 1] if all rows have the
+        same; otherwise the value that all share.
+    """
+    arguments = rules[0].settings
+    for name, value in arguments.items():
+        if isinstance(value, float):
+            column = np.array([getattr(rule, name) for rule in rules], np.float64)[:, None]
+            arguments[name] = column[:1] if (column == value).all() else column
+    return arguments
+
+
+def needs_order(rule: Rule) -> bool:
+    """Whether a rule asks for quantiles of the norms themselves, so that order is worth keeping."""
+    probe = QuantileProbe()
+    with np.errstate(all="ignore"):
+        rule.threshold(probe, **rule_arguments([rule]))
+    return probe.asked

@@ -1,0 +1,55 @@
+"""What a backend needs of the core and its users do not.
+
+`autoclip.torch` and `autoclip.tf` are built on these names, and a backend for another framework
+can be. A clipper measures norms, records them in its rows, and multiplies the gradients by the
+coefficients; its settings, rules, states and messages come from here.
+"""
+
+from autoclip.core._attachment import AttachmentHandle
+from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
+from autoclip.core._ring import SMALLEST_NORM, is_recorded
+from autoclip.core._rows import make_state, row_names, split_state
+from autoclip.core._rule import RULES, needs_order, rule_arguments
+from autoclip.core._settings import (
+    CLIPPER_SETTINGS,
+    ClipperSettings,
+    CommonSettings,
+    GroupSettings,
+    Mode,
+    ParamGroup,
+    QuantileSettings,
+    StandardSettings,
+    batches,
+)
+from autoclip.core._state import GroupState, ParameterInfo, State
+from autoclip.core._warnings import warn_user
+from autoclip.core._window import Window
+
+__all__ = [
+    "CLIPPER_SETTINGS",
+    "RULES",
+    "SMALLEST_NORM",
+    "AttachmentHandle",
+    "ClipperSettings",
+    "CommonSettings",
+    "GroupSettings",
+    "GroupState",
+    "Mode",
+    "ParamGroup",
+    "ParameterInfo",
+    "QuantileSettings",
+    "StandardSettings",
+    "State",
+    "Window",
+    "attached_message",
+    "batches",
+    "is_recorded",
+    "make_state",
+    "needs_order",
+    "nonfinite_message",
+    "row_names",
+    "rule_arguments",
+    "second_clipper_message",
+    "split_state",
+    "warn_user",
+]
