@@ -8,18 +8,32 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import pickle
 import re
 import struct
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoclip.core import History, Quantile, State, StateError
-from autoclip.core._state import MAX_HEADER_BYTES
+
+SETTINGS = {
+    "quantile": 0.5,
+    "factor": 1.0,
+    "history_length": 4,
+    "max_norm": None,
+    "warmup_steps": 0,
+    "include_current": True,
+    "record": "raw",
+    "on_spike": "clip",
+    "on_nonfinite": "keep",
+}
 
 # -- files made by hand ------------------------------------------------------------------------
 
@@ -34,12 +48,12 @@ def metadata() -> Metadata:
         "format": "autoclip",
         "version": 1,
         "rule": "quantile",
-        "global_clipping": False,
+        "mode": "parameter",
         "framework": "numpy",
         "library_version": "0.3.0",
         "groups": [
             {
-                "settings": {"quantile": 0.5, "history_length": 4},
+                "settings": dict(SETTINGS),
                 "parameters": [
                     {"name": "weight", "shape": [2, 3]},
                     {"name": None, "shape": None},
@@ -99,9 +113,11 @@ def with_header(change: Callable[[Header], Any]) -> bytes:
 
 
 def refuse(data: bytes, says: str) -> None:
-    """It must be refused with words that name the source and match `says`."""
-    with pytest.raises(StateError, match=rf"(?s)my\.file.*{says}"):
+    """It must be refused with few printable words that name the source and match `says`."""
+    with pytest.raises(StateError, match=rf"my\.file.*{says}") as caught:
         State.from_bytes(data, source="my.file")
+    assert len(str(caught.value)) <= 500
+    assert str(caught.value).isprintable()
 
 
 def refuse_or_read(data: bytes) -> None:
@@ -159,7 +175,7 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
 
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_arbitrary_headers_are_refused(header: bytes, payload: bytes) -> None:
-    refuse(seal(header, payload), "a header that is no")
+    refuse(seal(header, payload), "a header that is not|its only metadata key")
 
 
 @pytest.mark.parametrize("data", [None, "text", 7, [1], np.zeros(100, np.uint8)])
@@ -170,47 +186,55 @@ def test_what_is_no_bytes_is_refused(data: Any) -> None:
 # -- headers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [MAX_HEADER_BYTES + 1, 10_000, 2**40, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("size", [2**28 + 1, 10_000, 2**40, 2**63, 2**64 - 1])
 def test_a_header_that_is_said_to_be_huge_is_not_read(size: int) -> None:
-    refuse(seal(*lay_out(metadata(), tensors()), size=size), f"a header of {size} bytes; at most")
+    data = seal(*lay_out(metadata(), tensors()), size=size)
+    says = f"a header of {size} bytes, but it has room for {len(data) - 40}"
+    tracemalloc.start()
+    refuse(data, says)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6
 
 
 def test_a_header_may_not_reach_into_the_digest() -> None:
     body = struct.pack("<Q", 3) + b"{}"
-    refuse(body + hashlib.sha256(body).digest(), "a header of 3 bytes; at most")
+    refuse(body + hashlib.sha256(body).digest(), "a header of 3 bytes, but it has room for 2")
 
 
-def test_a_header_beyond_the_limit_is_refused_and_one_within_is_read() -> None:
+def test_a_header_beyond_the_limit_is_refused() -> None:
     header, payload = lay_out(metadata(), tensors())
-    text = json.dumps(header)
-    State.from_bytes(seal(text.ljust(MAX_HEADER_BYTES), payload))
-    refuse(seal(text.ljust(MAX_HEADER_BYTES + 1), payload), "at most 4194304 are read")
+    data = seal(json.dumps(header).ljust(2**28 + 1), payload)
+    refuse(data, "a header of 268435457 bytes, but .* at most 268435456")
 
 
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        ("", "a header that is no valid JSON"),
-        ("{", "a header that is no valid JSON"),
-        ("[]", "a header that is no JSON object"),
-        ("null", "a header that is no JSON object"),
-        ('"{}"', "a header that is no JSON object"),
-        ("{} {}", "a header that is no valid JSON"),
+        ("", "a header that is not valid JSON"),
+        ("{", "a header that is not valid JSON"),
+        ("[]", "a header that is not a JSON object"),
+        ("null", "a header that is not a JSON object"),
+        ('"{}"', "a header that is not a JSON object"),
+        (" {}", "a header that is not a JSON object"),
+        ("{} {}", "a header that is not valid JSON"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": -Infinity}', "-Infinity is not a JSON number"),
-        ('{"a": 1, "a": 1}', "a key stands twice"),
-        ('{"a": {"b": 1, "b": 2}}', "a key stands twice"),
-        ("[" * 100_000 + "]" * 100_000, "a header that is no valid JSON"),
-        ('{"a":' * 100_000 + "1" + "}" * 100_000, "a header that is no valid JSON"),
-        ("[" * 1_000_000, "a header that is no valid JSON"),
-        ('{"a": ' + "9" * 100_000 + "}", "a header that is no valid JSON"),
-        (b"\xff\xfe\xfa", "a header that is no valid JSON"),
+        ('{"a": 1, "a": 1}', "an object has a duplicate key"),
+        ('{"a": {"b": 1, "b": 2}}', "an object has a duplicate key"),
+        ("[" * 100_000 + "]" * 100_000, "a header that is not valid JSON"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "a header that is not valid JSON"),
+        ("[" * 1_000_000, "a header that is not valid JSON"),
+        ('{"a": 1e999}', "1e999 is beyond float64"),
+        ('{"a": 0.' + "1" * 1_000_000 + "}", "a number has 1000002 characters"),
+        ('{"a": ' + "9" * 100_000 + "}", "a header that is not valid JSON"),
+        (b"\xff\xfe\xfa", "a header that is not valid JSON"),
         ("{}", 'its only metadata key must be "autoclip"'),
         ('{"__metadata__": null}', 'its only metadata key must be "autoclip"'),
         ('{"__metadata__": {}}', 'its only metadata key must be "autoclip"'),
         ('{"__metadata__": {"format": "pt"}}', 'its only metadata key must be "autoclip"'),
         ('{"__metadata__": {"autoclip": {}}}', 'its only metadata key must be "autoclip"'),
-        ('{"__metadata__": {"autoclip": ""}}', "metadata that is no valid JSON"),
+        ('{"__metadata__": {"autoclip": ""}}', "metadata that is not valid JSON"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -226,26 +250,29 @@ def test_headers_in_another_encoding_are_refused() -> None:
     """Python's JSON reads UTF-16 and a byte order mark; no other safetensors parser does."""
     header, payload = lay_out(metadata(), tensors())
     for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig"):
-        refuse(seal(json.dumps(header).encode(encoding), payload), "no valid safetensors file")
+        refuse(seal(json.dumps(header).encode(encoding), payload), "a header that is not valid")
 
 
 @pytest.mark.parametrize("name", ["groups.0.values", "groups.0.lengths", "groups.0.recorded"])
 def test_a_missing_tensor_is_named(name: str) -> None:
     contents = tensors()
     del contents[name]
-    refuse(with_metadata(metadata(), contents), f"missing or unknown tensors: {name}")
+    refuse(with_metadata(metadata(), contents), rf"lacks the tensors \['{name}'\]")
 
 
-@pytest.mark.parametrize("name", ["groups.1.values", "groups.00.values", "model.weight", ""])
+@pytest.mark.parametrize(
+    "name", ["groups.1.values", "groups.00.values", "model.weight", "", "\x1b[31m", "x" * 10**6]
+)
 def test_an_extra_tensor_is_named(name: str) -> None:
     contents = {**tensors(), name: ("F32", bytes(4))}
-    refuse(with_metadata(metadata(), contents), f"missing or unknown tensors: {re.escape(name)}")
+    says = rf"unknown tensors \['{re.escape(repr(name)[1:20])}"
+    refuse(with_metadata(metadata(), contents), says)
 
 
 def test_a_file_of_another_program_is_refused() -> None:
     header, payload = lay_out(metadata(), tensors())
     del header["__metadata__"]
-    refuse(seal(header, payload), "is no AutoClip state")
+    refuse(seal(header, payload), "is not an AutoClip state")
 
 
 @pytest.mark.parametrize(
@@ -324,12 +351,15 @@ def test_a_tensor_in_the_wrong_place_is_refused(name: str, shape: int, offsets: 
     def move(header: Header) -> None:
         header[name] |= {"shape": [shape], "data_offsets": offsets}
 
-    refuse(with_header(move), "no valid safetensors file|does not end with its digest")
+    refuse(
+        with_header(move),
+        "not a valid safetensors file|does not end with its digest|between its offsets",
+    )
 
 
 def test_the_tensor_of_the_digest_is_where_the_digest_is() -> None:
     """Files without a gap that say otherwise, which safetensors itself has nothing against."""
-    says = "does not end with its digest of 32 bytes"
+    says = "does not end with its digest"
     first = lay_out(metadata(), {"sha256": ("U8", bytes(32)), **tensors()})
     refuse(seal(*first), says)
     header, payload = lay_out(metadata(), tensors())
@@ -344,9 +374,9 @@ def test_the_tensor_of_the_digest_is_where_the_digest_is() -> None:
 
 def test_bytes_that_belong_to_no_tensor_are_refused() -> None:
     header, payload = lay_out(metadata(), tensors())
-    refuse(seal(header, payload + bytes(8)), "no valid safetensors file")
-    refuse(seal(header, bytes(8) + payload), "no valid safetensors file")
-    refuse(seal(header, payload[:-8]), "no valid safetensors file")
+    refuse(seal(header, payload + bytes(8)), "not a valid safetensors file")
+    refuse(seal(header, bytes(8) + payload), "not a valid safetensors file")
+    refuse(seal(header, payload[:-8]), "not a valid safetensors file")
 
 
 # -- metadata ----------------------------------------------------------------------------------
@@ -355,16 +385,20 @@ def test_bytes_that_belong_to_no_tensor_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "metadata that is no valid JSON"),
-        ("[" * 100_000, "metadata that is no valid JSON"),
+        ("{", "metadata that is not valid JSON"),
+        ("[" * 100_000, "metadata that is not valid JSON"),
         ("null", 'its format is not "autoclip"'),
         ('["format"]', 'its format is not "autoclip"'),
         ("{}", 'its format is not "autoclip"'),
         ('{"format": "autoclip"}', "has the version None"),
-        ('{"format": "autoclip", "version": 1}', r"its metadata has the keys \['format', 'version"),
-        ('{"format": "autoclip", "version": 1, "version": 1}', "a key stands twice"),
+        (
+            '{"format": "autoclip", "version": 1}',
+            r"its metadata has the keys {'format', 'version'}",
+        ),
+        ('{"format": "autoclip", "version": 1, "version": 1}', "an object has a duplicate key"),
         ('{"format": "autoclip", "version": Infinity}', "Infinity is not a JSON number"),
-        ('{"format": "autoclip", "version": 1e999}', "has the version inf"),
+        ('{"format": "autoclip", "version": 1e999}', "1e999 is beyond float64"),
+        ('{"format": "autoclip", "version": ' + "9" * 5000 + "}", "a number has 5000 characters"),
     ],
     ids=lambda value: value[:40],
 )
@@ -373,7 +407,7 @@ def test_wrong_metadata(text: str, says: str) -> None:
 
 
 DELETE = object()
-HUGE = 10**400  # beyond float64 and int64, and a number in JSON
+HUGE = 10**99  # beyond int64; as long as a number in JSON may be here
 
 
 @pytest.mark.parametrize(
@@ -384,53 +418,66 @@ HUGE = 10**400  # beyond float64 and int64, and a number in JSON
         ("version", 0, "has the version 0; a version is an int ≥ 1"),
         ("version", -1, "has the version -1; a version is an int ≥ 1"),
         ("version", 2, r"has version 2 of .* reads up to 1\. Upgrade it: pip install -U"),
-        ("version", HUGE, r"has version 10+ of .* Upgrade it"),
+        ("version", HUGE, r"has version 10+\.\.\.0+ of .* Upgrade it"),
         ("version", "1", "has the version '1'; a version is an int"),
         ("version", 1.0, r"has the version 1\.0; a version is an int"),
         ("version", True, "has the version True; a version is an int"),
         ("version", DELETE, "has the version None; a version is an int"),
         ("more", 1, "its metadata has the keys"),
         ("library_version", DELETE, "its metadata has the keys"),
-        ("rule", "median", "has the rule 'median', and this version of autoclip-core knows 'quan"),
-        ("rule", None, "rule is None, not a string"),
+        ("rule", None, "rule is None, not a string of at most 100 characters"),
         ("rule", ["quantile"], r"rule is \['quantile'\], not a string"),
-        ("rule", "standard", r"group 0 got the unknown setting 'quantile'"),
-        ("global_clipping", 1, "global_clipping is 1, not true or false"),
-        ("global_clipping", "false", "global_clipping is 'false', not true or false"),
-        ("global_clipping", True, "group 0 has 1 rows, but lengths of shape"),
+        ("rule", "x" * 101, "rule is 'x+\\.\\.\\.x+', not a string of at most 100"),
+        ("rule", "standard", "group 0: the standard rule got the unknown setting 'quantile'"),
+        ("mode", DELETE, "its metadata has the keys"),
+        ("mode", None, "mode is None, not one of"),
+        ("mode", "layer", "mode is 'layer', not one of"),
+        ("mode", ["global"], r"mode is \['global'\], not one of"),
+        ("mode", "global", "group 0 has 1 rows, but lengths of shape"),
+        ("mode", "group", "group 0 has 1 rows, but lengths of shape"),
         ("framework", 3, "framework is 3, not a string"),
         ("library_version", None, "library_version is None, not a string"),
-        ("groups", {}, "groups is not a list"),
-        ("groups", [None], "group 0 does not consist of settings and parameters"),
-        ("groups", [], r"missing or unknown tensors: groups\.0\.lengths"),
-        ("groups.0.more", 1, "group 0 does not consist of settings and parameters"),
-        ("groups.0.settings", DELETE, "group 0 does not consist of settings and parameters"),
-        ("groups.0.settings", [], "group 0 has settings that are no object"),
-        ("groups.0.parameters", {}, "or parameters that are no list"),
+        ("library_version", "1" * 10**6, "library_version is '1+\\.\\.\\.1+', not a string"),
+        ("groups", {}, "groups is {}, not a list"),
+        ("groups", [None], "group 0 is None, not an object of settings"),
+        ("groups", [], r"lacks the tensors \[\] and has the unknown tensors \['groups\.0\.len"),
+        ("groups.0.more", 1, "group 0 is {.*, not an object of settings"),
+        ("groups.0.settings", DELETE, "group 0 is {.*, not an object of settings"),
+        ("groups.0.settings", [], "group 0 is {.*, not an object of settings"),
+        ("groups.0.parameters", {}, "group 0 is {.*, not an object of settings"),
         ("groups.0.parameters", [], r"group 0 has 0 rows, but lengths of shape \(2,\)"),
-        ("groups.0.parameters.1", "weight", "a parameter of group 0 does not consist of name and"),
-        ("groups.0.parameters.1.name", DELETE, "a parameter of group 0 does not consist of name"),
-        ("groups.0.parameters.1.dtype", "f4", "a parameter of group 0 does not consist of name"),
+        ("groups.0.parameters.1", "weight", "parameter 1 of group 0 is 'weight', not an object"),
+        ("groups.0.parameters.1.name", DELETE, "parameter 1 of group 0 is {.*, not an object"),
+        ("groups.0.parameters.1.dtype", "f4", "parameter 1 of group 0 is {.*, not an object"),
         ("groups.0.parameters.1.name", 3, "has the name 3, not a string or null"),
-        ("groups.0.parameters.1.shape", 3, "has the shape 3, not sizes or null"),
-        ("groups.0.parameters.1.shape", [-1], r"has the shape \[-1\], not sizes or null"),
-        ("groups.0.parameters.1.shape", [2.0], r"has the shape \[2\.0\], not sizes or null"),
-        ("groups.0.parameters.1.shape", [True], r"has the shape \[True\], not sizes or null"),
-        ("groups.0.parameters.1.shape", [None], r"has the shape \[None\], not sizes or null"),
+        ("groups.0.parameters.1.shape", 3, "has the shape 3, not null or"),
+        ("groups.0.parameters.1.shape", [-1], r"has the shape \[-1\], not null or"),
+        ("groups.0.parameters.1.shape", [2**63], r"has the shape \[92\d+\], not null or"),
+        ("groups.0.parameters.1.shape", [HUGE], r"has the shape \[10+\.\.\.0+\], not null or"),
+        ("groups.0.parameters.1.shape", [2.0], r"has the shape \[2\.0\], not null or"),
+        ("groups.0.parameters.1.shape", [True], r"has the shape \[True\], not null or"),
+        ("groups.0.parameters.1.shape", [None], r"has the shape \[None\], not null or"),
+        ("groups.0.parameters.1.shape", [1] * 65, "has the shape .*not null or at most 64 sizes"),
+        ("groups.0.parameters.1.shape", [9] * 45_000, "has the shape .*not null or at most 64"),
         ("groups.0.settings.quantile", 1.5, r"group 0: quantile takes .* got 1\.5"),
-        ("groups.0.settings.quantile", HUGE, "group 0: quantile takes .* got 10+"),
+        ("groups.0.settings.quantile", HUGE, "group 0: the setting 'quantile' is 10+"),
         ("groups.0.settings.quantile", True, "group 0: quantile takes .* got True"),
         ("groups.0.settings.quantile", "0.5", "group 0: quantile takes .* got '0.5'"),
+        ("groups.0.settings.quantile", "\x1b" * 1000, "group 0: quantile takes .* got '.x1b"),
+        ("groups.0.settings.quantile", "\x1b" * 1001, "the setting 'quantile' is '.x1b.*not null"),
         ("groups.0.settings.quantile", None, "group 0: quantile takes .* got None"),
-        ("groups.0.settings.quantile", [0.5], r"group 0: quantile takes .* got \[0\.5\]"),
-        ("groups.0.settings.quantile", DELETE, "group 0 lacks the setting 'quantile'"),
-        ("groups.0.settings.history_length", DELETE, "group 0 lacks the setting 'history_length'"),
+        ("groups.0.settings.quantile", [0.5], r"the setting 'quantile' is \[0\.5\], not null"),
+        ("groups.0.settings.quantile", {}, "the setting 'quantile' is {}, not null"),
+        ("groups.0.settings.quantile", DELETE, "group 0: it lacks the setting 'quantile'"),
+        ("groups.0.settings.history_length", DELETE, "it lacks the setting 'history_length'"),
         ("groups.0.settings.history_length", 0, "group 0: history_length takes .* got 0"),
         ("groups.0.settings.history_length", 4.0, r"group 0: history_length takes .* got 4\.0"),
-        ("groups.0.settings.history_length", 2**63, "group 0: history_length takes .* got 92"),
-        ("groups.0.settings.history_length", HUGE, "group 0: history_length takes .* got 10+"),
+        ("groups.0.settings.history_length", 2**63, "the setting 'history_length' is 92"),
         ("groups.0.settings.history_length", 1, r"longer than its history_length \(1\)"),
-        ("groups.0.settings.lr", 0.1, "group 0 got the unknown setting 'lr'"),
+        ("groups.0.settings.lr", 0.1, "the quantile rule got the unknown setting 'lr'"),
+        ("groups.0.settings.\x1b[31m", 1, "the quantile rule got the unknown setting '.x1b.31m'"),
+        ("groups.0.settings." + "x" * 101, 1, "a setting is called 'x+.*, not a string of at most"),
+        ("groups.0.settings", {str(n): n for n in range(101)}, "it has 101 settings"),
     ],
 )
 def test_wrong_values_in_the_metadata(path: str, value: Any, says: str) -> None:
@@ -450,17 +497,17 @@ def test_a_duplicate_key_anywhere_is_refused() -> None:
     text = json.dumps(metadata())
     twice = '"quantile": 0.5, "quantile": 0.5'
     assert text.replace('"quantile": 0.5', twice) != text
-    refuse(with_metadata(text.replace('"quantile": 0.5', twice)), "a key stands twice")
+    refuse(with_metadata(text.replace('"quantile": 0.5', twice)), "an object has a duplicate key")
     header, payload = lay_out(metadata(), tensors())
     entry = '"shape": [3]'
     text = json.dumps(header)
-    refuse(seal(text.replace(entry, f"{entry}, {entry}"), payload), "a key stands twice")
+    refuse(seal(text.replace(entry, f"{entry}, {entry}"), payload), "an object has a duplicate key")
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 def test_numbers_that_json_does_not_have_are_refused(word: str) -> None:
     text = json.dumps(metadata()).replace("0.5", word)
-    refuse(with_metadata(text), "is not a JSON number|group 0: quantile takes")
+    refuse(with_metadata(text), "is not a JSON number|is beyond float64")
 
 
 @pytest.mark.parametrize("path", ["version", "rule", "name", "quantile", "history_length"])
@@ -473,9 +520,35 @@ def test_nesting_of_any_depth_is_refused(path: str) -> None:
         refuse(with_metadata(nested), "")
 
 
+def test_a_rule_that_is_not_registered_is_read_with_any_settings() -> None:
+    """It may be a user's; only a clipper with the same rule loads it."""
+    what = metadata()
+    what["rule"] = "somebody's"
+    what["groups"][0]["settings"] = {"history_length": 4} | {
+        name: value for name, value in SETTINGS.items() if name not in ("quantile", "factor")
+    }
+    what["groups"][0]["settings"] |= {"a": "text", "b": None, "c": 2**62, "d": 0.5, "e": True}
+    state = State.from_bytes(with_metadata(what))
+    assert (state.rule, state.groups[0].settings) == ("somebody's", what["groups"][0]["settings"])
+    assert State.from_bytes(state.to_bytes()).groups[0].settings == state.groups[0].settings
+    for value in ([], {}, [1]):
+        what["groups"][0]["settings"]["a"] = value
+        refuse(with_metadata(what), r"the setting 'a' is (\[|{).*, not null")
+
+
+@pytest.mark.parametrize("mode", ["group", "global"])
+def test_the_other_modes_have_one_row_a_group(mode: str) -> None:
+    what = metadata()
+    what["mode"] = mode
+    state = State.from_bytes(with_metadata(what, tensors([1, 2, 3], [3], [3])))
+    assert [window.tolist() for window in state.groups[0].windows()] == [[1.0, 2.0, 3.0]]
+    what["groups"][0]["parameters"] = []
+    State.from_bytes(with_metadata(what, tensors([1], [1], [1])))
+
+
 def test_global_clipping_with_two_groups_is_refused() -> None:
     what = metadata()
-    what["global_clipping"] = True
+    what["mode"] = "global"
     what["groups"] *= 2
     contents = {**tensors([1], [1], [1]), **tensors([1], [1], [1], group=1)}
     refuse(with_metadata(what, contents), "global clipping has one group, but there are 2")
@@ -491,8 +564,8 @@ LONG = 2**62
     [
         (tensors(lengths=[3]), r"2 rows, but lengths of shape \(1,\)"),
         (tensors(recorded=[9, 1, 1]), r"recorded of shape \(3,\)"),
-        (tensors(values=[1, 2]), r"values of shape \(2,\) for \[2, 1\]"),
-        (tensors(values=[1, 2, 3, 4]), r"values of shape \(4,\) for \[2, 1\]"),
+        (tensors(values=[1, 2]), r"values of shape \(2,\), but its lengths sum to 3"),
+        (tensors(values=[1, 2, 3, 4]), r"values of shape \(4,\), but its lengths sum to 3"),
         (tensors(lengths=[4, -1]), "of negative length"),
         (tensors(lengths=[5, 0], values=[1] * 5), r"longer than its history_length \(4\)"),
         (tensors(lengths=[2, 1], recorded=[1, 1]), "or than what it recorded"),
@@ -587,3 +660,71 @@ def test_any_contents_of_the_tensors(
     values: list[float], lengths: list[int], recorded: list[int]
 ) -> None:
     refuse_or_read(with_metadata(metadata(), tensors(values, lengths, recorded)))
+
+
+# -- large, and valid in part ------------------------------------------------------------------
+
+
+def peak_of(read: Callable[[], Any]) -> int:
+    """How many bytes it allocates at most."""
+    tracemalloc.start()
+    try:
+        read()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"a":[' + "[]," * 10**5 + "[]]}", '{"a":[' + "{}," * 10**5 + "{}]}"],
+    ids=["lists", "objects"],
+)
+def test_small_values_by_the_thousand_take_memory_in_proportion(header: str) -> None:
+    data = seal(header, b"")
+    assert peak_of(lambda: refuse(data, "only metadata key")) < 60 * len(data)
+
+
+@pytest.mark.parametrize("settings_of_groups", [SETTINGS, {}])
+def test_many_empty_groups(settings_of_groups: dict[str, Any]) -> None:
+    count = 20_000
+    what = metadata()
+    what["groups"] = [{"settings": settings_of_groups, "parameters": []}] * count
+    contents: Tensors = {}
+    for group in range(count):
+        contents |= tensors([], [], [], group=group)
+    data = with_metadata(what, contents)
+    if settings_of_groups:
+        assert len(State.from_bytes(data).groups) == count
+    else:
+        refuse(data, "group 0: it lacks the setting")
+    what["mode"] = "group"
+    what["groups"][0] = {"settings": SETTINGS, "parameters": []}
+    refuse(with_metadata(what, contents), "group 0 has 1 rows, but lengths of shape|group 1: it")
+
+
+def test_a_million_parameters_that_no_tensor_has() -> None:
+    what = metadata()
+    what["groups"][0]["parameters"] *= 500_000
+    refuse(with_metadata(what), "group 0 has 1000000 rows, but lengths of shape")
+
+
+def test_every_other_program_s_safetensors_file_is_refused() -> None:
+    """The library's own bytes, with and without a digest put on them."""
+    for saved in (
+        safetensors.numpy.save({"model.weight": np.ones((2, 3), np.float32)}),
+        safetensors.numpy.save({"sha256": np.zeros(32, np.uint8)}, metadata={"format": "pt"}),
+        safetensors.numpy.save({}),
+    ):
+        refuse(saved, "is damaged, cut off, or not an AutoClip state|has only")
+        refuse(reseal(saved + bytes(32)), "is not an AutoClip state")
+
+
+def test_a_pickle_is_refused() -> None:
+    class Explosive:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return pytest.fail, ("it was unpickled",)
+
+    data = pickle.dumps({"autoclip": [Explosive()], "padding": bytes(100)})
+    refuse(data, "is damaged, cut off, or not an AutoClip state")
+    refuse(reseal(data + bytes(32)), "announces a header of")
