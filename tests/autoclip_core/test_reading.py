@@ -703,10 +703,10 @@ def test_many_empty_groups(settings_of_groups: dict[str, Any]) -> None:
     refuse(with_metadata(what, contents), "group 0 has 1 rows, but lengths of shape|group 1: it")
 
 
-def test_a_million_parameters_that_no_tensor_has() -> None:
+def test_many_parameters_that_no_tensor_has() -> None:
     what = metadata()
-    what["groups"][0]["parameters"] *= 500_000
-    refuse(with_metadata(what), "group 0 has 1000000 rows, but lengths of shape")
+    what["groups"][0]["parameters"] *= 50_000
+    refuse(with_metadata(what), "group 0 has 100000 rows, but lengths of shape")
 
 
 def test_every_other_program_s_safetensors_file_is_refused() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from typing import Any
 
 import hypothesis.extra.numpy as npst
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoclip.core import (
+    MAX_FILE_BYTES,
     SMALLEST_NORM,
     GroupState,
     History,
@@ -23,7 +26,8 @@ from autoclip.core import (
     State,
     StateError,
 )
-from autoclip.core._state import MAX_HEADER_BYTES
+from autoclip.core._rule import RULES
+from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
 
 LARGEST_NORM = float(np.finfo(np.float32).max)
 
@@ -32,41 +36,66 @@ texts = st.text(st.characters(exclude_categories=()), max_size=12)
 parameters = st.builds(
     ParameterInfo,
     st.none() | texts,
-    st.none() | st.lists(st.integers(0, 2**70), max_size=4).map(tuple),
+    st.none() | st.lists(st.integers(0, 2**63 - 1), max_size=4).map(tuple),
 )
 norms = st.floats(SMALLEST_NORM, LARGEST_NORM, width=32)
 
 
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+)
+factors = st.floats(SMALLEST_NORM, LARGEST_NORM)
+built_in_rules = st.builds(Quantile, st.floats(0, 1), factor=factors) | st.builds(
+    Standard,
+    st.floats(0, LARGEST_NORM),
+    decay=st.none() | st.floats(0.125, 0.875),
+    factor=factors,
+    shrink=st.booleans(),
+)
+# Somebody's rule, which is not registered here: any name, any settings.
+other_settings = st.dictionaries(texts.filter(lambda name: name not in CLIPPER_SETTINGS), scalars)
+
+
 @st.composite
-def groups(draw: st.DrawFn, rule: str, global_clipping: bool) -> GroupState:
-    setting = {"quantile": st.floats(0, 1), "standard": st.floats(0, allow_infinity=False)}[rule]
-    name = {"quantile": "quantile", "standard": "deviations"}[rule]
-    history_length = draw(st.integers(1, 8) | st.integers(1, 2**63 - 1))
+def settings_of(draw: st.DrawFn, rule: Rule | None) -> dict[str, Any]:
+    length = draw(st.integers(1, 8) | st.integers(1, 2**63 - 1))
+    if rule is None:
+        shared = GroupSettings(Quantile(), length).settings
+        return draw(other_settings) | {name: shared[name] for name in CLIPPER_SETTINGS}
+    ceiling = draw(st.none() | factors)
+    return GroupSettings(rule, length, ceiling, draw(st.integers(0, 2**63 - 1))).settings
+
+
+@st.composite
+def groups(draw: st.DrawFn, rule: Rule | None, mode: str) -> GroupState:
+    every = draw(settings_of(rule))
     infos = draw(st.lists(parameters, max_size=4))
-    rows = 1 if global_clipping else len(infos)
-    sizes = st.integers(0, min(8, history_length))
+    rows = len(infos) if mode == "parameter" else 1
+    sizes = st.integers(0, min(8, every["history_length"]))
     windows = [draw(npst.arrays(np.float32, draw(sizes), elements=norms)) for _ in range(rows)]
     more = draw(st.lists(st.integers(0, 2**62 - 8), min_size=rows, max_size=rows))
-    return GroupState.from_windows(
-        {name: draw(setting), "history_length": history_length},
-        infos,
-        windows,
-        [len(window) + extra for window, extra in zip(windows, more)],
-    )
+    recorded = [len(window) + extra for window, extra in zip(windows, more)]
+    return GroupState.from_windows(every, infos, windows, recorded)
 
 
 @st.composite
 def states(draw: st.DrawFn) -> State:
-    rule, global_clipping = draw(st.sampled_from(["quantile", "standard"])), draw(st.booleans())
-    few = st.lists(groups(rule, global_clipping), min_size=int(global_clipping), max_size=3)
-    made = draw(few)[:1] if global_clipping else draw(few)
-    return State(rule, global_clipping, draw(texts), tuple(made), draw(texts))
+    mode: Any = draw(st.sampled_from(["parameter", "group", "global"]))
+    count = 1 if mode == "global" else draw(st.integers(0, 3))
+    rule = draw(st.none() | built_in_rules)
+    name = draw(texts.filter(lambda name: name not in RULES)) if rule is None else rule.name
+    made = tuple(draw(groups(rule, mode)) for _ in range(count))
+    return State(name, mode, draw(texts), made, draw(texts))
 
 
 def contents(state: State) -> Any:
     """All that a state holds, as plain values that compare."""
     return (
-        (state.rule, state.global_clipping, state.framework, state.library_version),
+        (state.rule, state.mode, state.framework, state.library_version),
         [
             (
                 dict(group.settings),
@@ -79,10 +108,13 @@ def contents(state: State) -> Any:
     )
 
 
+HALF = GroupSettings(Quantile(0.5), 4).settings
+
+
 def one_group(**changes: Any) -> State:
     """A state of one group of two rows, with some of its fields replaced."""
     fields: dict[str, Any] = {
-        "settings": {"quantile": 0.5, "history_length": 4},
+        "settings": HALF,
         "parameters": (ParameterInfo("weight", (2, 3)), ParameterInfo("bias", (3,))),
         "values": np.array([1, 2, 3], np.float32),
         "lengths": np.array([2, 1]),
@@ -90,7 +122,7 @@ def one_group(**changes: Any) -> State:
     }
     top = {name: changes.pop(name) for name in list(changes) if name not in fields}
     group = GroupState(**{**fields, **changes})
-    plain: dict[str, Any] = {"rule": "quantile", "global_clipping": False, "framework": "numpy"}
+    plain: dict[str, Any] = {"rule": "quantile", "mode": "parameter", "framework": "numpy"}
     return State(**plain | top, groups=(group,))
 
 
@@ -124,15 +156,28 @@ def test_any_kind_of_bytes_is_read(kind: Any) -> None:
 
 
 def test_a_state_of_no_rows_and_one_of_no_groups() -> None:
-    empty = GroupState.from_windows({"quantile": 0.5, "history_length": 1}, [], [], [])
+    empty = GroupState.from_windows(HALF, [], [], [])
     for made in ((empty,), (empty, empty), ()):
-        state = State("quantile", False, "numpy", made)
+        state = State("quantile", "parameter", "numpy", made)
         assert contents(State.from_bytes(state.to_bytes())) == contents(state)
 
 
 def test_the_digest_is_that_of_all_that_stands_before_it() -> None:
     data = one_group().to_bytes()
     assert hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
+@given(states())
+def test_the_safetensors_library_reads_the_same_and_would_write_the_same(state: State) -> None:
+    data = state.to_bytes()
+    tensors = safetensors.numpy.load(data)
+    for i, group in enumerate(state.groups):
+        for name in ("values", "lengths", "recorded"):
+            found = tensors[f"groups.{i}.{name}"]
+            assert found.dtype == getattr(group, name).dtype
+            assert found.tolist() == getattr(group, name).tolist()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert safetensors.numpy.save(tensors, metadata=header["__metadata__"]) == data
 
 
 # -- canonical ---------------------------------------------------------------------------------
@@ -154,7 +199,7 @@ def test_arrays_are_written_by_their_values_not_as_they_lie_in_memory() -> None:
 
 
 def test_the_order_of_settings_does_not_matter() -> None:
-    turned = {"history_length": 4, "quantile": 0.5}
+    turned = dict(reversed(HALF.items()))
     assert one_group(settings=turned).to_bytes() == one_group().to_bytes()
 
 
@@ -198,33 +243,52 @@ def test_the_same_past_is_the_same_bytes_whatever_the_ring_buffers(
 LIKE_A_SIZE: Any = (2.0,)
 LIKE_A_NAME: Any = 7
 
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in HALF.items() if key != name}
+
+
 # -- what is not saved -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rule": "median"}, "it has the rule 'median', and .* knows 'quantile', 'standard'"),
-        ({"global_clipping": True}, "group 0 has 1 rows, but lengths of shape"),
-        ({"global_clipping": 0}, "global_clipping is 0, not true or false"),
+        ({"rule": None}, "rule is None, not a string"),
+        ({"rule": "standard"}, "group 0: the standard rule got the unknown setting 'quantile'"),
+        ({"mode": "global"}, "group 0 has 1 rows, but lengths of shape"),
+        ({"mode": "layer"}, "mode is 'layer', not one of"),
         ({"framework": None}, "framework is None, not a string"),
+        ({"framework": "x" * 101}, "framework is 'x+...x+', not a string of at most 100"),
         ({"library_version": 3}, "library_version is 3, not a string"),
         ({"settings": {"quantile": 0.5}}, "lacks the setting 'history_length'"),
-        ({"settings": {"history_length": 4}}, "lacks the setting 'quantile'"),
-        ({"settings": {"quantile": math.nan, "history_length": 4}}, "quantile takes .* got nan"),
-        ({"settings": {"quantile": 0.5, "history_length": 4, "x": 1}}, "unknown setting 'x'"),
+        ({"settings": without("quantile")}, "lacks the setting 'quantile'"),
+        ({"settings": HALF | {"quantile": math.nan}}, "the setting 'quantile' is nan, not null"),
+        ({"settings": HALF | {"quantile": 2.0}}, "quantile takes .* got 2.0"),
+        ({"settings": HALF | {"x": 1}}, "unknown setting 'x'"),
+        ({"settings": HALF | {1: 1}}, "a setting is called 1, not a string"),
+        ({"settings": HALF | {"history_length": 2**63}}, "the setting 'history_length' is 92"),
         ({"parameters": (ParameterInfo("a", (2,)),)}, "has 1 rows, but lengths of shape"),
         ({"parameters": (ParameterInfo("a", (-1,)), ParameterInfo("b", ()))}, r"shape \[-1\]"),
+        ({"parameters": (ParameterInfo("a", (2**63,)), ParameterInfo("b", ()))}, r"shape \[92"),
+        ({"parameters": (ParameterInfo("a", (1,) * 65), ParameterInfo("b", ()))}, "at most 64"),
         ({"parameters": (ParameterInfo("a", LIKE_A_SIZE), ParameterInfo("b", ()))}, r"\[2\.0\]"),
         ({"parameters": (ParameterInfo(LIKE_A_NAME, ()), ParameterInfo("b", ()))}, "the name 7"),
         ({"values": np.array([1, 2, 0], np.float32)}, "a norm that is zero, negative, NaN or"),
-        ({"values": np.array([1, 2], np.float32)}, r"values of shape \(2,\) for \[2, 1\]"),
+        ({"values": np.array([1, 2, math.nan], np.float32)}, "a norm that is zero, negative, NaN"),
+        ({"values": np.array([1, 2, math.inf], np.float32)}, "a norm that is zero, negative, NaN"),
+        ({"values": np.array([1, 2], np.float32)}, r"values of shape \(2,\), but .* sum to 3"),
+        ({"values": np.array([[1, 2, 3]], np.float32)}, r"values of shape \(1, 3\), but"),
+        ({"values": np.array([1.0, 2.0, 3.0])}, "values of dtype float64, not float32"),
+        ({"lengths": np.array([2.0, 1.0])}, "lengths of dtype float64, not int64"),
+        ({"recorded": np.array([9, 1], np.uint64)}, "recorded of dtype uint64, not int64"),
         ({"lengths": np.array([2, -1])}, "a window is longer .* or is of negative length"),
         ({"lengths": np.array([1, 2])}, "a window is longer than .* what it recorded"),
         ({"recorded": np.array([1, 1])}, "a window is longer than .* what it recorded"),
-        ({"settings": {"quantile": 0.5, "history_length": 1}}, r"its history_length \(1\)"),
+        ({"settings": HALF | {"history_length": 1}}, r"its history_length \(1\)"),
         ({"recorded": np.array([2**62 + 1, 1])}, "recorded more than 4611686018427387904 norms"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_what_could_not_be_loaded_is_not_saved(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(StateError, match=rf"^the state to be saved is not a valid .*{says}"):
@@ -232,22 +296,52 @@ def test_what_could_not_be_loaded_is_not_saved(changes: dict[str, Any], says: st
 
 
 def test_global_clipping_has_one_group() -> None:
-    group = GroupState.from_windows({"quantile": 0.5, "history_length": 4}, [], [[1.0]], [1])
-    State("quantile", True, "numpy", (group,)).to_bytes()
-    with pytest.raises(StateError, match="global clipping has one group, but there are 2"):
-        State("quantile", True, "numpy", (group, group)).to_bytes()
+    group = GroupState.from_windows(HALF, [], [[1.0]], [1])
+    State("quantile", "global", "numpy", (group,)).to_bytes()
+    State("quantile", "group", "numpy", (group, group)).to_bytes()
+    for count in (0, 2):
+        with pytest.raises(StateError, match=f"global clipping has one group, but .* are {count}"):
+            State("quantile", "global", "numpy", (group,) * count).to_bytes()
+
+
+# -- large models ------------------------------------------------------------------------------
+
+
+def test_the_names_of_69120_parameters() -> None:
+    """60 layers of 384 experts with three weights each."""
+    infos = [
+        ParameterInfo(f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight", (7168, 2048))
+        for layer in range(60)
+        for expert in range(384)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    group = GroupState.from_windows(HALF, infos, [[1.0]] * len(infos), [1] * len(infos))
+    state = State("quantile", "parameter", "torch", (group,))
+    data = state.to_bytes()
+    loaded = State.from_bytes(data)
+    assert loaded.groups[0].parameters == tuple(infos)
+    assert loaded.to_bytes() == data
 
 
 def test_a_header_that_would_be_too_large_to_read_is_not_written() -> None:
-    def named(characters: int) -> State:
-        infos = (ParameterInfo("x" * characters, None), ParameterInfo(None, None))
-        return one_group(parameters=infos)
+    infos = (ParameterInfo("x" * 2**28, None), ParameterInfo(None, None))
+    says = r"needs a header of \d+ bytes, but a state has at most 268435456\. Shorten"
+    with pytest.raises(StateError, match=says):
+        one_group(parameters=infos).to_bytes()
 
-    spare = MAX_HEADER_BYTES - int.from_bytes(named(0).to_bytes()[:8], "little")
-    largest = named(spare)
-    assert contents(State.from_bytes(largest.to_bytes())) == contents(largest)
-    with pytest.raises(StateError, match=r"has a header of \d+ bytes; 4194304 are the most"):
-        named(spare + 1).to_bytes()
+
+def test_a_state_that_would_be_too_large_to_read_is_not_written() -> None:
+    """All its norms are one norm in memory."""
+    count = MAX_FILE_BYTES // 4
+    state = one_group(
+        settings=HALF | {"history_length": count},
+        values=np.broadcast_to(np.float32(1), (count,)),
+        lengths=np.array([count, 0]),
+        recorded=np.array([count, 0]),
+    )
+    says = rf"has {4 * count + 32} bytes, but a state has at most {MAX_FILE_BYTES}\. A shorter"
+    with pytest.raises(StateError, match=says):
+        state.to_bytes()
 
 
 # -- state dicts -------------------------------------------------------------------------------
@@ -259,10 +353,11 @@ def test_a_header_that_would_be_too_large_to_read_is_not_written() -> None:
         (None, 'takes a dict with the keys "format", "version" and "data", .* but got None'),
         ([], "but got []"),
         (b"bytes", "but got b'bytes'"),
-        ({}, "but got []"),
-        ({"state": {}, "param_groups": []}, r"but got \['param_groups', 'state'\]"),
-        ({"format": "pickle", "version": 1, "data": b""}, r"but got \['data', 'format'"),
-        ({"format": np.array(["autoclip"] * 2)}, r"but got \['format'\]"),
+        ({}, "but got one with the keys []"),
+        ({"state": {}, "param_groups": []}, r"with the keys \['state', 'param_groups'\]"),
+        ({"\x1b" * 10**6: 1}, r"with the keys \['.x1b"),
+        ({"format": "pickle", "version": 1, "data": b""}, r"with the keys \['format', 'version'"),
+        ({"format": np.array(["autoclip"] * 2)}, r"with the keys \['format'\]"),
         ({"format": "autoclip", "data": b""}, "has the version None; a version is an int"),
         ({"format": "autoclip", "version": "1", "data": b""}, "has the version '1'"),
         ({"format": "autoclip", "version": True, "data": b""}, "has the version True"),
@@ -279,6 +374,8 @@ def test_another_dict_is_refused_and_the_history_is_as_it_was(state_dict: Any, s
     history = History(1, Quantile(0.5), 10)
     history.record([1.0])
     before = history.state_dict()
-    with pytest.raises(StateError, match=f"^state_dict .*{says}".replace("[]", r"\[\]")):
+    says = f"^state_dict .*{says}".replace("[]", r"\[\]")
+    with pytest.raises(StateError, match=says) as caught:
         history.load_state_dict(state_dict)
+    assert len(str(caught.value)) <= 500
     assert history.state_dict() == before
