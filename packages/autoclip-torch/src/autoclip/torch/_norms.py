@@ -1,48 +1,72 @@
 """The true L2 norms of a list of gradients, whatever their dtype, layout or device.
 
-Norms leave this module as float64: wide enough that the norm of finite float32 elements is always
-finite, so that a norm which is not finite means a gradient which is not. What is recorded is
-rounded once, later.
+What can be known from the gradients' shapes, dtypes and layouts alone is worked out once, in
+`CpuNorms` and `DeviceNorms`; `of` then follows it at each step. Norms are float64: wide enough that
+finite float32 elements always have a finite norm, so a norm is not finite exactly if the gradient
+is not. They are rounded once, when they are recorded.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-__all__ = ["cpu_norms", "device_norms", "norm_dtype", "values_of"]
+from autoclip.torch._private import flattened, foreach_norm, is_fake, negated_view
 
-# torch's norm of one long float32 vector is off in the fourth digit (6e-4 at 16 M elements, 3e-2
-# with an outlier): a few running sums swallow what is small beside them. Norms of rows of 256
-# elements, combined in float64, are right to 5e-7 at the worst outlier, and quicker too.
-_BLOCK = 256
-# 16-bit gradients are widened piece by piece, so that no copy of the whole is made.
+__all__ = [
+    "REAL_DTYPES",
+    "CpuNorms",
+    "DeviceNorms",
+    "chunks",
+    "cpu_norms",
+    "device_norms",
+    "norm_dtype",
+    "values_of",
+]
+
+# A float32 sum of many squares loses what is small beside it: torch's norm of 16 M elements is off
+# by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Norms of rows of at most
+# 512 elements, combined in float64, are right to 3e-7 for any outlier, and as fast as memory.
+_ROW = 512
+# Up to this size gathering a gradient with others costs less than a call of its own.
+_SMALL = 2**12
+# Elements that are gathered, or widened from 16 bits, at a time: the bound of temporary memory.
 _CHUNK = 2**18
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
+
+_WIDE = (torch.float32, torch.float64)
+REAL_DTYPES = (*_WIDE, torch.float16, torch.bfloat16)
+
+
+def norm_dtype(device: torch.device) -> torch.dtype:
+    """The widest float that `device` computes in: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def values_of(gradient: Tensor) -> Tensor:
     """The elements that a gradient consists of, real, strided, and sharing its memory.
 
-    A sparse gradient's are its stored values. For its norm it must be coalesced first; scaling,
-    being linear, need not wait for that.
+    The values of a sparse gradient are its stored ones. Coalesce it before taking a norm; scaling
+    is linear and does not need that.
     """
     if gradient.layout is not torch.strided:
         gradient = gradient.detach()
         sparse = gradient.layout is torch.sparse_coo
         gradient = gradient._values() if sparse else gradient.values()
-    # Autograd leaves conjugates and negations lazy, and foreach operations write to none. They
-    # share their memory, and their norm, with the original.
+    # Autograd leaves conjugates and negations lazy, and foreach operations do not write to those.
+    # They share their memory, and their norm, with the original.
     if gradient.is_complex():
         gradient = torch.view_as_real(gradient.conj() if gradient.is_conj() else gradient)
-    return torch._neg_view(gradient) if gradient.is_neg() else gradient
+    return negated_view(gradient) if gradient.is_neg() else gradient
 
 
 def _norm_values(gradient: Tensor) -> Tensor:
@@ -50,13 +74,8 @@ def _norm_values(gradient: Tensor) -> Tensor:
     if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
         gradient = gradient.coalesce()
     values = values_of(gradient)
-    # With 8 bits torch can convert, and nothing else.
+    # torch converts 8-bit floats and computes nothing with them.
     return values.float() if values.dtype.itemsize == 1 else values
-
-
-def norm_dtype(device: torch.device) -> torch.dtype:
-    """The widest float that `device` computes in: MPS has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -68,122 +87,234 @@ def _flat(values: Tensor) -> Tensor:
     return values.permute(order).reshape(-1)
 
 
-def _block_norms(flat: Tensor, pieces: list[Tensor]) -> int:
-    """Append the norms of pieces of a float32 or float64 vector to `pieces`; say how many."""
+def _in_rows(values: Tensor, length: int) -> Tensor:
+    return (values if values.is_contiguous() else _flat(values)).view(-1, length)
+
+
+def _row_length(elements: int) -> int:
+    """The longest row that `elements` divide into, up to `_ROW`; `_ROW` if none is long enough."""
+    lengths = range(_ROW, _ROW // 8, -1)
+    return next((length for length in lengths if elements % length == 0), _ROW)
+
+
+def _row_norms(flat: Tensor) -> Iterator[Tensor]:
+    """The norms of pieces of a vector: of its rows, and of what the last row leaves over."""
     elements = flat.numel()
-    blocks, rest = divmod(elements, _BLOCK)
-    if blocks:
-        whole = flat if not rest else flat[: elements - rest]
-        pieces.append(torch.linalg.vector_norm(whole.view(blocks, _BLOCK), dim=1))
-    if rest:
-        pieces.append(torch.linalg.vector_norm(flat[elements - rest :], dim=0, keepdim=True))
-    return blocks + (1 if rest else 0)
+    row = _row_length(elements)
+    whole = elements - elements % row
+    if whole:
+        yield vector_norm(flat[:whole].view(-1, row), dim=1)
+    if whole < elements:
+        yield vector_norm(flat[whole:], dim=0, keepdim=True)
 
 
-def cpu_norms(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    """The norms of gradients that lie in the CPU's memory.
-
-    Args:
-        gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
-
-    Returns:
-        float64[n]: within 1e-6 of the exact norm for float32 and float64, 1e-3 for 16 bits. 0 for
-        None, and not finite exactly if the gradient holds a NaN or an infinity.
-    """
-    norms = np.zeros(len(gradients))
-    present: list[int] = []
-    vectors: list[Tensor] = []
-    counts: list[int] = []
-    # Pieces of all gradients are combined at once, in NumPy: few calls for many small tensors.
-    pieces: list[Tensor] = []
-    for i, gradient in enumerate(gradients):
-        if gradient is None:
-            continue
-        flat = _flat(_norm_values(gradient))
-        if not flat.numel():  # a parameter without elements, a sparse gradient without entries
-            continue
-        if flat.dtype in (torch.float32, torch.float64):
-            count = _block_norms(flat, pieces)
-        else:
-            count = sum(_block_norms(part.float(), pieces) for part in torch.split(flat, _CHUNK))
-        present.append(i)
-        vectors.append(flat)
-        counts.append(count)
-    if not present:
-        return norms
-    if any(piece.dtype is not pieces[0].dtype for piece in pieces):
-        pieces = [piece.double() for piece in pieces]
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.square(torch.cat(pieces).numpy().astype(np.float64))
-        starts: npt.NDArray[np.int64] = np.cumsum(counts) - np.array(counts)
-        squares = np.add.reduceat(squares, starts)
-        found = np.sqrt(squares)
-    sizes = np.array([flat.numel() for flat in vectors])
-    # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
-    sure = (squares > _SMALL_MEAN_SQUARE * sizes) & (squares < np.inf)
-    for k in np.flatnonzero(~sure).tolist():
-        found[k] = _careful_norm(vectors[k])
-    norms[present] = found
-    return norms
+def _square(flat: Tensor) -> float:
+    """The squared norm of a vector of any real dtype of at least 16 bits."""
+    pieces = [
+        norms
+        for chunk in ([flat] if flat.dtype in _WIDE else torch.split(flat, _CHUNK))
+        for norms in _row_norms(chunk if chunk.dtype in _WIDE else chunk.float())
+    ]
+    return sum(float(np.square(piece.numpy(), dtype=np.float64).sum()) for piece in pieces)
 
 
 def _careful_norm(flat: Tensor) -> float:
     """The norm where squares may leave the dtype's range, by scaling with the largest element."""
-    largest = float(torch.linalg.vector_norm(flat, math.inf))
+    if not flat.numel():
+        return 0.0
+    largest = float(vector_norm(flat, math.inf))
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     square = 0.0
     for chunk in torch.split(flat, _CHUNK):
         scaled = chunk.double() / largest
         square += float(torch.dot(scaled, scaled))
-    # A finite gradient never has the norm "infinity", not even beyond float64.
+    # A finite gradient never has an infinite norm, not even beyond float64.
     return min(largest * math.sqrt(square), sys.float_info.max)
 
 
-def device_norms(
-    gradients: Sequence[Tensor | None], device: torch.device, check_finite: bool
-) -> Tensor:
-    """The norms of gradients on one device, as tensor operations that never wait for it.
+class _Gathered(NamedTuple):
+    """Small gradients of one dtype that are measured together."""
+
+    places: list[int]
+    starts: npt.NDArray[np.int64]
+    are_vectors: bool
+    squares: npt.NDArray[np.generic]
+
+
+class _InRows(NamedTuple):
+    """Large gradients of one dtype, each measured in rows by one call."""
+
+    places: list[int]
+    row_lengths: list[int]
+    starts: npt.NDArray[np.int64]
+
+
+class CpuNorms:
+    """How to measure gradients in the CPU's memory.
 
     Args:
-        gradients: tensors on `device`; None for none.
-        device: where the norms go.
-        check_finite: tell a finite gradient whose squares overflow from one that is not finite,
-            at the price of one more read of the gradients.
-
-    Returns:
-        float64[n] (float32 on MPS), within 1e-5 for norms in 1e-16 … 1e18. 0 for None.
+        gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
+        places: which of them to measure; all by default.
     """
-    dtype = norm_dtype(device)
-    zero = torch.zeros((), dtype=torch.float32, device=device)
-    norms: list[Tensor] = [zero] * len(gradients)
-    present = [
-        (i, _norm_values(gradient))
-        for i, gradient in enumerate(gradients)
-        if gradient is not None and gradient.numel()
-    ]
-    present = [(i, values) for i, values in present if values.numel()]
-    if not present:
-        return torch.zeros(len(gradients), dtype=dtype, device=device)
-    for wide in (torch.float32, torch.float64):
-        some = [(i, v) for i, v in present if (v.dtype is torch.float64) is (wide is torch.float64)]
-        if some:
-            found = torch._foreach_norm([v for _, v in some], 2, dtype=wide)
-            for (i, _), norm in zip(some, found):
+
+    def __init__(
+        self, gradients: Sequence[Tensor | None], places: Iterable[int] | None = None
+    ) -> None:
+        self._small: list[_Gathered] = []
+        self._large: list[_InRows] = []
+        self._others: list[int] = []
+        self._smallest_squares = np.full(len(gradients), -1.0)
+        small: dict[tuple[torch.dtype, bool], list[int]] = {}
+        large: dict[torch.dtype, list[int]] = {}
+        for i in range(len(gradients)) if places is None else places:
+            gradient = gradients[i]
+            if gradient is None or is_fake(gradient) or not gradient.numel():
+                continue
+            elements = gradient.numel()
+            self._smallest_squares[i] = _SMALL_MEAN_SQUARE * elements
+            dtype = gradient.dtype
+            if gradient.layout is not torch.strided or dtype not in REAL_DTYPES:
+                self._others.append(i)
+            elif elements <= _SMALL:
+                # torch.cat takes vectors as they are, in a fifth of the time.
+                small.setdefault((dtype, gradient.dim() == 1), []).append(i)
+            elif dtype in _WIDE and elements % _row_length(elements) == 0:
+                large.setdefault(dtype, []).append(i)
+            else:
+                self._others.append(i)
+        sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
+        for (dtype, are_vectors), members in small.items():
+            for chunk in chunks(members, sizes, _CHUNK):
+                squares = np.empty(
+                    sum(sizes[i] for i in chunk),
+                    np.float64 if dtype is torch.float64 else np.float32,
+                )
+                starts = _starts([sizes[i] for i in chunk])
+                self._small.append(_Gathered(chunk, starts, are_vectors, squares))
+        for members in large.values():
+            lengths = [_row_length(sizes[i]) for i in members]
+            starts = _starts([sizes[i] // length for i, length in zip(members, lengths)])
+            self._large.append(_InRows(members, lengths, starts))
+
+    def of(self, gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+        """The norms of gradients like those that the plan was made of.
+
+        Returns:
+            float64[n]: within 1e-6 of the exact norm for float32 and float64, 1e-3 for 16 bits. 0
+            for None, and not finite exactly if the gradient holds a NaN or an infinity.
+        """
+        squares = np.zeros(len(gradients))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for places, starts, are_vectors, buffer in self._small:
+                here: list[Tensor] = [gradients[i] for i in places]  # type: ignore[misc]
+                flat = torch.cat(here) if are_vectors else flattened(here)
+                # A single gradient is not copied, and may be negated lazily.
+                flat = flat.resolve_neg() if flat.dtype in _WIDE else flat.float()
+                elements = flat.numpy()
+                np.multiply(elements, elements, out=buffer)
+                squares[places] = np.add.reduceat(buffer, starts, dtype=np.float64)
+            for places, lengths, starts in self._large:
+                norms = [
+                    vector_norm(_in_rows(gradients[i], length), dim=1)  # type: ignore[arg-type]
+                    for i, length in zip(places, lengths)
+                ]
+                pieces = (torch.cat(norms) if len(norms) > 1 else norms[0]).numpy()
+                squares[places] = np.add.reduceat(np.square(pieces, dtype=np.float64), starts)
+            for i in self._others:
+                squares[i] = _square(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
+            found = np.sqrt(squares)
+        # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
+        sure = (squares > self._smallest_squares) & (squares < np.inf)
+        if not sure.all():
+            for i in np.flatnonzero(~sure).tolist():
+                found[i] = _careful_norm(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
+        return found
+
+
+def chunks(members: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Split `members` into runs whose sizes add up to at most `limit`, or of one member."""
+    chunk: list[int] = []
+    total = 0
+    for i in members:
+        if chunk and total + sizes[i] > limit:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(i)
+        total += sizes[i]
+    if chunk:
+        yield chunk
+
+
+def _starts(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    ends = np.cumsum(counts)
+    return np.asarray(ends - counts, np.int64)
+
+
+def cpu_norms(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+    """`CpuNorms.of` for gradients that are measured once."""
+    return CpuNorms(gradients).of(gradients)
+
+
+class DeviceNorms:
+    """How to measure gradients on one device, by operations that never wait for it.
+
+    Args:
+        gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
+        device: where the norms go.
+        places: which of them to measure, all of them on `device`; all by default.
+    """
+
+    def __init__(
+        self,
+        gradients: Sequence[Tensor | None],
+        device: torch.device,
+        places: Iterable[int] | None = None,
+    ) -> None:
+        self._dtype = norm_dtype(device)
+        self._zero = torch.zeros((), dtype=self._dtype, device=device)
+        self._places: list[int] = []
+        for i in range(len(gradients)) if places is None else places:
+            gradient = gradients[i]
+            if gradient is not None and gradient.numel() and not is_fake(gradient):
+                self._places.append(i)
+
+    def of(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The norms of gradients like those that the plan was made of.
+
+        Squares are summed in float64: those of float32 and 16-bit elements neither underflow nor
+        overflow there. The reads take most of the time even where float64 is slow: a GPU with one
+        float64 unit for 64 of float32 still multiplies as many elements as its memory delivers.
+
+        Returns:
+            float64[n] (float32 on MPS, which has no float64), 0 for None. Within 1e-5 for elements
+            of any size that the dtype has; for float64 gradients, and on MPS, for norms in
+            1e-16 … 1e18. Not finite exactly if the gradient holds a NaN or an infinity.
+        """
+        norms: list[Tensor] = [self._zero] * len(gradients)
+        same: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+        for i in self._places:
+            values = _norm_values(gradients[i])  # type: ignore[arg-type]
+            if values.numel():  # a sparse gradient may have no entries
+                places, tensors = same.setdefault(values.dtype, ([], []))
+                places.append(i)
+                tensors.append(values)
+        for dtype, (places, tensors) in same.items():
+            found = foreach_norm(tensors, 2, self._dtype)
+            if dtype is torch.float64 or self._dtype is torch.float32:
+                # Squares may overflow: an infinite norm of finite elements is the largest number.
+                largest = torch.stack(list(foreach_norm(tensors, math.inf, self._dtype)))
+                here = torch.stack(list(found))
+                beyond = torch.finfo(self._dtype).max
+                overflowed = largest.isfinite() & ~here.isfinite()
+                found = torch.where(overflowed, beyond, here).unbind()
+            for i, norm in zip(places, found):
                 norms[i] = norm
-    result = _stacked(norms, dtype)
-    if check_finite:
-        largest: list[Tensor] = [zero] * len(gradients)
-        for i, values in present:
-            largest[i] = torch.linalg.vector_norm(values, math.inf)
-        finite = _stacked(largest, dtype).isfinite()
-        beyond = torch.finfo(dtype).max
-        result = torch.where(finite & ~result.isfinite(), beyond, result)
-    return result
+        return torch.stack(norms) if norms else self._zero.new_zeros(0)
 
 
-def _stacked(norms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One tensor of `dtype`, by one conversion where they are of one dtype."""
-    if any(norm.dtype is not norms[0].dtype for norm in norms):
-        norms = [norm.to(dtype) for norm in norms]
-    return torch.stack(list(norms)).to(dtype)
+def device_norms(
+    gradients: Sequence[Tensor | None], device: torch.device, check_finite: bool = True
+) -> Tensor:
+    """`DeviceNorms.of` for gradients that are measured once."""
+    return DeviceNorms(gradients, device).of(gradients)

@@ -1,0 +1,75 @@
+"""All of torch and Lightning that is used without being public.
+
+If a new release of either breaks this package, it is most likely here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo  # torch.optim's own, imports lazily
+
+__all__ = [
+    "assert_async",
+    "disable_dynamo",
+    "flattened",
+    "foreach_copy_",
+    "foreach_mul_",
+    "foreach_norm",
+    "is_fake",
+    "is_logging_step",
+    "negated_view",
+    "root_mesh",
+]
+
+
+def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> Sequence[Tensor]:
+    """The norm of each tensor, accumulated in `dtype`: 0-d tensors of it."""
+    return torch._foreach_norm(list(tensors), order, dtype=dtype)
+
+
+def foreach_mul_(tensors: Sequence[Tensor], factors: Sequence[Tensor] | Tensor) -> None:
+    """Multiply each tensor in place by its factor, or all by one 0-d factor."""
+    torch._foreach_mul_(tensors, factors)  # type: ignore[call-overload]
+
+
+def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target."""
+    torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of tensors of one dtype, one after the other; of a single tensor, a view."""
+    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined, no-any-return]
+
+
+def negated_view(tensor: Tensor) -> Tensor:
+    """A view with the opposite sign: of a lazily negated tensor, its memory."""
+    return torch._neg_view(tensor)
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Fail on the device, without waiting for it, if `condition` is false."""
+    torch._assert_async(condition, message)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory: one of `FakeTensorMode`, or on the meta device."""
+    return tensor.is_meta or (
+        # The class is imported only where it is in use: it brings half of torch.compile along.
+        type(tensor) is not Tensor and type(tensor).__name__ == "FakeTensor"
+    )
+
+
+def root_mesh(mesh: Any) -> Any:
+    """The mesh that a `DeviceMesh` is a slice of, or itself if it is not a slice."""
+    find_root = getattr(mesh, "_get_root_mesh", None)
+    return mesh if find_root is None else find_root()
+
+
+def is_logging_step(trainer: Any) -> bool:
+    """Whether a Lightning trainer writes logs at this step."""
+    return bool(trainer._logger_connector.should_update_logs)
