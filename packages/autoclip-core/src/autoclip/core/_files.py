@@ -60,7 +60,8 @@ def _write(path: str, data: bytes) -> None:
         old = None
     if old is not None and not stat.S_ISREG(old.st_mode):
         raise OSError(errno.EINVAL, "AutoClip writes its state to regular files only")
-    if old is not None and not os.access(target, os.W_OK):
+    effective = os.access in os.supports_effective_ids
+    if old is not None and not os.access(target, os.W_OK, effective_ids=effective):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     _remove_abandoned(target)
     temporary, descriptor = _create_temporary(target, old)
