@@ -1,8 +1,9 @@
-"""What all tests share: Hypothesis profiles, threads, and no GPU tests where there is no GPU."""
+"""What all tests share: Hypothesis profiles, tests in processes of their own, the GPU marker."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,7 +41,7 @@ all_local_constants = providers._get_local_constants
 no_local_constants = providers._local_constants
 
 
-def local_constants() -> providers.Constants:
+def local_constants() -> Any:
     nightly = settings.get_current_profile_name() == "nightly"
     return all_local_constants() if nightly else no_local_constants
 
@@ -56,7 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def multiply_examples(items: list[pytest.Item], factor: int) -> None:
     """Draw more examples in each test, whether or not it says how many by itself."""
-    functions = [item.obj for item in items if item.get_closest_marker("hypothesis")]
+    functions: list[Any] = [
+        item.obj
+        for item in items
+        if isinstance(item, pytest.Function) and item.get_closest_marker("hypothesis")
+    ]
     # Each access binds a method anew; the function under it carries the settings.
     for function in {getattr(function, "__func__", function) for function in functions}:
         own = function._hypothesis_internal_use_settings
@@ -71,3 +76,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "processes(*counts, **options): run in so many processes at once. With several counts, the "
+        "test runs as often, each time with the same arguments: what one run leaves in `tmp_path`, "
+        "the next one finds. The folder's fixture `server` makes the processes.",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    marker = pyfuncitem.get_closest_marker("processes")
+    if marker is None:
+        return None
+    server = pyfuncitem._request.getfixturevalue("server")
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    for count in marker.args:
+        outcomes = server.run(pyfuncitem.obj, arguments, count, **marker.kwargs)
+        reports = [
+            f"rank {rank} of {count} {outcome}"
+            for rank, outcome in enumerate(outcomes)
+            if outcome.status
+        ]
+        if reports:
+            pytest.fail("\n".join(reports), pytrace=False)
+    return True

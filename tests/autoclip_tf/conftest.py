@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from processes import ForkServer
 
 from autoclip.core import History, Quantile, Report, Rule
 
@@ -104,72 +102,12 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), x.sum(axis=1, keepdims=True).astype(np.float32)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "two_devices: run in a process whose CPU is two devices.")
-
-
-class Process:
-    """A Python process of its own, which calls functions of test files.
-
-    Args:
-        devices: how many devices its CPU is.
-    """
-
-    def __init__(self, devices: int = 1) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("processes.py")), str(devices)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def call(self, path: Path, name: str, **arguments: Any) -> int:
-        """Call a function; the test fails if it raises.
-
-        Returns:
-            0, or the signal that killed the process.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"path": str(path), "name": name, "arguments": arguments}
-        self._process.stdin.write(json.dumps(request, default=str) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            return -self._process.wait(timeout=60)
-        if fault := json.loads(answer):
-            pytest.fail(fault, pytrace=False)
-        return 0
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-
-@pytest.fixture
-def process() -> Iterator[Process]:
-    """A new one."""
-    process = Process()
-    yield process
-    process.close()
-
-
-@pytest.fixture(scope="module")
-def two_devices() -> Iterator[Process]:
-    process = Process(devices=2)
-    yield process
-    process.close()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    if pyfuncitem.get_closest_marker("two_devices") is None:
-        return None
-    process = pyfuncitem._request.getfixturevalue("two_devices")
-    names = pyfuncitem._fixtureinfo.argnames
-    arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    assert process.call(pyfuncitem.path, pyfuncitem.originalname, **arguments) == 0
-    return True
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """Makes new processes that have imported TensorFlow and Keras, but not autoclip."""
+    server = ForkServer(Path(__file__).with_name("devices.py"))
+    yield server
+    server.close()
 
 
 class ByHand:

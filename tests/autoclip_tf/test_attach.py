@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import subprocess
-import sys
 import weakref
 
 import keras
@@ -144,6 +142,13 @@ class TestAttaching:
         expected.assert_equals(ours, clipper)
 
 
+def load_the_users_optimizer(path):
+    optimizer = keras.saving.load_model(path).optimizer
+    assert isinstance(optimizer, Momentum) and optimizer.decay == 0.25
+    assert optimizer.clipper.defaults["quantile"] == 0.5
+    assert optimizer.clipper._export_state().groups[0].recorded.tolist() == [4] * 4
+
+
 class TestWhatAKerasUserExpects:
     def test_learning_rate_and_iterations(self, model, fit):
         optimizer = attached()
@@ -235,25 +240,12 @@ class TestWhatAKerasUserExpects:
             assert isinstance(keras.optimizers.deserialize(configs[1]), Adam)
 
     def test_a_users_optimizer_comes_back_in_a_process_that_never_attached_one(
-        self, model, fit, tmp_path
+        self, server, model, fit, tmp_path
     ):
         """As it does without a clipper: after the import of the module that registers it."""
         trained = train(model, fit, QuantileClip.as_optimizer(Momentum(decay=0.25), 0.5))
         trained.save(tmp_path / "model.keras")
-        program = f"""
-import importlib.util
-import keras
-import autoclip.tf
-spec = importlib.util.spec_from_file_location("users", {__file__!r})
-users = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(users)
-optimizer = keras.saving.load_model({str(tmp_path / "model.keras")!r}).optimizer
-assert isinstance(optimizer, users.Momentum) and optimizer.decay == 0.25
-assert optimizer.clipper.defaults["quantile"] == 0.5
-assert optimizer.clipper._export_state().groups[0].recorded.tolist() == [4] * 4
-"""
-        found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
+        server.call(load_the_users_optimizer, path=tmp_path / "model.keras")
 
     @pytest.mark.filterwarnings("ignore:Skipping variable loading")
     @pytest.mark.parametrize("make", [keras.optimizers.Adam, Momentum])

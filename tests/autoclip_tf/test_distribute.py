@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from autoclip.tf import QuantileClip, StandardClip, StateError
 
-pytestmark = pytest.mark.two_devices
+pytestmark = pytest.mark.processes(1, devices=2)
 
 CLIPPERS = {
     "parameter-wise": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, 10),

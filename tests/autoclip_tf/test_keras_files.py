@@ -6,19 +6,15 @@ import copy
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from processes import execute
 
 from autoclip.tf import QuantileClip, StandardClip, StateError
-
-HERE = Path(__file__)
 
 
 def adam(**settings):
@@ -135,6 +131,12 @@ def assert_optimizer_state(model, expected):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def go_on(folder):
+    for name in RUNS:
+        model = keras.models.load_model(f"{folder}/{name} 1.keras")
+        np.savez(f"{folder}/{name}.npz", **everything(fit(model, initial_epoch=1, epochs=2)))
+
+
 class TestFreshProcess:
     @pytest.fixture(scope="class")
     @classmethod
@@ -155,18 +157,9 @@ class TestFreshProcess:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def restarted(cls, folder, without_stop):
+    def restarted(cls, server, folder, without_stop):
         """The second epoch in a process that has seen nothing but the file."""
-        code = (
-            "import sys, keras, numpy as np, autoclip.tf\n"
-            "sys.path.insert(0, sys.argv[1])\n"
-            "import test_keras_files as t\n"
-            "for name in t.RUNS:\n"
-            "    model = keras.models.load_model(f'{sys.argv[2]}/{name} 1.keras')\n"
-            "    arrays = t.everything(t.fit(model, initial_epoch=1, epochs=2))\n"
-            "    np.savez(f'{sys.argv[2]}/{name}.npz', **arrays)\n"
-        )
-        subprocess.run([sys.executable, "-c", code, HERE.parent, folder], check=True)
+        server.call(go_on, folder=folder)
         return {name: dict(np.load(f"{folder}/{name}.npz")) for name in RUNS}
 
     @pytest.mark.parametrize("name", RUNS)
@@ -174,21 +167,20 @@ class TestFreshProcess:
         assert len(restarted[name]["state"]) > 0
         assert_same(restarted[name], without_stop[name])
 
-    def test_without_importing_autoclip(self, folder, without_stop):
+    def test_without_importing_autoclip(self, server, folder, without_stop):
         """Keras names what it does not know; the model alone can be loaded."""
-        code = (
-            "import sys, keras, numpy\n"
-            "model = keras.models.load_model(sys.argv[1], compile=False)\n"
-            "print(model.predict(numpy.ones((1, 4)), verbose=0).item())\n"
-            "assert not [name for name in sys.modules if name.startswith('autoclip')]\n"
-            "keras.models.load_model(sys.argv[1])\n"
-        )
-        command = [sys.executable, "-c", code, f"{folder}/adam 2.keras"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        model = keras.models.load_model(f"{folder}/adam 2.keras")
-        expected = model.predict(np.ones((1, 4)), verbose=0).item()
-        assert float(result.stdout) == expected
-        error = result.stderr.splitlines()[-1]
+        path = f"{folder}/adam 2.keras"
+        code = f"""
+import sys, keras, numpy
+model = keras.models.load_model({path!r}, compile=False)
+print(model.predict(numpy.ones((1, 4)), verbose=0).item())
+assert not [name for name in sys.modules if name.startswith('autoclip')]
+keras.models.load_model({path!r})
+"""
+        (outcome,) = server.run(execute, {"code": code})
+        expected = keras.models.load_model(path).predict(np.ones((1, 4)), verbose=0).item()
+        assert str(expected) in outcome.output.splitlines()
+        error = outcome.error.splitlines()[-1]
         assert error.startswith("ValueError: Argument(s) not recognized: {'autoclip': ")
         assert "'autoclip.tf._clippers'" in error and "'QuantileClip'" in error
 
@@ -367,14 +359,11 @@ class TestCallbacks:
         fit(model, initial_epoch=1, epochs=2)
         assert_same(everything(model), everything(without_stop))
 
-    def test_backup_and_restore_after_the_process_was_killed(self, process, tmp_path):
-        assert process.call(HERE, "train_and_die", folder=tmp_path) == signal.SIGKILL
+    def test_backup_and_restore_after_the_process_was_killed(self, server, tmp_path):
+        (killed,) = server.run(train_and_die, {"folder": tmp_path})
+        assert killed.status == -signal.SIGKILL
         assert not (tmp_path / "result.npz").exists()
-        again = type(process)()
-        try:
-            again.call(HERE, "train_to_the_end", folder=tmp_path)
-        finally:
-            again.close()
+        server.call(train_to_the_end, folder=tmp_path)
         result = dict(np.load(tmp_path / "result.npz"))
         assert result.pop("steps") == 2 * 8  # epochs 2 and 3: it was not begun anew
         assert_same(result, everything(fit(make_model(adam()), epochs=3)))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 
 import pytest
+from processes import HARNESS, ForkServer, execute
 
 LIBRARIES = ["lightning", "pytorch_lightning", "transformers", "accelerate"]
 
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[str], str]]:
+    """Runs a program in a process that has imported torch alone, and returns what it printed."""
+    server = ForkServer(HARNESS / "torch_alone.py")
+    yield lambda code: server.call(execute, code=code).strip()
+    server.close()
 
 
-def test_autoclip_torch_imports_no_trainer() -> None:
+def test_autoclip_torch_imports_no_trainer(run: Callable[[str], str]) -> None:
     code = "import sys, autoclip.torch, autoclip.torch.logging; print(*sys.modules)"
     modules = run(code).split()
     assert "autoclip.torch" in modules
@@ -31,7 +33,9 @@ def test_autoclip_torch_imports_no_trainer() -> None:
         ("transformers", "accelerate", "transformers"),
     ],
 )
-def test_a_missing_library_is_named_with_the_command(module: str, missing: str, extra: str) -> None:
+def test_a_missing_library_is_named_with_the_command(
+    run: Callable[[str], str], module: str, missing: str, extra: str
+) -> None:
     said = run(
         f"""
 import sys
