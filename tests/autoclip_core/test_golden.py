@@ -1,14 +1,17 @@
-"""Files that were written once and are never written again: whatever reads them stays honest.
+"""Files that were written once and are never written again: what reads them cannot change silently.
 
-The two in `golden/` are what `State.to_bytes()` made of the states below, with safetensors 0.8.0,
-when version 1 of the format was fixed. A later version of the format gets files of its own; these
-must still load to the same states.
+The files in `golden/` hold the contents below in version 1 of the format, byte for byte as
+`docs/state-format.md` describes it: `by_hand` follows that page and uses nothing of AutoClip. A
+later version of the format gets files of its own; these must still load to the same states.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,93 +26,214 @@ GOLDEN = Path(__file__).parent / "golden"
 PAGE = Path(__file__).parents[2] / "docs" / "state-format.md"
 
 SMALLEST = 2.0**-126
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST = (2 - 2.0**-23) * 2.0**127
 
-STATES = {
-    # Parameter-wise, in two groups; a name that is no ASCII, and ones that are not known; windows
-    # that are full, partly filled and empty; norms at the ends of float32.
-    "quantile.safetensors": State(
-        rule="quantile",
-        global_clipping=False,
-        framework="torch",
-        library_version="0.3.0",
-        groups=(
-            GroupState.from_windows(
-                {"quantile": 0.9, "history_length": 4},
-                [
-                    ParameterInfo("encoder.weight", (2, 3)),
-                    ParameterInfo("größe", ()),
-                    ParameterInfo(None, (0,)),
+CONTENTS: dict[str, dict[str, Any]] = {
+    # One row a parameter, in two groups; a name that is not ASCII, and ones that are not known;
+    # windows that are full, partly filled and empty; norms at the ends of float32.
+    "quantile.safetensors": {
+        "format": "autoclip",
+        "version": 1,
+        "rule": "quantile",
+        "mode": "parameter",
+        "framework": "torch",
+        "library_version": "0.3.0",
+        "groups": [
+            {
+                "settings": {
+                    "quantile": 0.9,
+                    "factor": 1.0,
+                    "history_length": 4,
+                    "max_norm": None,
+                    "warmup_steps": 0,
+                    "include_current": True,
+                    "record": "raw",
+                    "on_spike": "clip",
+                    "on_nonfinite": "keep",
+                },
+                "parameters": [
+                    {"name": "encoder.weight", "shape": [2, 3]},
+                    {"name": "größe", "shape": []},
+                    {"name": None, "shape": [0]},
                 ],
-                [[0.1, 0.2, 0.30000001192092896, 4.0], [SMALLEST, LARGEST], []],
-                [1_000_000_007, 2, 0],
-            ),
-            GroupState.from_windows(
-                {"quantile": 0.5, "history_length": 1000},
-                [ParameterInfo("head.bias", None)],
-                [[1.5, 2.5, 1.5]],
-                [3],
-            ),
-        ),
-    ),
-    "standard-global.safetensors": State(
-        rule="standard",
-        global_clipping=True,
-        framework="tensorflow",
-        library_version="0.3.0",
-        groups=(
-            GroupState.from_windows(
-                {"deviations": 2.0, "history_length": 3},
-                [
-                    ParameterInfo("dense/kernel", (3, 2)),
-                    ParameterInfo("dense/bias", (2,)),
+                "windows": [[0.25, 0.5, 0.30000001192092896, 4.0], [SMALLEST, LARGEST], []],
+                "recorded": [1_000_000_007, 2, 0],
+            },
+            {
+                "settings": {
+                    "quantile": 0.5,
+                    "factor": 2.0,
+                    "history_length": 1000,
+                    "max_norm": 1e-05,
+                    "warmup_steps": 10,
+                    "include_current": False,
+                    "record": "clipped",
+                    "on_spike": "zero",
+                    "on_nonfinite": "raise",
+                },
+                "parameters": [{"name": "head.bias", "shape": None}],
+                "windows": [[1.5, 2.5, 1.5]],
+                "recorded": [3],
+            },
+        ],
+    },
+    # One row for all parameters.
+    "standard-global.safetensors": {
+        "format": "autoclip",
+        "version": 1,
+        "rule": "standard",
+        "mode": "global",
+        "framework": "tensorflow",
+        "library_version": "0.3.0",
+        "groups": [
+            {
+                "settings": {
+                    "deviations": 2.0,
+                    "decay": 0.97,
+                    "factor": 1.0,
+                    "shrink": True,
+                    "history_length": 3,
+                    "max_norm": None,
+                    "warmup_steps": 25,
+                    "include_current": False,
+                    "record": "raw",
+                    "on_spike": "clip",
+                    "on_nonfinite": "keep",
+                },
+                "parameters": [
+                    {"name": "dense/kernel", "shape": [3, 2]},
+                    {"name": "dense/bias", "shape": [2]},
                 ],
-                [[1.0, 2.0, 3.0]],
-                [3],
-            ),
-        ),
-    ),
+                "windows": [[1.0, 2.0, 3.0]],
+                "recorded": [3],
+            },
+        ],
+    },
+    # One row a group, more than ten groups, and a rule that only its user has.
+    "user-rule-group.safetensors": {
+        "format": "autoclip",
+        "version": 1,
+        "rule": "my rule",
+        "mode": "group",
+        "framework": "jax",
+        "library_version": "",
+        "groups": [
+            {
+                "settings": {
+                    "largest": None,
+                    "kind": "x",
+                    "count": -3,
+                    "history_length": 9223372036854775807,
+                    "max_norm": None,
+                    "warmup_steps": 0,
+                    "include_current": True,
+                    "record": "raw",
+                    "on_spike": "skip",
+                    "on_nonfinite": "zero",
+                },
+                "parameters": [{"name": f"layer{i}", "shape": [i]}] * (i % 3),
+                "windows": [[i + 0.5] * (i % 2)],
+                "recorded": [i],
+            }
+            for i in range(12)
+        ],
+    },
 }
 
 
-@pytest.fixture(params=sorted(STATES))
+def by_hand(contents: dict[str, Any]) -> bytes:
+    """The file, as the documentation says."""
+    groups = [
+        {"settings": group["settings"], "parameters": group["parameters"]}
+        for group in contents["groups"]
+    ]
+    metadata = json.dumps(contents | {"groups": groups}, sort_keys=True, separators=(",", ":"))
+    tensors = {}
+    for i, group in enumerate(contents["groups"]):
+        norms = [norm for window in group["windows"] for norm in window]
+        lengths = [len(window) for window in group["windows"]]
+        tensors[f"groups.{i}.lengths"] = "I64", struct.pack(f"<{len(lengths)}q", *lengths)
+        tensors[f"groups.{i}.recorded"] = (
+            "I64",
+            struct.pack(f"<{len(lengths)}q", *group["recorded"]),
+        )
+        tensors[f"groups.{i}.values"] = "F32", struct.pack(f"<{len(norms)}f", *norms)
+    entries, payload = [f'"__metadata__":{{"autoclip":{json.dumps(metadata)}}}'], b""
+    for dtype, size in (("I64", 8), ("F32", 4)):
+        for name in sorted(tensors):
+            if tensors[name][0] == dtype:
+                data = tensors[name][1]
+                entries.append(entry(name, dtype, len(data) // size, len(payload), len(data)))
+                payload += data
+    entries.append(entry("sha256", "U8", 32, len(payload), 32))
+    header = ("{" + ",".join(entries) + "}").encode("ascii")
+    header += b" " * (-len(header) % 8)
+    body = struct.pack("<Q", len(header)) + header + payload
+    return body + hashlib.sha256(body).digest()
+
+
+def entry(name: str, dtype: str, count: int, begin: int, size: int) -> str:
+    return (
+        f'"{name}":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[{begin},{begin + size}]}}'
+    )
+
+
+@pytest.fixture(params=sorted(CONTENTS))
 def name(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     return found
 
 
+def test_golden_files_are_what_the_documentation_says(name: str) -> None:
+    assert (GOLDEN / name).read_bytes() == by_hand(CONTENTS[name])
+
+
 def test_golden_files_load_to_what_they_were_made_of(name: str) -> None:
-    loaded, expected = State.from_bytes((GOLDEN / name).read_bytes(), name), STATES[name]
-    assert loaded.rule == expected.rule
-    assert loaded.global_clipping is expected.global_clipping
-    assert loaded.framework == expected.framework
-    assert loaded.library_version == expected.library_version
-    assert len(loaded.groups) == len(expected.groups)
-    for found, group in zip(loaded.groups, expected.groups):
-        assert found.settings == group.settings
-        assert found.parameters == group.parameters
-        for tensor in ("values", "lengths", "recorded"):
-            assert getattr(found, tensor).dtype == getattr(group, tensor).dtype
-            assert getattr(found, tensor).tolist() == getattr(group, tensor).tolist()
+    state, expected = State.from_bytes((GOLDEN / name).read_bytes(), name), CONTENTS[name]
+    for key in ("rule", "mode", "framework", "library_version"):
+        assert getattr(state, key) == expected[key]
+    assert len(state.groups) == len(expected["groups"])
+    for found, group in zip(state.groups, expected["groups"]):
+        assert found.settings == group["settings"]
+        assert [
+            {"name": p.name, "shape": None if p.shape is None else list(p.shape)}
+            for p in found.parameters
+        ] == group["parameters"]
+        assert [window.tolist() for window in found.windows()] == group["windows"]
+        assert found.recorded.tolist() == group["recorded"]
+        assert (found.values.dtype, found.recorded.dtype) == (np.float32, np.int64)
 
 
 def test_the_same_states_are_still_the_same_bytes(name: str) -> None:
-    assert STATES[name].to_bytes() == (GOLDEN / name).read_bytes()
+    contents = CONTENTS[name]
+    groups = tuple(
+        GroupState.from_windows(
+            group["settings"],
+            [
+                ParameterInfo(p["name"], None if p["shape"] is None else tuple(p["shape"]))
+                for p in group["parameters"]
+            ],
+            group["windows"],
+            group["recorded"],
+        )
+        for group in contents["groups"]
+    )
+    keys = ("rule", "mode", "framework", "library_version")
+    state = State(groups=groups, **{key: contents[key] for key in keys})
+    assert state.to_bytes() == (GOLDEN / name).read_bytes()
 
 
 def test_a_history_goes_on_from_a_golden_file() -> None:
-    rules = [Quantile(0.9)] * 3 + [Quantile(0.5)]
-    history = History(4, rules, 4)
-    with pytest.warns(UserWarning, match=r"history_length=1000 there and 4 here \(group 1\)\.$"):
-        history.load(GOLDEN / "quantile.safetensors")
-    report = history.record([0.5, 1.0, 7.0, 3.5])
-    windows = [[0.2, 0.3, 4.0, 0.5], [SMALLEST, LARGEST, 1.0], [7.0], [1.5, 2.5, 1.5, 3.5]]
-    expected = [
-        np.quantile(np.array(window, np.float32).astype(np.float64), rule.quantile)
-        for window, rule in zip(windows, rules)
-    ]
+    """One group of it: a history has one length for all its rows."""
+    state = State.from_bytes((GOLDEN / "quantile.safetensors").read_bytes())
+    first = State("quantile", "parameter", "torch", state.groups[:1])
+    history = History(3, Quantile(0.9), 4)
+    history.load_state_dict(first.to_dict())
+    report = history.record([0.5, 1.0, 7.0])
+    windows = [[0.5, 0.30000001192092896, 4.0, 0.5], [SMALLEST, LARGEST, 1.0], [7.0]]
+    expected = [np.quantile(np.array(window), 0.9) for window in windows]
     assert report.thresholds.tolist() == pytest.approx(expected, rel=1e-15)
-    assert history.recorded.tolist() == [1_000_000_008, 3, 1, 4]
+    assert history.recorded.tolist() == [1_000_000_008, 3, 1]
 
 
 READ = """
@@ -129,32 +253,8 @@ def test_the_reader_in_the_documentation_reads_them() -> None:
     (reader,) = re.findall(
         r"^```python\n((?:(?!^```).)*?^def read_state.*?)^```", PAGE.read_text("utf-8"), re.M | re.S
     )
-    names = sorted(STATES)
+    names = sorted(CONTENTS)
     command = [sys.executable, "-c", reader + READ, *(str(GOLDEN / name) for name in names)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for name, line in zip(names, done.stdout.splitlines(), strict=True):
-        assert ast.literal_eval(line) == as_documented(STATES[name])
-
-
-def as_documented(state: State) -> dict[str, Any]:
-    """What the documentation's reader returns for a state."""
-    return {
-        "format": "autoclip",
-        "version": 1,
-        "rule": state.rule,
-        "global_clipping": state.global_clipping,
-        "framework": state.framework,
-        "library_version": state.library_version,
-        "groups": [
-            {
-                "settings": dict(group.settings),
-                "parameters": [
-                    {"name": p.name, "shape": None if p.shape is None else list(p.shape)}
-                    for p in group.parameters
-                ],
-                "windows": [window.tolist() for window in group.windows()],
-                "recorded": group.recorded.tolist(),
-            }
-            for group in state.groups
-        ],
-    }
+        assert ast.literal_eval(line) == CONTENTS[name]
