@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from autoclip.core._history import History
-from autoclip.core._ring import is_recorded
-from autoclip.core._rows import make_state, split_state
+from autoclip.core._history import History, Report
+from autoclip.core._rows import make_state, row_names, split_state
 from autoclip.core._rule import Rule
 from autoclip.core._saving import Saveable
-from autoclip.core._settings import ClipperSettings
+from autoclip.core._settings import ClipperSettings, Record
 from autoclip.core._state import ParameterInfo, State
 
 __all__ = ["MaxNorm"]
@@ -20,10 +20,10 @@ __all__ = ["MaxNorm"]
 class MaxNorm(Saveable):
     """A `max_norm` that follows the history of the total gradient norm.
 
-    DeepSpeed, FSDP1 and Megatron measure the norm of all gradients together and clip to a constant
-    that may change at every step. Give them `max_norm` before a step, and `record` the norm that
-    they measured after it: the result is that of global clipping that compares each norm with the
-    ones before it.
+    DeepSpeed, FSDP1 and Megatron-LM measure the norm of all gradients together and clip to a
+    constant that may change at every step. Give them `max_norm` before a step, and `record` the
+    norm that they measured after it: the result is that of global clipping that compares each norm
+    with the ones before it, `QuantileClip(..., global_clipping=True, include_current=False)`.
 
     Args:
         rule: how the window becomes a threshold.
@@ -32,16 +32,19 @@ class MaxNorm(Saveable):
             none.
         warmup_steps: how many norms are recorded before the rule counts; None for the rule's
             default.
+        record: `"raw"` records the norms as given, `"clipped"` as they are after clipping.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or value.
+        TypeError: an argument has a wrong type.
+        ValueError: an argument has a wrong value, or the rule does not scale gradients to its
+            threshold, as `Standard(shrink=True)`: a constant cannot express that.
 
     >>> from autoclip.core import MaxNorm, Quantile
     >>> schedule = MaxNorm(Quantile(0.5))
     >>> schedule.max_norm
     inf
     >>> for total_norm in (1.0, 2.0, 9.0):
-    ...     schedule.record(total_norm)
+    ...     report = schedule.record(total_norm)
     >>> schedule.max_norm
     2.0
     """
@@ -53,17 +56,30 @@ class MaxNorm(Saveable):
         *,
         max_norm: float | None = None,
         warmup_steps: int | None = None,
+        record: Record = "raw",
     ) -> None:
-        self._settings = ClipperSettings.make(
-            type(self).__name__,
-            rule,
-            global_clipping=True,
-            history_length=history_length,
-            max_norm=max_norm,
-            warmup_steps=warmup_steps,
-            include_current=False,
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"{type(self).__name__} takes a Rule such as Quantile(0.9), but got {rule!r}."
+            )
+        self._set_up(
+            ClipperSettings.make(
+                type(self).__name__,
+                rule,
+                global_clipping=True,
+                history_length=history_length,
+                max_norm=max_norm,
+                warmup_steps=warmup_steps,
+                include_current=False,
+                record=record,
+            )
         )
-        self._history = History.of([self._settings.default])
+
+    def _set_up(self, settings: ClipperSettings) -> None:
+        _refuse_other_targets(settings.default.rule)
+        self._settings = settings
+        self._history = History.of([settings.default])
+        self._last: Report[npt.NDArray[np.float64]] | None = None
 
     @property
     def rule(self) -> Rule:
@@ -75,22 +91,40 @@ class MaxNorm(Saveable):
         """What to clip the next step's total norm to; infinite as long as nothing is known."""
         return float(self._history.thresholds[0])
 
-    def record(self, norm: Any) -> None:
+    def record(self, norm: Any) -> Report[npt.NDArray[np.float64]]:
         """Record the total norm that was measured in a step, before clipping.
 
         A norm that is zero, NaN, infinite or negative (some engines report -1 for a step that they
         skipped) is never recorded.
 
         Args:
-            norm: a number or a 0-d array or tensor.
+            norm: a number, or a 0-d array or tensor.
+
+        Returns:
+            The step's norm, the threshold that it was clipped to, and the coefficient, [1] each.
         """
         value = float(norm)
-        if is_recorded(np.float32(min(value, 4e38))):
-            self._history.record([value])
+        report = self._history.record([value if value >= 0.0 else np.nan])
+        self._last = Report(
+            report.norms, report.thresholds, report.coefficients, row_names("global", [], 1)
+        )
+        return self._last
+
+    @property
+    def last(self) -> Report[npt.NDArray[np.float64]]:
+        """What the last `record` returned.
+
+        Raises:
+            RuntimeError: nothing was recorded since the schedule was made.
+        """
+        if self._last is None:
+            raise RuntimeError("There is nothing to report: no step has been recorded yet.")
+        return self._last
 
     def reset(self) -> None:
         """Forget all norms."""
         self._history.reset()
+        self._last = None
 
     def _export_state(self) -> State:
         windows, recorded = self._history.read([0])
@@ -110,3 +144,20 @@ class MaxNorm(Saveable):
 
     def __repr__(self) -> str:
         return self._settings.describe()
+
+
+def _refuse_other_targets(rule: Rule) -> None:
+    """Refuse a rule whose gradients are scaled to something else than its threshold."""
+    if type(rule).clip_to is Rule.clip_to:
+        return
+    # Whether a rule's `clip_to` does something depends on its settings, so ask it.
+    probe = History(1, rule, warmup_steps=0, include_current=False)
+    for norm in (1.0, 2.0, 4.0):
+        probe.record([norm])
+    spike = probe.record([1e38])
+    if spike.coefficients[0] != min(1.0, spike.thresholds[0] / np.float32(1e38)):
+        raise ValueError(
+            f"{rule} scales a gradient above its threshold to something else than the threshold, "
+            "which depends on the gradient's own norm. An engine that clips to a constant cannot "
+            "do that. Use a rule that scales to its threshold."
+        )
