@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -114,8 +115,16 @@ class ForkServer:
         self._process.wait(timeout=30)
 
 
-def execute(code: str) -> None:
-    """For `ForkServer.run`: run a program in a process that has imported nothing more."""
+def execute(code: str, site_packages: str | None = None) -> None:
+    """For `ForkServer.run`: run a program in a process that has imported nothing more.
+
+    Args:
+        code: of the program.
+        site_packages: of another environment, in the place of the server's own.
+    """
+    if site_packages is not None:
+        sys.path[:] = [path for path in sys.path if not path.endswith("site-packages")]
+        site.addsitedir(site_packages)
     exec(code, {"__name__": "__main__"})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
 import torch
+import torch._dynamo
 
 torch.set_num_threads(1)
 

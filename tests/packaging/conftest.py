@@ -7,22 +7,30 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
+from processes import HARNESS, ForkServer, Outcome, execute
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment and the folder of wheels that it installs from."""
+    """A virtual environment.
+
+    Attributes:
+        root: its folder.
+        wheels: the folder that it installs our packages from.
+        server: of processes that have imported torch, as it is in this environment.
+    """
 
     root: Path
     wheels: Path
+    server: ForkServer
 
     @property
     def site_packages(self) -> Path:
@@ -50,6 +58,22 @@ class Environment:
         assert done.returncode == 1, done.stdout
         return done.stderr
 
+    def succeed_with_torch(self, code: str) -> str:
+        """As `succeed`, without waiting for the import of torch."""
+        outcome = self._with_torch(code)
+        assert outcome.status == 0, str(outcome)
+        return outcome.output.strip()
+
+    def fail_with_torch(self, code: str) -> str:
+        """As `fail`, without waiting for the import of torch."""
+        outcome = self._with_torch(code)
+        assert outcome.status == 1, str(outcome)
+        return outcome.error
+
+    def _with_torch(self, code: str) -> Outcome:
+        arguments = {"code": code, "site_packages": self.site_packages}
+        return self.server.run(execute, arguments)[0]
+
     def installed(self) -> dict[str, str]:
         """The versions of what pip installed here; what is only lent does not count."""
         found = [path for path in self.site_packages.glob("*.dist-info") if not path.is_symlink()]
@@ -73,23 +97,44 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def make_environment(tmp_path: Path, distributions: Path) -> Callable[..., Environment]:
-    """Makes a virtual environment that has nothing of ours.
+def lend(environment: Path, only: Sequence[str] = ("",), without: Sequence[str] = ()) -> None:
+    """Lend a new virtual environment what is installed in the one that runs the tests.
 
-    It is lent the installed packages of the environment that runs the tests: those whose name
-    starts with one of `only`, but with none of `without`. By links, one by one, which pip counts as
-    installed here; what is left out is truly absent. (A .pth file to the parent would lend our own
-    packages, too, and pip would have nothing to install.)
+    By links, one by one, which pip counts as installed there; what is left out is truly absent. (A
+    .pth file to the parent would lend our own packages, too, and pip would have nothing to
+    install.)
+
+    Args:
+        environment: its folder.
+        only: how the names of what it is lent start.
+        without: how the names of what it is not lent start; nothing of ours is lent.
     """
+    venv.create(environment, symlinks=True, with_pip=False)
+    site_packages = next(environment.glob("lib/python*/site-packages"))
+    ours = ("autoclip", "_autoclip", "__editable__")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name.startswith(tuple(only)) and not entry.name.startswith((*ours, *without)):
+            (site_packages / entry.name).symlink_to(entry)
+
+
+@pytest.fixture(scope="session")
+def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """In an environment that has nothing of ours; a process turns to one that has."""
+    root = tmp_path_factory.mktemp("environment")
+    lend(root)
+    server = ForkServer(HARNESS / "torch_alone.py", python=(root / "bin" / "python", "-I"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def make_environment(
+    tmp_path: Path, distributions: Path, torch_server: ForkServer
+) -> Callable[..., Environment]:
+    """Makes a virtual environment that has nothing of ours; for the arguments, see `lend`."""
 
     def make(only: Sequence[str] = ("",), without: Sequence[str] = ()) -> Environment:
-        environment = Environment(tmp_path / "venv", distributions)
-        venv.create(environment.root, symlinks=True, with_pip=False)
-        ours = ("autoclip", "_autoclip", "__editable__")
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            if entry.name.startswith(tuple(only)) and not entry.name.startswith((*ours, *without)):
-                (environment.site_packages / entry.name).symlink_to(entry)
-        return environment
+        lend(tmp_path / "venv", only, without)
+        return Environment(tmp_path / "venv", distributions, torch_server)
 
     return make

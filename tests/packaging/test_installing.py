@@ -158,12 +158,12 @@ def test_wheels_in_either_order_and_uninstalling(
     environment = make_environment()
     for name in order:
         environment.pip("install", "--no-deps", f"autoclip-{name}")
-    path = environment.succeed(IMPORT_AND_LOCATE)
+    path = environment.succeed_with_torch(IMPORT_AND_LOCATE)
     assert Path(path).is_relative_to(environment.root)
     environment.pip("uninstall", "--yes", "autoclip-torch")
-    assert "pip install autoclip-torch\n" in environment.fail(IMPORT_AND_LOCATE)
+    assert "pip install autoclip-torch\n" in environment.fail_with_torch(IMPORT_AND_LOCATE)
     environment.pip("install", "--no-deps", "autoclip-torch")
-    assert environment.succeed(IMPORT_AND_LOCATE) == path
+    assert environment.succeed_with_torch(IMPORT_AND_LOCATE) == path
 
 
 @pytest.mark.parametrize("editable", [("torch",), ("core",), ("core", "torch")], ids="-and-".join)
@@ -175,7 +175,7 @@ def test_editable_beside_wheels(editable: tuple[str, ...], make_environment: Cal
             environment.pip("install", "--no-deps", "--no-build-isolation", "--editable", folder)
         else:
             environment.pip("install", "--no-deps", f"autoclip-{name}")
-    path = environment.succeed(IMPORT_AND_LOCATE)
+    path = environment.succeed_with_torch(IMPORT_AND_LOCATE)
     assert Path(path).is_relative_to(REPOSITORY if "torch" in editable else environment.root)
     environment.pip("uninstall", "--yes", "autoclip-torch")
-    assert "pip install autoclip-torch\n" in environment.fail(IMPORT_AND_LOCATE)
+    assert "pip install autoclip-torch\n" in environment.fail_with_torch(IMPORT_AND_LOCATE)

@@ -53,7 +53,7 @@ def test_what_works_at_once(
     assert environment.installed() == {"autoclip": "0.2.1"}
     for command in route:
         environment.pip(*command.split())
-        environment.succeed(CLIP)
+        environment.succeed_with_torch(CLIP)
     assert environment.installed().keys() == {"autoclip", "autoclip-core", "autoclip-torch"}
 
 
@@ -83,8 +83,8 @@ def test_what_says_how_to_go_on(
     environment.pip("install", legacy_wheel)
     for command in route:
         environment.pip(*command.split())
-    error = environment.fail(CLIP)
+    error = environment.fail_with_torch(CLIP)
     assert words in error
     for command in commands_in(error):
         environment.pip(*command)
-    environment.succeed(CLIP)
+    environment.succeed_with_torch(CLIP)
