@@ -8,9 +8,9 @@
 """
 
 from autoclip.core import Report, StateError, __version__
-from autoclip.tf._attach import AttachmentHandle
+from autoclip.core.adapter import AttachmentHandle
 from autoclip.tf._clipper import Clipper
-from autoclip.tf._clippers import QuantileClip, StandardClip
+from autoclip.tf._named import QuantileClip, StandardClip
 
 __all__ = [
     "AttachmentHandle",

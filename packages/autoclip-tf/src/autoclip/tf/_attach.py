@@ -1,123 +1,119 @@
-"""The one place that knows Keras's optimizers: where they clip, are built, and are saved."""
+"""The one file that knows Keras's optimizers: where they clip, are built, and are saved."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import keras
 
-from autoclip.core import second_clipper_message
-from autoclip.tf._private import SEAM, check_seam
+from autoclip.core.adapter import (
+    AttachmentHandle,
+    attached_message,
+    second_clipper_message,
+    warn_user,
+)
+from autoclip.tf._private import REDUCE_METHOD, check_reduce_method
 
-if TYPE_CHECKING:
-    from autoclip.tf._clipper import Clipper
-
-__all__ = ["Attachment", "AttachmentHandle"]
+__all__ = ["AttachableClipper", "attach", "check_optimizer", "optimizer_with_updates"]
 
 CONFIG_KEY = "autoclip"
-"""Where the optimizer's own class and the clipper stand in `get_config()`."""
+"""Where the optimizer's own class and the clipper are in `get_config()`."""
 
 
-class AttachmentHandle:
-    """What `clipper.attach(optimizer)` returns."""
+class AttachableClipper(Protocol):
+    """What an optimizer asks of its clipper."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment: Attachment | None = attachment
+    _handle: AttachmentHandle | None
+    """Of the optimizer that it is attached to."""
 
-    def remove(self) -> None:
-        """Detach the clipper: the optimizer's class is what it was, and `clipper` is gone.
+    def build(self, variables: Iterable[Any]) -> None: ...
 
-        The clipper keeps its history and its variables. A second call does nothing. A
-        `tf.function` that was traced before goes on as it was traced: after `model.compile` call
-        it again.
-        """
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
+    def _clip(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]: ...
 
 
-class Attachment:
-    """A clipper on an optimizer."""
+def optimizer_with_updates(optimizer: Any) -> Any:
+    """The optimizer that makes the updates: of a `LossScaleOptimizer` the inner one."""
+    while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
 
-    def __init__(self, clipper: Clipper, optimizer: Any) -> None:
-        self._clipper = clipper
-        # Weakly: the optimizer holds the clipper already.
-        self._optimizer = weakref.ref(optimizer)
 
-    @staticmethod
-    def check(optimizer: Any) -> Any:
-        """Refuse what cannot be attached to; return the optimizer that is meant."""
-        optimizers = keras.optimizers
-        if keras.config.backend() != "tensorflow":
-            raise TypeError(
-                f"Keras runs on {keras.config.backend()!r} here, and autoclip.tf is for "
-                'TensorFlow. Set KERAS_BACKEND="tensorflow" before Keras is imported; for PyTorch '
-                "there is autoclip.torch."
+def check_optimizer(optimizer: Any) -> Any:
+    """Refuse what cannot be attached to; return the optimizer that is meant.
+
+    Raises:
+        TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers inside.
+        RuntimeError: it has a clipper already.
+    """
+    optimizers = keras.optimizers
+    if keras.config.backend() != "tensorflow":
+        raise TypeError(
+            f"Keras runs on {keras.config.backend()!r} here, and autoclip.tf is for "
+            'TensorFlow. Set KERAS_BACKEND="tensorflow" before Keras is imported; for PyTorch '
+            "there is autoclip.torch."
+        )
+    optimizer = optimizer_with_updates(optimizer)
+    if isinstance(optimizer, getattr(optimizers, "MultiOptimizer", ())):
+        raise TypeError(
+            "A MultiOptimizer makes no update of its own. Attach a clipper to each of the "
+            "optimizers in it before you put them together."
+        )
+    if not isinstance(optimizer, optimizers.Optimizer):
+        message = f"attach takes a Keras optimizer, but got {optimizer!r:.200}"
+        if isinstance(optimizer, str):
+            message += ". Make it first: keras.optimizers.get(name)"
+        elif type(optimizer).__module__.startswith(("tf_keras", "keras.optimizers", "keras.s")):
+            message += (
+                ". Optimizers of Keras 2 are not those of Keras 3. Its legacy ones take "
+                "gradient_transformers=[clipper]; with others clip in a loop of your own: "
+                "optimizer.apply_gradients(clipper(zip(gradients, variables)))"
             )
-        if isinstance(optimizer, optimizers.LossScaleOptimizer):
-            return Attachment.check(optimizer.inner_optimizer)
-        if isinstance(optimizer, getattr(optimizers, "MultiOptimizer", ())):
-            raise TypeError(
-                "A MultiOptimizer makes no update of its own. Attach a clipper to each of the "
-                "optimizers in it before you put them together."
+        elif isinstance(optimizer, type):
+            message += f". Make an instance first: {optimizer.__name__}()"
+        raise TypeError(message + ".")
+    if hasattr(optimizer, "clipper"):
+        raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
+    check_reduce_method(type(optimizer))
+    return optimizer
+
+
+def attach(clipper: AttachableClipper, optimizer: Any) -> AttachmentHandle:
+    """Attach; see `Clipper.attach`."""
+    optimizer = check_optimizer(optimizer)
+    if clipper._handle is not None:
+        raise RuntimeError(attached_message(clipper))
+    if optimizer.built:
+        clipper.build(optimizer._trainable_variables)
+    for name in ("clipnorm", "clipvalue", "global_clipnorm"):
+        if getattr(optimizer, name, None) is not None:
+            warn_user(
+                f"The optimizer has {name}={getattr(optimizer, name)}, which acts before "
+                f"AutoClip does: the history is one of gradients that {name} has clipped. "
+                "Leave it out unless that is what you want."
             )
-        if not isinstance(optimizer, optimizers.Optimizer):
-            message = f"attach takes a Keras optimizer, but got {optimizer!r:.200}"
-            if isinstance(optimizer, str):
-                message += ". Make it first: keras.optimizers.get(name)"
-            elif type(optimizer).__module__.startswith(("tf_keras", "keras.optimizers", "keras.s")):
-                message += (
-                    ". Optimizers of Keras 2 are not those of Keras 3. Its legacy ones take "
-                    "gradient_transformers=[clipper]; with others clip in a loop of your own: "
-                    "optimizer.apply_gradients(clipper(zip(gradients, variables)))"
-                )
-            raise TypeError(message + ".")
-        if hasattr(optimizer, "clipper"):
-            raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
-        check_seam(type(optimizer))
-        return optimizer
+    optimizer.__class__ = _attached_class(optimizer.__class__)
+    optimizer.clipper = clipper
+    attached = weakref.ref(optimizer)  # the optimizer holds the clipper already
 
-    @classmethod
-    def create(cls, clipper: Clipper, optimizer: Any, stacklevel: int) -> AttachmentHandle:
-        """Attach; see `Clipper.attach`. Warnings point `stacklevel` calls up."""
-        optimizer = cls.check(optimizer)
-        if clipper._attachment is not None:
-            raise RuntimeError("This clipper is attached to an optimizer already.")
-        if optimizer.built:
-            clipper.build(optimizer._trainable_variables)
-        for name in ("clipnorm", "clipvalue", "global_clipnorm"):
-            if getattr(optimizer, name, None) is not None:
-                warnings.warn(
-                    f"The optimizer has {name}={getattr(optimizer, name)}, which acts before "
-                    f"AutoClip does: the history is one of gradients that {name} has clipped. "
-                    "Leave it out unless that is what you want.",
-                    stacklevel=stacklevel,
-                )
-        self = cls(clipper, optimizer)
-        plain: type = type(optimizer)
-        optimizer.__class__ = _attached_class(plain)
-        optimizer.clipper = clipper
-        clipper._attachment = self
-        return AttachmentHandle(self)
-
-    def remove(self) -> None:
-        """Undo `create`."""
-        self._clipper._attachment = None
-        optimizer = self._optimizer()
+    def detach() -> None:
+        clipper._handle = None
+        optimizer = attached()
         if optimizer is not None:
             del optimizer.clipper
             optimizer.__class__ = type(optimizer)._plain_class
+
+    clipper._handle = AttachmentHandle(detach)
+    return clipper._handle
 
 
 @keras.saving.register_keras_serializable("autoclip", "Optimizer")
 class _Attached:
     """What an optimizer with a clipper does differently; the first base of its class."""
 
-    clipper: Clipper
+    clipper: AttachableClipper
     _plain_class: type
 
     def build(self, variables: Iterable[Any]) -> None:
@@ -129,7 +125,7 @@ class _Attached:
         super().build(variables)  # type: ignore[misc]
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
-        return self.clipper._clip(list(getattr(super(), SEAM)(grads_and_vars)))
+        return self.clipper._clip(list(getattr(super(), REDUCE_METHOD)(grads_and_vars)))
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()  # type: ignore[misc]

@@ -5,6 +5,8 @@ When a new version of either breaks something, it is here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -14,14 +16,16 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.saved_model.save_context import in_save_context
 
 __all__ = [
-    "SEAM",
+    "REDUCE_METHOD",
     "KerasSaveable",
     "Trackable",
-    "check_seam",
+    "build_scope",
+    "check_reduce_method",
     "compiled_by_xla",
     "name_of",
-    "native",
+    "overwritten_by_gradient",
     "saving_for_inference",
+    "tf_variable",
     "variable_key",
 ]
 
@@ -29,12 +33,12 @@ __all__ = [
 # tracks attributes: the clipper's variables belong to no one else's `variables`.
 Trackable = tf.__internal__.tracking.Trackable
 
-SEAM = "_all_reduce_sum_gradients"
+REDUCE_METHOD = "_all_reduce_sum_gradients"
 """The method of Keras's optimizers that is called once an update, with gradients that are
 accumulated and unscaled, and returns their sum over the replicas."""
 
 
-def check_seam(optimizer_class: type) -> None:
+def check_reduce_method(optimizer_class: type) -> None:
     """Make sure that optimizers of this class sum their gradients where AutoClip expects it.
 
     Raises:
@@ -42,12 +46,12 @@ def check_seam(optimizer_class: type) -> None:
     """
     for ancestor in optimizer_class.__mro__:
         update = vars(ancestor).get("_backend_update_step")
-        if SEAM in getattr(getattr(update, "__code__", None), "co_names", ()):
+        if REDUCE_METHOD in getattr(getattr(update, "__code__", None), "co_names", ()):
             return
     raise RuntimeError(
-        f"{optimizer_class.__name__} of Keras {keras.__version__} does not call {SEAM}, where "
-        "AutoClip clips. Clip in a training loop of your own, with clipper(grads_and_vars), or "
-        "use a version of Keras that autoclip-tf was tested with; its documentation lists them."
+        f"{optimizer_class.__name__} of Keras {keras.__version__} does not call {REDUCE_METHOD}, "
+        "where AutoClip clips. Clip in a training loop of your own, with clipper(grads_and_vars), "
+        "or use a version of Keras that autoclip-tf was tested with; its documentation lists them."
     )
 
 
@@ -63,14 +67,14 @@ def saving_for_inference() -> bool:
     return bool(in_save_context())
 
 
-def native(variable: Any) -> Any:
+def tf_variable(variable: Any) -> Any:
     """The `tf.Variable` in a Keras variable; a `tf.Variable` itself."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def variable_key(variable: Any) -> str:
     """The same for a Keras variable, its `tf.Variable`, and that one's copies on replicas."""
-    variable = native(variable)
+    variable = tf_variable(variable)
     # A distributed variable has no handle, and says so in an error, outside of a replica.
     if not isinstance(variable, tf.distribute.DistributedValues):
         # Where a copy, or the handle of one, knows of which distributed variable it is a part.
@@ -86,3 +90,22 @@ def variable_key(variable: Any) -> str:
 def name_of(variable: Any) -> str:
     """What a variable is called: its path in the model where it has one."""
     return str(getattr(variable, "path", None) or variable.name.removesuffix(":0"))
+
+
+def overwritten_by_gradient(variable: Any) -> bool:
+    """Whether Keras writes the gradient into the variable, as it does with the scales of float8."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
+def build_scope(variables: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The scope of the strategy that the variables were made under, unless one is entered.
+
+    Variables that are made outside of it would not be mirrored: each replica would record its norms
+    in the same one.
+    """
+    strategy = (
+        getattr(tf_variable(variables[0]), "distribute_strategy", None) if variables else None
+    )
+    if strategy is None or tf.distribute.has_strategy():
+        return nullcontext()
+    return strategy.scope()

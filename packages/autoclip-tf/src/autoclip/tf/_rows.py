@@ -1,4 +1,4 @@
-"""The rows of a clipper, grouped so that a step costs few operations."""
+"""The rows of a clipper, in batches that are recorded together: few operations a step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from autoclip.core import Report, Rule
-from autoclip.tf._histories import TensorHistory
+from autoclip.core import Report
+from autoclip.core.adapter import GroupSettings, batches
+from autoclip.tf._history import TensorHistory, check_memory
 
-__all__ = ["Rows"]
+__all__ = ["RowBatch", "Rows"]
 
 
-class _Bank(NamedTuple):
-    """Rows that are recorded together: one history length."""
+class RowBatch(NamedTuple):
+    """Rows that are recorded together: their settings differ in numbers only."""
 
     history: TensorHistory
     rows: list[int]
@@ -26,44 +27,68 @@ class Rows:
     """The histories of all rows of a clipper.
 
     Args:
-        rules: one rule a row.
-        history_lengths: how many norms each row keeps.
+        settings: one a row.
+
+    Raises:
+        ValueError: the histories are larger than memory.
     """
 
-    def __init__(self, rules: Sequence[Rule], history_lengths: Sequence[int]) -> None:
-        self._count = len(rules)
-        members: dict[int, list[int]] = {}
-        for row, history_length in enumerate(history_lengths):
-            members.setdefault(history_length, []).append(row)
-        self._banks = [
-            _Bank(TensorHistory([rules[row] for row in rows], history_length), rows)
-            for history_length, rows in members.items()
+    def __init__(self, settings: Sequence[GroupSettings]) -> None:
+        check_memory(settings)
+        self._settings = list(settings)
+        self._batches = [
+            RowBatch(TensorHistory([settings[row] for row in rows]), rows)
+            for rows in batches(settings).values()
         ]
-        # Where row i stands when the banks are put one after the other.
-        self._places = np.argsort([row for bank in self._banks for row in bank.rows])
+        # Where row i stands when the batches are put one after the other.
+        self._places = np.argsort([row for batch in self._batches for row in batch.rows])
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._settings)
+
+    def change_settings(self, settings: Sequence[GroupSettings]) -> None:
+        """Replace the settings, one a row; graphs that are traced already follow.
+
+        Raises:
+            ValueError: they differ from the present ones in what a traced graph cannot change.
+                Nothing has changed.
+        """
+        by_batch = [[settings[row] for row in batch.rows] for batch in self._batches]
+        for old, new in zip(self._settings, settings):
+            if old.structure != new.structure:
+                raise ValueError(_CANNOT_CHANGE)
+        for batch, theirs in zip(self._batches, by_batch):
+            if not batch.history.fits(theirs):
+                raise ValueError(_CANNOT_CHANGE)
+        for batch, theirs in zip(self._batches, by_batch):
+            batch.history.change_settings(theirs)
+        self._settings = list(settings)
 
     def record(self, norms: tf.Tensor) -> Report[tf.Tensor]:
         """Record a step in all rows; see `TensorHistory.record`."""
-        if len(self._banks) == 1:
-            return self._banks[0].history.record(norms)
-        parts = [bank.history.record(tf.gather(norms, bank.rows)) for bank in self._banks]
-        return Report(
-            *(
-                tf.gather(tf.concat([getattr(part, name) for part in parts], 0), self._places)
-                for name in ("norms", "thresholds", "coefficients")
-            )
+        if len(self._batches) == 1:
+            return self._batches[0].history.record(norms)
+        parts = [batch.history.record(tf.gather(norms, batch.rows)) for batch in self._batches]
+        thresholds, coefficients = (
+            self._in_order([getattr(part, name) for part in parts])
+            for name in ("thresholds", "coefficients")
         )
+        return Report(norms, thresholds, coefficients)
+
+    def thresholds(self) -> tf.Tensor:
+        """float64[rows]: the thresholds of the windows as they are now."""
+        return self._in_order([batch.history.thresholds() for batch in self._batches])
+
+    def _in_order(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        return parts[0] if len(parts) == 1 else tf.gather(tf.concat(parts, 0), self._places)
 
     def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """All windows, oldest norm first, and how many norms each row has ever recorded."""
         windows = [np.empty(0, np.float32)] * len(self)
         recorded = np.zeros(len(self), np.int64)
-        for bank in self._banks:
-            found, recorded[bank.rows] = bank.history.read()
-            for row, window in zip(bank.rows, found):
+        for batch in self._batches:
+            found, recorded[batch.rows] = batch.history.read()
+            for row, window in zip(batch.rows, found):
                 windows[row] = window
         return windows, recorded
 
@@ -71,5 +96,13 @@ class Rows:
         self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> None:
         """Replace all windows."""
-        for bank in self._banks:
-            bank.history.write([windows[row] for row in bank.rows], recorded[bank.rows])
+        for batch in self._batches:
+            batch.history.write([windows[row] for row in batch.rows], recorded[batch.rows])
+
+
+_CANNOT_CHANGE = (
+    "This setting cannot change once the clipper knows its variables: graphs that are traced "
+    "already would not follow. Numbers of the rule can, and so can max_norm, warmup_steps and "
+    "on_spike where a parameter group used them from the start. Make a new clipper, or give the "
+    "setting in group_settings."
+)

@@ -51,12 +51,11 @@ class AutoClipCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find the clipper; Keras calls this."""
-        self._checks = self.clipper.on_nonfinite == "raise"
+        _ = self.clipper
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Raise if the gradient was not finite; Keras calls this."""
-        if self._checks:
-            self.clipper.check()
+        self.clipper.check()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add to the logs; Keras calls this."""

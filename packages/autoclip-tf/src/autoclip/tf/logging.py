@@ -21,9 +21,11 @@ def log_values(clipper: Clipper) -> dict[str, float]:
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
         * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
           this step; with global clipping, the threshold.
-        * `"autoclip/clipped"`: of these rows, the share whose gradient was scaled down, 0 … 1.
+        * `"autoclip/clipped"`: of these rows, the share whose norm was above its threshold, 0 … 1:
+          the gradients that were clipped or zeroed.
 
-        Only the first one if no row recorded a norm, nothing if there was no step yet.
+        Only the first one if no row recorded a norm; nothing before the first step, or if the last
+        step had no gradient at all.
 
     >>> import tensorflow as tf
     >>> from autoclip.tf import QuantileClip
@@ -35,6 +37,5 @@ def log_values(clipper: Clipper) -> dict[str, float]:
     >>> log_values(clipper)
     {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
     """
-    if not clipper.built:
-        return {}
-    return core.log_values(clipper.last)
+    report = clipper._report
+    return {} if report is None else core.log_values(report)

@@ -1,0 +1,245 @@
+"""How a clipper's state travels: in Keras files, TensorFlow checkpoints, copies and pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from autoclip.core import Rule, Saveable, State
+from autoclip.core.adapter import (
+    RULES,
+    AttachmentHandle,
+    ClipperSettings,
+    GroupSettings,
+    ParameterInfo,
+    make_state,
+    split_state,
+    warn_user,
+)
+from autoclip.tf._groups import GroupPattern
+from autoclip.tf._private import (
+    KerasSaveable,
+    Trackable,
+    name_of,
+    saving_for_inference,
+    tf_variable,
+)
+from autoclip.tf._step import Pipeline
+
+__all__ = ["KerasSaving", "PendingState"]
+
+SavedT = TypeVar("SavedT", bound="KerasSaving")
+
+_STATE = "state"
+
+
+class PendingState(NamedTuple):
+    """A state that was loaded before the clipper knew its variables, and waits for them."""
+
+    state: State
+    source: str
+    by_name: bool
+
+    def match(self, current: State) -> State:
+        """Match it to the state of the clipper that now knows them; see `State.match`."""
+        match = self.state.match_by_name if self.by_name else self.state.match
+        return match(current, self.source)
+
+
+class KerasSaving(Saveable, KerasSaveable, Trackable):
+    """The part of a clipper that saves and loads, for itself and when an optimizer is saved."""
+
+    _settings: ClipperSettings
+    _patterns: list[GroupPattern]
+    _pipeline: Pipeline | None
+    _pending: PendingState | None
+    _handle: AttachmentHandle | None
+    _warned = False
+
+    def _start(self, settings: ClipperSettings, overrides: list[GroupPattern]) -> None:
+        """Begin without variables and without a history."""
+        self._settings, self._patterns = settings, overrides
+        self._pipeline = self._pending = self._handle = None
+
+    # -- state -------------------------------------------------------------------------------
+
+    def _state_of(self, pipeline: Pipeline) -> State:
+        windows, recorded = pipeline.rows.read()
+        return make_state(
+            "tensorflow",
+            self._settings.default.rule.name,
+            self._settings.mode,
+            [group.settings for group in pipeline.groups],
+            [
+                [
+                    ParameterInfo(name_of(each), tuple(tf_variable(each).shape.as_list()))
+                    for each in group.variables
+                ]
+                for group in pipeline.groups
+            ],
+            pipeline.rows_of,
+            windows,
+            recorded,
+        )
+
+    @staticmethod
+    def _write(pipeline: Pipeline, state: State) -> None:
+        pipeline.rows.write(*split_state(state, pipeline.rows_of, len(pipeline.rows)))
+
+    def _export_state(self) -> State:
+        if self._pipeline is not None:
+            return self._state_of(self._pipeline)
+        if self._pending is not None:
+            return self._pending.state
+        raise ValueError(
+            f"This {type(self).__name__} has no state yet: it does not know its variables. Call "
+            "build(variables) first, or take a step."
+        )
+
+    def _adopt_state(self, state: State, source: str) -> None:
+        if self._pipeline is None:
+            self._set_aside(state, source, by_name=False)
+        else:
+            super()._adopt_state(state, source)
+
+    def _adopt_by_name(self, state: State, source: str) -> None:
+        if self._pipeline is None:
+            self._set_aside(state, source, by_name=True)
+        else:
+            self._commit_state(state.match_by_name(self._export_state(), source))
+
+    def _set_aside(self, state: State, source: str, by_name: bool) -> None:
+        # What can be checked without knowing the variables: that the state has the same rule and
+        # mode. The rest waits for them.
+        ours = replace(state, rule=self._settings.default.rule.name, mode=self._settings.mode)
+        state.match(ours, source)
+        self._pending = PendingState(state, source, by_name)
+
+    def _commit_state(self, state: State) -> None:
+        assert self._pipeline is not None
+        self._write(self._pipeline, state)
+
+    def _bytes(self) -> bytes:
+        if self._pipeline is None and self._pending is None:
+            return b""
+        return self._export_state().to_bytes()
+
+    def _load_bytes(self, data: bytes, source: str, by_name: bool) -> None:
+        if data:
+            adopt = self._adopt_by_name if by_name else self._adopt_state
+            adopt(State.from_bytes(data, source), source)
+
+    # Keras's own saving, in `model.save`, `save_weights` and the callbacks that call them.
+
+    def _obj_type(self) -> str:
+        return "Optimizer"  # Keras's list of kinds is closed
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the state into a Keras store; Keras calls this."""
+        store[_STATE] = np.frombuffer(self._bytes(), np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take over the state from a Keras store; Keras calls this.
+
+        Rows belong to variables, and are matched by their paths: layers may have been frozen or
+        unfrozen since. What does not match starts empty, with a warning.
+
+        Raises:
+            StateError: the state is damaged, or of another rule or mode. Nothing has changed.
+        """
+        if _STATE in store.keys():  # noqa: SIM118 (a store has no `in`)
+            data = np.asarray(store[_STATE], np.uint8).tobytes()
+            self._load_bytes(data, "the Keras checkpoint", by_name=True)
+        elif not self._warned:
+            self._warned = True
+            warn_user(
+                "The Keras checkpoint holds no history of AutoClip: it was saved without. The "
+                "clipper keeps the history that it has."
+            )
+
+    # tf.train.Checkpoint.
+
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
+        if saving_for_inference():
+            return {_STATE: tf.constant(b"")}
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "A checkpoint with a clipper is written outside of any tf.function. Inside, it "
+                "would hold the history of the moment when the function was traced."
+            )
+        return {_STATE: tf.constant(self._bytes())}
+
+    def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
+        if not saving_for_inference():
+            data = restored_tensors[_STATE].numpy()
+            self._load_bytes(data, "the tf.train.Checkpoint", by_name=False)
+
+    # -- configurations, copies and pickles --------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings, from which `from_config` makes such a clipper without a history."""
+        default = self._settings.default
+        config = dict(default.settings)
+        rule = {name: config.pop(name) for name in default.rule.setting_names()}
+        groups = [
+            {"match": each.match, **_differences(each.settings, default)} for each in self._patterns
+        ]
+        return {
+            **self._rule_config(rule),
+            **config,
+            **self._settings.modes,
+            "group_settings": groups or None,
+        }
+
+    def _rule_config(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {"rule": {"name": self._settings.default.rule.name, **settings}}
+
+    @classmethod
+    def from_config(cls: type[SavedT], config: Mapping[str, Any]) -> SavedT:
+        """Make a clipper from what `get_config` returned.
+
+        Raises:
+            ValueError: the rule is not registered in this process, or a setting is wrong.
+        """
+        config = dict(config)
+        if "rule" in config:
+            config["rule"] = _rule_from_config(config["rule"])
+        return cls(**config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy belongs to no variables as yet. It has the history that its variables will get.
+        return _copied, (type(self), self._settings, self._patterns, self._bytes())
+
+
+def _copied(
+    cls: type[SavedT], settings: ClipperSettings, overrides: list[GroupPattern], data: bytes
+) -> SavedT:
+    clipper = cls.__new__(cls)
+    clipper._start(settings, overrides)
+    clipper._load_bytes(data, "the copied clipper", by_name=True)
+    return clipper
+
+
+def _differences(settings: GroupSettings, default: GroupSettings) -> dict[str, Any]:
+    usual = default.settings
+    return {name: value for name, value in settings.settings.items() if value != usual[name]}
+
+
+def _rule_from_config(config: Mapping[str, Any]) -> Rule:
+    """The rule that `get_config` wrote down.
+
+    Raises:
+        ValueError: no rule of this name is registered, or a setting is wrong.
+    """
+    settings = dict(config)
+    name = settings.pop("name", None)
+    if name not in RULES:
+        raise ValueError(
+            f"The configuration has the rule {name!r:.200}, which is not registered here. Import "
+            "the module that defines it, with @register_rule above its class, before loading."
+        )
+    return RULES[name].from_settings(settings)
