@@ -175,7 +175,10 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
 
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_arbitrary_headers_are_refused(header: bytes, payload: bytes) -> None:
-    refuse(seal(header, payload), "a header that is not|its only metadata key")
+    refuse(
+        seal(header, payload),
+        "a header that is not|its only metadata key|does not begin with a header of",
+    )
 
 
 @pytest.mark.parametrize("data", [None, "text", 7, [1], np.zeros(100, np.uint8)])
@@ -189,46 +192,42 @@ def test_what_is_no_bytes_is_refused(data: Any) -> None:
 @pytest.mark.parametrize("size", [2**28 + 1, 10_000, 2**40, 2**63, 2**64 - 1])
 def test_a_header_that_is_said_to_be_huge_is_not_read(size: int) -> None:
     data = seal(*lay_out(metadata(), tensors()), size=size)
-    says = f"a header of {size} bytes, but it has room for {len(data) - 40}"
-    tracemalloc.start()
-    refuse(data, says)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1e6
+    says = f"does not begin with a header of at most {len(data) - 40} bytes"
+    assert peak_of(lambda: refuse(data, says)) < 1e6
 
 
 def test_a_header_may_not_reach_into_the_digest() -> None:
     body = struct.pack("<Q", 3) + b"{}"
-    refuse(body + hashlib.sha256(body).digest(), "a header of 3 bytes, but it has room for 2")
+    refuse(body + hashlib.sha256(body).digest(), "does not begin with a header of at most 2 bytes")
 
 
 def test_a_header_beyond_the_limit_is_refused() -> None:
     header, payload = lay_out(metadata(), tensors())
     data = seal(json.dumps(header).ljust(2**28 + 1), payload)
-    refuse(data, "a header of 268435457 bytes, but .* at most 268435456")
+    refuse(data, "does not begin with a header of at most 268435456 bytes")
 
 
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        ("", "a header that is not valid JSON"),
+        ("", "does not begin with a header of"),
         ("{", "a header that is not valid JSON"),
-        ("[]", "a header that is not a JSON object"),
-        ("null", "a header that is not a JSON object"),
-        ('"{}"', "a header that is not a JSON object"),
-        (" {}", "a header that is not a JSON object"),
+        ("[]", "does not begin with a header of"),
+        ("null", "does not begin with a header of"),
+        ('"{}"', "does not begin with a header of"),
+        (" {}", "does not begin with a header of"),
         ("{} {}", "a header that is not valid JSON"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": -Infinity}', "-Infinity is not a JSON number"),
         ('{"a": 1, "a": 1}', "an object has a duplicate key"),
         ('{"a": {"b": 1, "b": 2}}', "an object has a duplicate key"),
-        ("[" * 100_000 + "]" * 100_000, "a header that is not valid JSON"),
+        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "a header that is not valid JSON"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "a header that is not valid JSON"),
-        ("[" * 1_000_000, "a header that is not valid JSON"),
+        ('{"a":' + "[" * 1_000_000, "a header that is not valid JSON"),
         ('{"a": 1e999}', "1e999 is beyond float64"),
         ('{"a": 0.' + "1" * 1_000_000 + "}", "a number has 1000002 characters"),
         ('{"a": ' + "9" * 100_000 + "}", "a header that is not valid JSON"),
-        (b"\xff\xfe\xfa", "a header that is not valid JSON"),
+        (b'{"a": "\xff\xfe\xfa"}', "a header that is not valid JSON"),
         ("{}", 'its only metadata key must be "autoclip"'),
         ('{"__metadata__": null}', 'its only metadata key must be "autoclip"'),
         ('{"__metadata__": {}}', 'its only metadata key must be "autoclip"'),
@@ -250,7 +249,10 @@ def test_headers_in_another_encoding_are_refused() -> None:
     """Python's JSON reads UTF-16 and a byte order mark; no other safetensors parser does."""
     header, payload = lay_out(metadata(), tensors())
     for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig"):
-        refuse(seal(json.dumps(header).encode(encoding), payload), "a header that is not valid")
+        refuse(
+            seal(json.dumps(header).encode(encoding), payload),
+            "a header that is not valid|begin with",
+        )
 
 
 @pytest.mark.parametrize("name", ["groups.0.values", "groups.0.lengths", "groups.0.recorded"])
@@ -727,4 +729,4 @@ def test_a_pickle_is_refused() -> None:
 
     data = pickle.dumps({"autoclip": [Explosive()], "padding": bytes(100)})
     refuse(data, "is damaged, cut off, or not an AutoClip state")
-    refuse(reseal(data + bytes(32)), "announces a header of")
+    refuse(reseal(data + bytes(32)), "does not begin with a header of")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Union
 
 from autoclip.core._errors import StateError
-from autoclip.core._safetensors import MAX_FILE_BYTES
+from autoclip.core._safetensors import MAX_FILE_BYTES, check_beginning
 
 if sys.platform != "win32":
     import fcntl
@@ -164,7 +164,7 @@ def read_file(path: PathLike) -> bytes:
     It is read, not mapped: a mapped file that another process cuts off meanwhile kills this one.
 
     Raises:
-        StateError: it is a folder, a pipe or a device, or it is too large.
+        StateError: it is a folder, a pipe or a device, too large, or begins unlike a state.
         OSError: it is not there or cannot be read.
     """
     # Opened without blocking: a pipe without a writer would hang here for ever.
@@ -182,6 +182,9 @@ def read_file(path: PathLike) -> bytes:
                 f"{MAX_FILE_BYTES}. Load the file that save wrote."
             )
         with os.fdopen(descriptor, "rb", closefd=False) as file:
+            # Before another program's file of gigabytes fills the memory.
+            check_beginning(file.read(9), status.st_size, os.fspath(path))
+            file.seek(0)
             return file.read(status.st_size)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error

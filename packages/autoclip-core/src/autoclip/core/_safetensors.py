@@ -19,7 +19,14 @@ import numpy.typing as npt
 
 from autoclip.core._errors import StateError
 
-__all__ = ["MAX_FILE_BYTES", "MAX_HEADER_BYTES", "SealedTensors", "brief_repr", "check_size"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "MAX_HEADER_BYTES",
+    "SealedTensors",
+    "brief_repr",
+    "check_beginning",
+    "check_size",
+]
 
 MAX_FILE_BYTES = 2**33
 """The largest state that is written or read, 8 GiB: two million rows of a thousand norms each."""
@@ -114,19 +121,15 @@ class SealedTensors:
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> SealedTensors:
-        """Check the size, the digest, the header and the metadata's JSON, in this order.
+        """Check the beginning, the digest, the header and the metadata's JSON, in this order.
 
         Time and memory are proportional to the size of `data`, whatever it claims.
 
         Raises:
             StateError: one of them is wrong.
         """
-        if len(data) < 8 + _DIGEST_BYTES:
-            raise StateError(
-                f"{source} is not an AutoClip state: it has only {len(data)} bytes. "
-                "It may be empty or cut off."
-            )
         check_size(len(data), source)
+        check_beginning(data[:9], len(data), source)
         view = memoryview(data)
         if hashlib.sha256(view[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
             raise StateError(
@@ -134,16 +137,9 @@ class SealedTensors:
                 "bytes are not the SHA-256 digest of the bytes before them. "
                 "Load another copy or an earlier checkpoint."
             )
-        size = int.from_bytes(data[:8], "little")
-        available = len(data) - 8 - _DIGEST_BYTES
-        if size > min(available, MAX_HEADER_BYTES):
-            raise StateError(
-                f"{source} announces a header of {size} bytes, but it has room for {available}, "
-                f"and a state has at most {MAX_HEADER_BYTES}."
-            )
-        header = _parse_json(data[8 : 8 + size], source, "a header")
-        if not isinstance(header, dict) or data[8:9] != b"{":
-            raise StateError(f"{source} has a header that is not a JSON object.")
+        size = _header_size(data)
+        # An object, since it begins with "{".
+        header: dict[str, Any] = _parse_json(data[8 : 8 + size], source, "a header")
         metadata = header.pop("__metadata__", None)
         if (
             not isinstance(metadata, dict)
@@ -223,6 +219,35 @@ def check_size(size: int, source: str) -> None:
             f"{source} has {size} bytes, but a state has at most {MAX_FILE_BYTES}. "
             "A shorter history_length makes it smaller."
         )
+
+
+def check_beginning(first: bytes, size: int, source: str) -> None:
+    """Refuse what cannot be a state, as far as its first bytes show that.
+
+    Args:
+        first: the first 9 bytes, or as many as there are.
+        size: the number of all bytes.
+        source: what to call them in an error.
+
+    Raises:
+        StateError: it cannot be a state.
+    """
+    if size < 8 + _DIGEST_BYTES:
+        raise StateError(
+            f"{source} is not an AutoClip state: it has only {size} bytes. "
+            "It may be empty or cut off."
+        )
+    available = size - 8 - _DIGEST_BYTES
+    if first[8:9] != b"{" or _header_size(first) > min(available, MAX_HEADER_BYTES):
+        raise StateError(
+            f"{source} is damaged, cut off, or not an AutoClip state: it does not begin with a "
+            f"header of at most {min(available, MAX_HEADER_BYTES)} bytes. "
+            "Load another copy or an earlier checkpoint."
+        )
+
+
+def _header_size(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
 
 
 def _entry(dtype: str, count: int, begin: int, end: int) -> dict[str, Any]:
