@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autoclip.torch import _norms
 from autoclip.torch._norms import cpu_norms, device_norms
+from autoclip.torch._plan import CpuPlan, DevicePlan, Plan
 
 CPU = torch.device("cpu")
 Measure = Callable[[Sequence["Tensor | None"]], npt.NDArray[np.float64]]
@@ -26,7 +28,7 @@ def on_cpu(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
 
 
 def on_device(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    return device_norms(gradients, CPU, check_finite=True).numpy()
+    return device_norms(gradients, CPU).numpy()
 
 
 @pytest.fixture(params=[on_cpu, on_device], ids=["cpu", "device"])
@@ -200,9 +202,11 @@ def test_an_imaginary_nan_counts(measure: Measure) -> None:
     assert np.isnan(measure([gradient])[0])
 
 
-def test_without_the_check_a_device_calls_overflowing_squares_infinite() -> None:
-    gradient = torch.full((2,), 1e30)
-    assert device_norms([gradient], CPU, check_finite=False).tolist() == [math.inf]
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-23, 1e-19, 1e19, 1e30, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_devices_are_exact_where_squares_leave_float32(dtype: torch.dtype, size: float) -> None:
+    gradient = torch.full((1000,), size).to(dtype)
+    assert on_device([gradient])[0] == pytest.approx(exact(gradient), rel=1e-5)
 
 
 # -- layouts -----------------------------------------------------------------------------------
@@ -235,20 +239,29 @@ def test_views(measure: Measure, name: str) -> None:
     assert torch.equal(gradient, before)
 
 
-def test_a_dense_transpose_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["transposed", "channels last"])
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_dense_gradient_in_another_order_is_not_copied(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
     """A copy of the largest gradient would double what a step needs of memory."""
-    gradient = normal((300, 400)).T
+    gradient = (
+        normal((2, 2 * size, size)).transpose(0, 2)
+        if name == "transposed"
+        else normal((2, size, 2, size)).contiguous(memory_format=torch.channels_last)
+    )
+    assert not gradient.is_contiguous()
     pointers = []
-    vector_norm = torch.linalg.vector_norm
+    flat = _norms._flat
 
-    def spy(values: Tensor, *args: object, **kwargs: object) -> Tensor:
-        pointers.append(values.untyped_storage().data_ptr())
-        return vector_norm(values, *args, **kwargs)  # type: ignore[arg-type, call-overload, no-any-return]
+    def spy(values: Tensor) -> Tensor:
+        result = flat(values)
+        pointers.append(result.data_ptr())
+        return result
 
-    monkeypatch.setattr(torch.linalg, "vector_norm", spy)
-    cpu_norms([gradient])
-    assert pointers
-    assert set(pointers) == {gradient.untyped_storage().data_ptr()}
+    monkeypatch.setattr(_norms, "_flat", spy)
+    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+    assert pointers == [gradient.data_ptr()]
 
 
 def sparse(dtype: torch.dtype, indices: list[list[int]], shape: tuple[int, ...]) -> Tensor:
@@ -323,3 +336,180 @@ def test_a_gradient_measures_the_same_alone_and_among_others() -> None:
     gradients = [normal((size,), seed=size) for size in (1, 10, 256, 1000, 5000)]
     together = cpu_norms(gradients)
     assert together.tolist() == [cpu_norms([gradient])[0] for gradient in gradients]
+
+
+def test_gradients_that_fill_several_buffers() -> None:
+    """More small elements than are gathered at a time, of two dtypes, vectors and matrices."""
+    gradients: list[Tensor | None] = []
+    for k in range(300):
+        dtype = torch.bfloat16 if k % 7 == 0 else torch.float32
+        shape = (4000 + k % 3,) if k % 2 else (40 + k % 3, 100)
+        gradients.append(normal(shape, dtype, seed=k) if k % 11 else None)
+    gradients += [normal((300, 700 + k), seed=k) for k in range(3)]
+    expected = [0.0 if g is None else exact(g) for g in gradients]
+    for found in (cpu_norms(gradients).tolist(), device_norms(gradients, CPU).tolist()):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+# -- plans -------------------------------------------------------------------------------------
+
+CpuDtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
+# Both sides of every limit: gathered or on its own, whole rows or not, NumPy's or torch's threads.
+SHAPES = [(), (0,), (1,), (300,), (8, 8), (2**12,), (2**12 + 1,), (17, 512), (2**13 + 1,)]
+Gradient = st.none() | st.builds(normal, st.sampled_from(SHAPES), CpuDtypes, st.integers(0, 5))
+
+
+def make_plan(gradients: Sequence[Tensor | None], numpy: bool) -> Plan:
+    return Plan(gradients, uses_numpy=lambda device: numpy)
+
+
+@given(
+    st.lists(Gradient, max_size=12),
+    st.lists(st.sampled_from([1.0, 0.5, 0.3, 1e-3]), min_size=12, max_size=12),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_plan_measures_and_scales_like_one_gradient_at_a_time(
+    gradients: list[Tensor | None], factors: list[float], numpy: bool, shared: bool
+) -> None:
+    plan = make_plan(gradients, numpy)
+    coefficients = np.array(factors[: 1 if shared else len(gradients)])
+    before = [None if g is None else g.clone() for g in gradients]
+    for part in plan.devices.values():
+        if isinstance(part, CpuPlan):
+            norms = part.norms.of(gradients)
+            part.scaling.apply(gradients, coefficients)
+        else:
+            norms = part.norms.of(gradients).numpy()
+            part.scaling.apply(gradients, torch.from_numpy(coefficients))
+        expected = [0.0 if g is None else exact(g) for g in before]
+        assert norms.tolist() == pytest.approx(expected, rel=1e-6)
+    for i, (gradient, original) in enumerate(zip(gradients, before)):
+        if gradient is not None and original is not None:
+            # One product in float32 at least, and one cast.
+            wide = torch.float64 if original.dtype is torch.float64 else torch.float32
+            factor = torch.tensor(coefficients[0 if shared else i], dtype=wide)
+            assert torch.equal(gradient, (original.to(wide) * factor).to(original.dtype))
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+def test_a_plan_is_followed_again_and_again(numpy: bool) -> None:
+    shapes = [(3,), (4, 5), (70000,), (513, 512), (40,)]
+    plan = make_plan([normal(shape) for shape in shapes], numpy)
+    for step in range(4):
+        gradients = [normal(shape, seed=step) for shape in shapes]
+        assert plan.fits(gradients)
+        part = plan.devices[CPU]
+        coefficients = np.where(np.arange(5) == step, 0.5, 1.0)
+        expected = [exact(g) * c for g, c in zip(gradients, coefficients)]
+        if isinstance(part, CpuPlan):
+            part.scaling.apply(gradients, coefficients)
+            assert part.norms.of(gradients).tolist() == pytest.approx(expected, rel=1e-6)
+        else:
+            part.scaling.apply(gradients, torch.from_numpy(coefficients))
+            assert part.norms.of(gradients).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_a_plan_does_not_fit() -> None:
+    gradients: list[Tensor | None] = [normal((6, 4)), None, normal((8,))]
+    plan = make_plan(gradients, True)
+    assert plan.fits([normal((6, 4), seed=1), None, normal((8,), seed=1)])
+    assert plan.fits([normal((4, 6)).T, None, normal((16,))[::2]])
+    for other in (
+        [normal((6, 4)), None],
+        [normal((6, 4)), None, None],
+        [normal((6, 4)), normal((2,)), normal((8,))],
+        [normal((4, 6)), None, normal((8,))],
+        [normal((24,)), None, normal((8,))],
+        [normal((6, 4), torch.float64), None, normal((8,))],
+        [normal((6, 4)).to_sparse(), None, normal((8,))],
+        [normal((6, 4)), None, normal((8,)).to("meta")],
+        [normal((6, 4)), None, torch.nn.Parameter(normal((8,)))],
+    ):
+        assert not plan.fits(other)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+@pytest.mark.parametrize("name", views())
+def test_views_are_scaled_in_place(numpy: bool, name: str) -> None:
+    if name == "expanded":  # several elements in one place: torch writes to no such tensor
+        return
+    gradient = views()[name].clone(memory_format=torch.preserve_format)
+    gradient = gradient if name in ("transposed", "channels last") else views()[name]
+    before = gradient.resolve_conj().resolve_neg().clone()
+    part = make_plan([gradient, None], numpy).devices[CPU]
+    if isinstance(part, DevicePlan):
+        part.scaling.apply([gradient, None], torch.tensor([0.5, 0.5]))
+    else:
+        part.scaling.apply([gradient, None], np.array([0.5, 0.5]))
+    assert torch.equal(gradient.resolve_conj().resolve_neg(), before * 0.5)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_other_layouts_and_dtypes_are_scaled(numpy: bool, shared: bool) -> None:
+    gradients = [
+        sparse(torch.float32, [[3, 3, 0]], (5, 7)),
+        sparse(torch.bfloat16, [[3, 3, 0]], (5, 7)),
+        normal((6, 4), torch.complex64),
+        normal((), torch.complex128),
+        normal((9,)).to(torch.float8_e5m2),
+        torch.ones(()).to(torch.float8_e5m2),
+    ]
+    before = [exact(gradient.clone()) for gradient in gradients]
+    part = make_plan(gradients, numpy).devices[CPU]
+    coefficients = np.full(1 if shared else len(gradients), 0.5)
+    if isinstance(part, CpuPlan):
+        part.scaling.apply(gradients, coefficients)
+    else:
+        part.scaling.apply(gradients, torch.from_numpy(coefficients))
+    expected = [0.5 * norm for norm in before]
+    assert [exact(gradient) for gradient in gradients] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [10, 70000])
+def test_tiny_coefficients_zero_no_gradient(numpy: bool, dtype: torch.dtype, size: int) -> None:
+    gradient = torch.full((size,), 1e30).to(dtype)
+    coefficient = 1e-42
+    part = make_plan([gradient, None], numpy).devices[CPU]
+    if isinstance(part, CpuPlan):
+        part.scaling.apply([gradient, None], np.array([coefficient, 1.0]))
+        assert gradient.double().tolist() == pytest.approx([1e-12] * size, rel=1e-2)
+    else:
+        part.scaling.apply([gradient, None], torch.tensor([coefficient, 1.0]).double())
+        assert (gradient > 0).all()
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_broken_gradients_are_zeroed(numpy: bool, dtype: torch.dtype) -> None:
+    gradients: list[Tensor | None] = [normal(s, dtype) for s in ((3,), (5, 4), (70000,), (70001,))]
+    gradients.insert(1, None)
+    gradients[2][1, 1] = math.nan  # type: ignore[index]
+    gradients[4][7] = math.inf  # type: ignore[index]
+    before = [None if g is None else g.clone() for g in gradients]
+    part = make_plan(gradients, numpy).devices[CPU]
+    part.scaling.zero_nonfinite(gradients, part.norms.of(gradients))  # type: ignore[arg-type]
+    for i in (0, 3):
+        assert torch.equal(gradients[i], before[i])  # type: ignore[arg-type]
+    for i in (2, 4):
+        assert torch.count_nonzero(gradients[i]) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+def test_gradients_without_memory_are_left_alone(numpy: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        gradients: list[Tensor | None] = [torch.ones(3), torch.ones(70000), None]
+        part = make_plan(gradients, numpy).devices[CPU]
+        norms = part.norms.of(gradients)
+        assert norms.shape == (3,)
+        coefficients = np.full(3, 0.5)
+        part.scaling.apply(  # type: ignore[arg-type]
+            gradients, coefficients if isinstance(part, CpuPlan) else torch.full((3,), 0.5)
+        )
+    # A plan of fake gradients is not one for real ones of the same shapes.
+    assert not make_plan(gradients, numpy).fits([torch.ones(3), torch.ones(70000), None])

@@ -33,11 +33,15 @@ __all__ = [
 ]
 
 # A float32 sum of many squares loses what is small beside it: torch's norm of 16 M elements is off
-# by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Norms of rows of at most
+# by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Sums over rows of at most
 # 512 elements, combined in float64, are right to 3e-7 for any outlier, and as fast as memory.
 _ROW = 512
 # Up to this size gathering a gradient with others costs less than a call of its own.
 _SMALL = 2**12
+# From this size on torch's threads are worth waking; below, one BLAS call in NumPy is quicker.
+_LARGE = 2**17
+# torch.cat takes vectors as they are, in a fifth of the time, but is one more call.
+_MANY_VECTORS = 32
 # Elements that are gathered, or widened from 16 bits, at a time: the bound of temporary memory.
 _CHUNK = 2**18
 # Below this mean square the squares of single elements may underflow in float32.
@@ -87,10 +91,6 @@ def _flat(values: Tensor) -> Tensor:
     return values.permute(order).reshape(-1)
 
 
-def _in_rows(values: Tensor, length: int) -> Tensor:
-    return (values if values.is_contiguous() else _flat(values)).view(-1, length)
-
-
 def _row_length(elements: int) -> int:
     """The longest row that `elements` divide into, up to `_ROW`; `_ROW` if none is long enough."""
     lengths = range(_ROW, _ROW // 8, -1)
@@ -133,21 +133,23 @@ def _careful_norm(flat: Tensor) -> float:
     return min(largest * math.sqrt(square), sys.float_info.max)
 
 
-class _Gathered(NamedTuple):
-    """Small gradients of one dtype that are measured together."""
+class _Sums(NamedTuple):
+    """Gradients of one dtype whose squares are summed by one `np.add.reduceat`.
 
-    places: list[int]
+    Attributes:
+        places: which gradients, in the order of `starts`.
+        starts: where each one's squares begin in `squares`.
+        squares: one for each element of a small gradient, and for each row of a large one.
+        gathered: small gradients that one call brings together, whether they are all vectors, and
+            their part of `squares`.
+        in_rows: a large gradient, the length of its rows, and its part of `squares`, [rows, 1, 1].
+    """
+
+    places: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
-    are_vectors: bool
-    squares: npt.NDArray[np.generic]
-
-
-class _InRows(NamedTuple):
-    """Large gradients of one dtype, each measured in rows by one call."""
-
-    places: list[int]
-    row_lengths: list[int]
-    starts: npt.NDArray[np.int64]
+    squares: npt.NDArray[np.floating]
+    gathered: list[tuple[list[int], bool, npt.NDArray[np.floating]]]
+    in_rows: list[tuple[int, int, npt.NDArray[np.floating]]]
 
 
 class CpuNorms:
@@ -161,41 +163,30 @@ class CpuNorms:
     def __init__(
         self, gradients: Sequence[Tensor | None], places: Iterable[int] | None = None
     ) -> None:
-        self._small: list[_Gathered] = []
-        self._large: list[_InRows] = []
+        self._sums: list[_Sums] = []
         self._others: list[int] = []
         self._smallest_squares = np.full(len(gradients), -1.0)
-        small: dict[tuple[torch.dtype, bool], list[int]] = {}
-        large: dict[torch.dtype, list[int]] = {}
+        # For each dtype: small gradients, small vectors, large gradients.
+        plain: dict[torch.dtype, tuple[list[int], list[int], list[int]]] = {}
+        sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
         for i in range(len(gradients)) if places is None else places:
             gradient = gradients[i]
-            if gradient is None or is_fake(gradient) or not gradient.numel():
+            if gradient is None or not sizes[i] or is_fake(gradient):
                 continue
-            elements = gradient.numel()
-            self._smallest_squares[i] = _SMALL_MEAN_SQUARE * elements
-            dtype = gradient.dtype
-            if gradient.layout is not torch.strided or dtype not in REAL_DTYPES:
+            self._smallest_squares[i] = _SMALL_MEAN_SQUARE * sizes[i]
+            arrays, vectors, large = plain.setdefault(gradient.dtype, ([], [], []))
+            if gradient.layout is not torch.strided or gradient.dtype not in REAL_DTYPES:
                 self._others.append(i)
-            elif elements <= _SMALL:
-                # torch.cat takes vectors as they are, in a fifth of the time.
-                small.setdefault((dtype, gradient.dim() == 1), []).append(i)
-            elif dtype in _WIDE and elements % _row_length(elements) == 0:
-                large.setdefault(dtype, []).append(i)
+            elif sizes[i] <= _SMALL:
+                (vectors if gradient.dim() == 1 else arrays).append(i)
+            elif gradient.dtype in _WIDE and sizes[i] % _row_length(sizes[i]) == 0:
+                large.append(i)
             else:
                 self._others.append(i)
-        sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
-        for (dtype, are_vectors), members in small.items():
-            for chunk in chunks(members, sizes, _CHUNK):
-                squares = np.empty(
-                    sum(sizes[i] for i in chunk),
-                    np.float64 if dtype is torch.float64 else np.float32,
-                )
-                starts = _starts([sizes[i] for i in chunk])
-                self._small.append(_Gathered(chunk, starts, are_vectors, squares))
-        for members in large.values():
-            lengths = [_row_length(sizes[i]) for i in members]
-            starts = _starts([sizes[i] // length for i, length in zip(members, lengths)])
-            self._large.append(_InRows(members, lengths, starts))
+        for dtype, (arrays, vectors, large) in plain.items():
+            if arrays and len(vectors) < _MANY_VECTORS:
+                arrays, vectors = arrays + vectors, []
+            self._sums += _sums(dtype, arrays, vectors, large, sizes)
 
     def of(self, gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
         """The norms of gradients like those that the plan was made of.
@@ -204,32 +195,71 @@ class CpuNorms:
             float64[n]: within 1e-6 of the exact norm for float32 and float64, 1e-3 for 16 bits. 0
             for None, and not finite exactly if the gradient holds a NaN or an infinity.
         """
-        squares = np.zeros(len(gradients))
+        found = np.zeros(len(gradients))
         with np.errstate(over="ignore", invalid="ignore"):
-            for places, starts, are_vectors, buffer in self._small:
-                here: list[Tensor] = [gradients[i] for i in places]  # type: ignore[misc]
-                flat = torch.cat(here) if are_vectors else flattened(here)
-                # A single gradient is not copied, and may be negated lazily.
-                flat = flat.resolve_neg() if flat.dtype in _WIDE else flat.float()
-                elements = flat.numpy()
-                np.multiply(elements, elements, out=buffer)
-                squares[places] = np.add.reduceat(buffer, starts, dtype=np.float64)
-            for places, lengths, starts in self._large:
-                norms = [
-                    vector_norm(_in_rows(gradients[i], length), dim=1)  # type: ignore[arg-type]
-                    for i, length in zip(places, lengths)
-                ]
-                pieces = (torch.cat(norms) if len(norms) > 1 else norms[0]).numpy()
-                squares[places] = np.add.reduceat(np.square(pieces, dtype=np.float64), starts)
+            for places, starts, squares, gathered, in_rows in self._sums:
+                for members, are_vectors, part in gathered:
+                    here: list[Tensor] = [gradients[i] for i in members]  # type: ignore[misc]
+                    flat = torch.cat(here) if are_vectors else flattened(here)
+                    elements = (flat if flat.dtype in _WIDE else flat.float()).numpy()
+                    np.multiply(elements, elements, out=part)
+                for i, length, part in in_rows:
+                    _sum_rows(gradients[i], length, part)  # type: ignore[arg-type]
+                found[places] = np.add.reduceat(squares.astype(np.float64), starts)
             for i in self._others:
-                squares[i] = _square(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
-            found = np.sqrt(squares)
+                found[i] = _square(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
+            sure = found > self._smallest_squares
+            is_sure = np.count_nonzero(sure) == len(sure) and math.isfinite(np.add.reduce(found))
+            norms = np.sqrt(found)
         # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
-        sure = (squares > self._smallest_squares) & (squares < np.inf)
-        if not sure.all():
-            for i in np.flatnonzero(~sure).tolist():
-                found[i] = _careful_norm(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
-        return found
+        if not is_sure:
+            for i in np.flatnonzero(~(sure & np.isfinite(found))).tolist():
+                norms[i] = _careful_norm(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
+        return norms
+
+
+def _sums(
+    dtype: torch.dtype,
+    arrays: Sequence[int],
+    vectors: Sequence[int],
+    large: Sequence[int],
+    sizes: Sequence[int],
+) -> Iterator[_Sums]:
+    """Plan the sums of gradients of one dtype, at most `_CHUNK` squares at a time."""
+    counts = list(sizes)
+    for i in large:
+        counts[i] //= _row_length(sizes[i])
+    parts = list(chunks([*arrays, *vectors, *large], counts, _CHUNK))
+    longest = max((sum(counts[i] for i in part) for part in parts), default=0)
+    buffer = np.empty(longest, np.float64 if dtype is torch.float64 else np.float32)
+    kinds = {**dict.fromkeys(arrays, 0), **dict.fromkeys(vectors, 1), **dict.fromkeys(large, 2)}
+    for part in parts:
+        ends = np.cumsum([counts[i] for i in part])
+        starts = ends - [counts[i] for i in part]
+        gathered = []
+        for kind in (0, 1):
+            here = [k for k, i in enumerate(part) if kinds[i] == kind]
+            if here:
+                region = buffer[starts[here[0]] : ends[here[-1]]]
+                gathered.append(([part[k] for k in here], kind == 1, region))
+        in_rows = [
+            (i, _row_length(sizes[i]), buffer[starts[k] : ends[k], None, None])
+            for k, i in enumerate(part)
+            if kinds[i] == 2
+        ]
+        yield _Sums(np.array(part), starts, buffer[: ends[-1]], gathered, in_rows)
+
+
+def _sum_rows(values: Tensor, length: int, out: npt.NDArray[np.floating]) -> None:
+    """Write each row's sum of squares, of a float32 or float64 tensor, to `out`, [rows, 1, 1]."""
+    if not values.is_contiguous():
+        values = _flat(values).resolve_neg()
+    if len(out) * length < _LARGE or torch.get_num_threads() == 1:
+        rows = values.numpy().reshape(-1, 1, length)
+        np.matmul(rows, rows.reshape(-1, length, 1), out=out)
+    else:
+        norms = vector_norm(values.view(-1, length), dim=1).numpy()
+        np.multiply(norms, norms, out=out[:, 0, 0])
 
 
 def chunks(members: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -244,11 +274,6 @@ def chunks(members: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator
         total += sizes[i]
     if chunk:
         yield chunk
-
-
-def _starts(counts: Sequence[int]) -> npt.NDArray[np.int64]:
-    ends = np.cumsum(counts)
-    return np.asarray(ends - counts, np.int64)
 
 
 def cpu_norms(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
@@ -306,8 +331,8 @@ class DeviceNorms:
                 largest = torch.stack(list(foreach_norm(tensors, math.inf, self._dtype)))
                 here = torch.stack(list(found))
                 beyond = torch.finfo(self._dtype).max
-                overflowed = largest.isfinite() & ~here.isfinite()
-                found = torch.where(overflowed, beyond, here).unbind()
+                overflowed = (largest < math.inf) & (here == math.inf)
+                found = here.masked_fill_(overflowed, beyond).unbind()
             for i, norm in zip(places, found):
                 norms[i] = norm
         return torch.stack(norms) if norms else self._zero.new_zeros(0)

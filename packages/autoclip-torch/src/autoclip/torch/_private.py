@@ -42,7 +42,9 @@ def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """The elements of tensors of one dtype, one after the other; of a single tensor, a view."""
+    """A copy of the elements of tensors of one dtype, one after the other."""
+    if len(tensors) == 1:  # of one, torch returns a view
+        return torch.cat([tensors[0].reshape(-1)])
     return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined, no-any-return]
 
 

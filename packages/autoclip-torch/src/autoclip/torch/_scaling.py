@@ -252,7 +252,7 @@ class DeviceScaling:
             norms: [n], finite exactly where the gradient is, on the device.
         """
         # Masked, not multiplied: NaN times zero is NaN.
-        broken = norms.isfinite().logical_not()
+        broken = (norms < math.inf).logical_not()
         alone = list(self._others)
         for small, large, _ in self._plain.values():
             alone += large
