@@ -9,9 +9,9 @@
 """
 
 from autoclip.core import Report, StateError, __version__
-from autoclip.torch._attach import AttachmentHandle
+from autoclip.core.adapter import AttachmentHandle
 from autoclip.torch._clipper import Clipper
-from autoclip.torch._clippers import QuantileClip, StandardClip
+from autoclip.torch._named import QuantileClip, StandardClip
 
 __all__ = [
     "AttachmentHandle",

@@ -3,185 +3,133 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo as disable_dynamo  # torch.optim's own, imports lazily
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from autoclip.core import State, second_clipper_message
+from autoclip.core import State
+from autoclip.core.adapter import second_clipper_message, warn_user
 from autoclip.torch import _legacy
+from autoclip.torch._private import disable_dynamo
+from autoclip.torch._step import Pipeline
 
-if TYPE_CHECKING:
-    from autoclip.torch._clipper import Clipper, _Group
-
-__all__ = [
-    "STATE_KEY",
-    "Attachment",
-    "AttachmentHandle",
-    "called_by_loss_scaler",
-    "users_stacklevel",
-]
+__all__ = ["STATE_KEY", "Attachment", "check_optimizer"]
 
 STATE_KEY = "autoclip"
-"""Where a clipper's state stands in its optimizer's `state_dict()`."""
+"""Where a clipper's state is in its optimizer's `state_dict()`."""
 
 
-class AttachmentHandle:
-    """What `clipper.attach(optimizer)` returns."""
+class Stateful(Protocol):
+    """What an attachment needs of a clipper to carry its state."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment: Attachment | None = attachment
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
 
-    def remove(self) -> None:
-        """Detach the clipper: no hook and no attribute stays behind.
+    def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
+        """Check a state; nothing changes."""
 
-        The clipper keeps its history, and holds the parameters that the optimizer has now. A
-        second call does nothing.
-        """
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
+    def commit_state(self, state: State) -> None:
+        """Take over a checked state."""
+
+
+def check_optimizer(optimizer: Any, caller: str) -> None:
+    """Refuse what a clipper cannot be attached to.
+
+    Args:
+        optimizer: what was given.
+        caller: the method that it was given to, for messages.
+
+    Raises:
+        TypeError: it is not a torch optimizer whose `step` calls hooks.
+        RuntimeError: it has a clipper already.
+    """
+    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        raise TypeError(
+            f"{caller} takes an optimizer, but got the class itself. Make one first: "
+            f"{caller}(torch.optim.{optimizer.__name__}(model.parameters()), ...)."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{caller} takes a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
+        )
+    if not getattr(type(optimizer).step, "hooked", False):
+        # Accelerate's and Lightning's pass for an Optimizer, but their steps call no hook.
+        raise TypeError(
+            f"{torch.typename(optimizer)} only wraps an optimizer, and no hook of its own is "
+            "ever called. Attach to the optimizer inside, often its attribute `.optimizer`."
+        )
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(_without_init(optimizer))
+    if hasattr(optimizer, "clipper"):
+        raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
+
+
+def _without_init(optimizer: Optimizer) -> str:
+    return (
+        f"{torch.typename(optimizer)} has no hooks, since its __init__ does not call "
+        "super().__init__(params, defaults). Add that call."
+    )
 
 
 class Attachment:
-    """A clipper on an optimizer: which of its parameters are whose, and its hooks."""
+    """A clipper on an optimizer: its hooks.
 
-    def __init__(self, clipper: Clipper, optimizer: Optimizer) -> None:
+    Args:
+        pipeline: the clipper's steps and groups.
+        clipper: the clipper.
+        optimizer: one that `check_optimizer` lets pass.
+    """
+
+    def __init__(self, pipeline: Pipeline, clipper: Stateful, optimizer: Optimizer) -> None:
+        self._pipeline = pipeline
         self._clipper = clipper
         # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
         self._optimizer = weakref.ref(optimizer)
-        self._param_groups = optimizer.param_groups
-        # How many parameters of each optimizer group have a place in the clipper's groups.
-        self._known: list[int] = []
         self._pending: State | None = None
-        self._warned = False
+        self._has_warned = False
         self._hooks: list[RemovableHandle] = []
+        # Parameters that this step leaves out, and their gradients, until it is over.
+        self._withheld: Sequence[tuple[Tensor, Tensor]] = ()
+        self._set_found_inf = False
 
-    # -- attaching ---------------------------------------------------------------------------
-
-    @staticmethod
-    def check(optimizer: Optimizer) -> None:
-        """Refuse what cannot be attached to."""
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"attach takes a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
-            )
-        if not getattr(type(optimizer).step, "hooked", False):
-            # Accelerate's and Lightning's pass for an Optimizer, but their steps call no hook.
-            raise TypeError(
-                f"{torch.typename(optimizer)} only wraps an optimizer, and no hook of its own is "
-                "ever called. Attach to the optimizer inside, often its attribute `.optimizer`."
-            )
-        if hasattr(optimizer, "clipper"):
-            raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
-
-    @classmethod
-    def create(cls, clipper: Clipper, optimizer: Optimizer) -> AttachmentHandle:
+    def begin(self, optimizer: Optimizer) -> None:
         """Attach; see `Clipper.attach`."""
-        cls.check(optimizer)
-        if clipper._attachment is not None:
-            raise RuntimeError("This clipper is attached to an optimizer already.")
-        places = {
-            id(parameter): (i, j)
-            for i, group in enumerate(optimizer.param_groups)
-            for j, parameter in enumerate(group["params"])
-        }
-        ours = [parameter for group in clipper._groups for parameter in group.parameters]
-        missing = sum(id(parameter) not in places for parameter in ours)
-        extra = len(places) - (len(ours) - missing)
-        if missing or extra:
-            raise ValueError(
-                "A clipper attaches to an optimizer over the same parameters, but "
-                f"{missing} of the clipper's are not the optimizer's, and {extra} of the "
-                "optimizer's are not the clipper's. Make the clipper from the same ones, or use "
-                "as_optimizer."
-            )
-        self = cls(clipper, optimizer)
-        for group in clipper._groups:
-            group.positions = [places[id(parameter)] for parameter in group.parameters]
-            group.parameters = []
-        self._known = [len(group["params"]) for group in optimizer.param_groups]
-        clipper._attachment = self
-        optimizer.clipper = clipper  # type: ignore[attr-defined]
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_state_dict_post_hook(self._after_state_dict),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
+        hooks: list[tuple[str, Callable[..., Any]]] = [
+            ("register_step_pre_hook", self._before_step),
+            ("register_step_post_hook", self._after_step),
+            ("register_state_dict_post_hook", self._after_state_dict),
+            ("register_load_state_dict_pre_hook", self._before_load),
+            ("register_load_state_dict_post_hook", self._after_load),
         ]
-        return AttachmentHandle(self)
+        try:
+            for register, hook in hooks:
+                self._hooks.append(getattr(optimizer, register)(hook))
+            self._pipeline.groups.follow(optimizer)
+        except BaseException as error:
+            self._remove_hooks()
+            if isinstance(error, AttributeError):
+                raise TypeError(_without_init(optimizer)) from error
+            raise
+        optimizer.clipper = self._clipper  # type: ignore[attr-defined]
 
-    def remove(self) -> None:
-        """Undo `create`."""
-        for hook in self._hooks:
-            hook.remove()
-        self._clipper._groups = self.detached_groups(self._clipper)
-        self._clipper._attachment = None
+    def end(self) -> None:
+        """Undo `begin`."""
+        self._remove_hooks()
+        self._pipeline.groups.release()
         optimizer = self._optimizer()
         if optimizer is not None:
-            del optimizer.clipper  # type: ignore[attr-defined]
+            optimizer.__dict__.pop("clipper", None)
 
-    def detached_groups(self, clipper: Clipper) -> list[_Group]:
-        """Copies of the clipper's groups that hold their parameters themselves."""
-        groups = []
-        for group, parameters in zip(clipper._groups, self.parameters(clipper)):
-            own = type(group)(group.rule, group.history_length)
-            own.names, own.rows, own.parameters = list(group.names), list(group.rows), parameters
-            groups.append(own)
-        return groups
-
-    # -- parameters --------------------------------------------------------------------------
-
-    def parameters(self, clipper: Clipper) -> list[list[Tensor]]:
-        """The parameters of each of the clipper's groups, as the optimizer has them now."""
-        optimizer = self._optimizer()
-        if optimizer is not None:  # otherwise the clipper outlives it, with what it had at last
-            self._param_groups = optimizer.param_groups
-        theirs = [group["params"] for group in self._param_groups]
-        if [len(group) for group in theirs] != self._known:
-            self._meet_new_parameters(clipper)
-        return [[theirs[i][j] for i, j in group.positions] for group in clipper._groups]
-
-    def _meet_new_parameters(self, clipper: Clipper) -> None:
-        """Give rows to parameters that were added to the optimizer; torch has no hook for that."""
-        counts = [len(group["params"]) for group in self._param_groups]
-        known = [*self._known, *[0] * (len(counts) - len(self._known))]
-        if len(counts) < len(self._known) or any(n < k for n, k in zip(counts, known)):
-            raise RuntimeError(
-                f"The optimizer's groups had {self._known} parameters and have {counts} now. "
-                "AutoClip knows parameters by their position, and cannot tell which are gone. "
-                "Make a new clipper for the new parameters."
-            )
-        groups = clipper._groups
-        owners = {place[0]: group for group in groups for place in group.positions}
-        if len(groups) == len(self._known) and all(
-            i == k for k, group in enumerate(groups) for i, _ in group.positions
-        ):  # one to one, even where a group is empty as yet
-            owners = dict(enumerate(groups))
-        grown = [i for i, (count, before) in enumerate(zip(counts, known)) if count > before]
-        # All new groups before any is added: a wrong setting must leave the clipper as it was.
-        made = []
-        for i in grown:
-            if i not in owners:
-                theirs = self._param_groups[i]
-                settings = {name: theirs[name] for name in clipper.defaults if name in theirs}
-                owners[i] = clipper._make_group(settings)
-                made.append(owners[i])
-        clipper._groups += made
-        for i in grown:
-            before, count = known[i], counts[i]
-            names = list(self._param_groups[i].get("param_names", []))
-            names += [None] * (count - len(names))
-            clipper._extend(owners[i], names[before:], count - before)
-            owners[i].positions += [(i, j) for j in range(before, count)]
-        self._known = counts
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -217,18 +165,47 @@ class Attachment:
     @disable_dynamo
     @torch.no_grad()
     def _clip(self, optimizer: Optimizer) -> None:
+        self._forget_step(optimizer)
         # A GradScaler leaves these on fused optimizers, whose gradients are still scaled then.
         # Without a scale, but with a verdict, they have been unscaled by hand.
         scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         try:
-            self._clipper._step(scale, found_inf)
+            result = self._pipeline.step(
+                scale,
+                found_inf,
+                defers_skip=_obeys_found_inf(optimizer),
+            )
         except BaseException:
             # GradScaler removes them after the step, but not if the step raises.
             if found_inf is not None:
                 optimizer.__dict__.pop("grad_scale", None)
                 optimizer.__dict__.pop("found_inf", None)
             raise
+        self._withheld = result.skipped
+        if result.skips_update is not None:
+            verdict = result.skips_update.float()
+            if found_inf is not None:  # not in place: the scaler would lower its scale
+                verdict = torch.maximum(verdict, found_inf.to(verdict))
+            self._set_found_inf = found_inf is None
+            optimizer.found_inf = verdict  # type: ignore[attr-defined]
+
+    @disable_dynamo
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if (self._withheld or self._set_found_inf) and not _is_nested(optimizer):
+            for parameter, gradient in self._withheld:
+                if parameter.grad is None:
+                    parameter.grad = gradient
+            self._forget_step(optimizer)
+
+    def _forget_step(self, optimizer: Optimizer) -> None:
+        """Drop what a step has left, also one that raised before its last hook."""
+        self._withheld = ()
+        if self._set_found_inf:
+            self._set_found_inf = False
+            optimizer.__dict__.pop("found_inf", None)
 
     # -- state -------------------------------------------------------------------------------
 
@@ -246,36 +223,34 @@ class Attachment:
         if _legacy.is_legacy_pair(state_dict):
             entry, replaced = state_dict["clipper"], state_dict["optimizer"]
         if entry is not None:
-            self._pending = self.validated(entry)
-        elif not self._warned:
-            self._warned = True
-            warnings.warn(
+            source = f"the optimizer's state_dict[{STATE_KEY!r}]"
+            self._pending = self._clipper.check_state_dict(entry, source)
+        elif not self._has_warned:
+            self._has_warned = True
+            warn_user(
                 f"The optimizer's checkpoint has no {STATE_KEY!r} entry: it was saved without "
-                "AutoClip. The clipper keeps the history that it has.",
-                stacklevel=users_stacklevel(),
+                "AutoClip. The clipper keeps the history that it has."
             )
         return replaced
-
-    def validated(self, state_dict: dict[str, Any]) -> State:
-        """Check that a clipper's state_dict fits; see `Clipper.load_state_dict`."""
-        clipper = self._clipper
-        source = f"the optimizer's state_dict[{STATE_KEY!r}]"
-        state = clipper._read_state_dict(state_dict)
-        return state.fit_to(clipper._export_state(), source, 1 + users_stacklevel())
 
     @disable_dynamo
     def _after_load(self, optimizer: Optimizer) -> None:
         if self._pending is not None:
-            self._clipper._commit_state(self._pending)
+            self._clipper.commit_state(self._pending)
             self._pending = None
+
+
+def _obeys_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's kernels skip the update if its attribute `found_inf` is not 0."""
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
     """Whether this step was called by another one: a subclass that calls `super().step()`.
 
-    Each of the two runs inside torch's wrapper around `Optimizer.step`, which calls the hooks. The
-    stack tells, and nothing else does: a mark that the outer step sets would stay for ever when the
-    step raises, since no hook is called then; to keep its frame would keep the caller's tensors.
+    Each of the two runs inside torch's wrapper around `Optimizer.step`, which calls the hooks. Only
+    the stack shows it: a mark that the outer step sets would stay for ever when the step raises,
+    since no hook is called then; to keep its frame would keep the caller's tensors.
     """
     steps = 0
     frame: FrameType | None = sys._getframe(1)
@@ -284,27 +259,3 @@ def _is_nested(optimizer: Optimizer) -> bool:
             steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps > 1
-
-
-def called_by_loss_scaler() -> bool:
-    """Whether this step was called by a `GradScaler`, which tells only fused optimizers so."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != "torch.amp.grad_scaler":
-        frame = frame.f_back
-    return frame is not None
-
-
-def users_stacklevel() -> int:
-    """The stacklevel with which a warning of whoever calls this points at the user's own line.
-
-    torch wraps steps and hooks, and how many frames that makes depends on its version, on
-    schedulers and on closures.
-    """
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and _package(frame) in ("autoclip", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__")).partition(".")[0]

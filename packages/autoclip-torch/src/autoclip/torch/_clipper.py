@@ -1,215 +1,196 @@
-"""The clipper: parameter groups, the pipeline of a step, and the state.
-
-Gradients → norms → rows of the history → thresholds → coefficients → gradients. "Global" is that
-pipeline with one row for all parameters, "parameter-wise" with one row each.
-"""
+"""The clipper: what users construct, call, read, attach to optimizers, save and load."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo as disable_dynamo  # torch.optim's own, imports lazily
 from torch.optim import Optimizer
 
-from autoclip.core import (
-    DEFAULT_HISTORY_LENGTH,
-    GroupState,
-    ParameterInfo,
-    Report,
-    Rule,
-    Saveable,
-    State,
-    __version__,
-    check_flag,
-    check_group_settings,
-    check_history_length,
-    check_on_nonfinite,
-    nonfinite_message,
-)
-from autoclip.torch import _legacy, _rows
-from autoclip.torch._attach import (
-    Attachment,
+from autoclip.core import Report, Rule, Saveable, State
+from autoclip.core.adapter import (
     AttachmentHandle,
-    called_by_loss_scaler,
-    users_stacklevel,
+    ClipperSettings,
+    ParamGroup,
+    attached_message,
+    make_state,
+    split_state,
+    warn_user,
 )
-from autoclip.torch._norms import cpu_norms, device_norms, norm_dtype
-from autoclip.torch._rows import Norms, Rows
-from autoclip.torch._scaling import scale_on_cpu, scale_on_device, zero_nonfinite
-from autoclip.torch._sharded import Sharding, sharding_of
+from autoclip.torch import _legacy
+from autoclip.torch._attach import Attachment, check_optimizer
+from autoclip.torch._groups import ParamsT, entries_of, overrides_of
+from autoclip.torch._private import disable_dynamo
+from autoclip.torch._step import Pipeline
 
-__all__ = ["Clipper", "ParamsT"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-"""What torch's optimizers take: tensors, named tensors, or group dicts."""
+    from autoclip.core.adapter import CommonSettings
+
+__all__ = ["Clipper", "OptimizerT"]
 
 ClipperT = TypeVar("ClipperT", bound="Clipper")
-
-
-class _Group:
-    """One parameter group: its settings, and the names and rows of its parameters."""
-
-    def __init__(self, rule: Rule, history_length: int) -> None:
-        self.rule = rule
-        self.history_length = history_length
-        self.names: list[str | None] = []
-        self.rows: list[int] = []
-        # Either the parameters, or where an optimizer that we are attached to has them.
-        self.parameters: list[Tensor] = []
-        self.positions: list[tuple[int, int]] = []
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {**self.rule.settings, "history_length": self.history_length}
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
 class Clipper(Saveable):
-    """What `QuantileClip` and `StandardClip` have in common; not made directly."""
+    """Clip each gradient to a threshold that a rule finds from the history of its norms.
 
-    _rule_class: ClassVar[type[Rule]]
+    At each step the gradient's L2 norm is compared with the threshold, and the gradient is
+    multiplied by `min(1, threshold / norm)`. `QuantileClip` and `StandardClip` are this class with
+    the two built-in rules.
+
+    Args:
+        parameters: tensors, `named_parameters()` pairs, or group dicts such as
+            `{"params": [...], "history_length": 100}`, as torch's optimizers take them. A group
+            may override any setting but the mode, the rule's own included.
+        rule: how a window of norms becomes a threshold, such as `Quantile(0.9)`.
+        history_length: how many norms each history keeps, the newest ones; an int ≥ 1.
+        global_clipping: one history of the norm of all gradients together, as in the paper,
+            instead of one for each parameter.
+        settings: by keyword; see `autoclip.core.adapter.CommonSettings`:
+
+            * `group_clipping` (False): one history for each parameter group.
+            * `max_norm` (None): a ceiling on every threshold, and the only threshold during
+              warm-up.
+            * `warmup_steps` (the rule's): how many norms a history records before the rule counts.
+            * `include_current` (the rule's): whether a norm is part of the window that it is
+              compared with.
+            * `record` (`"raw"`): `"clipped"` records norms as they are after clipping.
+            * `on_spike` (`"clip"`): `"zero"` zeroes a gradient above its threshold; `"skip"` leaves
+              its parameter untouched by this update, momentum and weight decay included, by
+              setting `grad` to None. An attached optimizer gives the gradient back after the step.
+              On an accelerator this waits for the device, except under global clipping on a fused
+              optimizer.
+            * `on_nonfinite` (`"keep"`): what happens to a gradient that holds a NaN or an infinity;
+              its norm is never recorded. `"keep"` leaves it as it is; under global or group
+              clipping there is no norm then, and nothing is scaled. `"zero"` sets it to zero, and
+              the other gradients are clipped as if it had been zero. `"raise"` raises
+              FloatingPointError, which waits for the device at each step.
+
+    Raises:
+        TypeError: a setting or a parameter has the wrong type.
+        ValueError: a setting has the wrong value, or `parameters` is empty or has duplicates.
+
+    >>> import torch
+    >>> from autoclip.core import Quantile
+    >>> from autoclip.torch import Clipper
+    >>> weight = torch.zeros(4, requires_grad=True)
+    >>> clipper = Clipper([weight], Quantile(0.5), max_norm=10.0)
+    >>> for size in (1.0, 2.0, 9.0):
+    ...     weight.grad = torch.full((4,), size / 2)  # a norm of 1, 2, 9
+    ...     total_norm = clipper.step()
+    >>> total_norm, weight.grad.norm()
+    (tensor(9.), tensor(2.))
+    """
 
     def __init__(
         self,
         parameters: ParamsT,
         rule: Rule,
-        history_length: int = DEFAULT_HISTORY_LENGTH,
+        history_length: int = 1000,
         global_clipping: bool = False,
-        on_nonfinite: str = "keep",
+        **settings: Unpack[CommonSettings],
     ) -> None:
-        self._configure(rule, history_length, global_clipping, on_nonfinite)
-        if isinstance(parameters, Tensor):
-            raise TypeError(
-                "parameters takes an iterable of tensors, (name, tensor) pairs or dicts, but got "
-                f"a single {torch.typename(parameters)}. Put it into a list."
-            )
-        _refuse_set(parameters)
-        entries = list(parameters)
-        if not entries:
-            raise ValueError(f"{type(self).__name__} got an empty parameter list.")
-        groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
-        for group in groups:
-            self.add_param_group(group)  # type: ignore[arg-type]
+        self._start(
+            ClipperSettings.make(
+                type(self).__name__,
+                _instance(rule),
+                history_length=history_length,
+                global_clipping=global_clipping,
+                **settings,
+            ),
+            parameters,
+        )
 
-    def _configure(
-        self, rule: Rule, history_length: int, global_clipping: bool, on_nonfinite: str
-    ) -> None:
-        self._default_rule = rule
-        self._default_history_length = check_history_length(history_length)
-        self._global = check_flag("global_clipping", global_clipping)
-        self._on_nonfinite = check_on_nonfinite(on_nonfinite)
-        self._groups: list[_Group] = []
-        self._rows = Rows()
+    def _start(self, settings: ClipperSettings, parameters: ParamsT | None = None) -> None:
+        """What every constructor does once the settings are checked."""
+        self._pipeline = Pipeline(settings)
         self._attachment: Attachment | None = None
-        self._sharding: Sharding | None = None
-        self._reports: list[tuple[list[int], Report[Any]]] = []
-        self._has_seen_a_gradient = False
-        self._said_it_is_blind = False
-        if self._global:
-            self._rows.add(rule, self._default_history_length, 1)
+        if parameters is not None:
+            for group in entries_of(parameters):
+                self.add_param_group(group)
 
     # -- settings and groups -----------------------------------------------------------------
 
     @property
+    def _settings(self) -> ClipperSettings:
+        return self._pipeline.groups.settings
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """The settings of a group that names none of its own."""
-        return {**self._default_rule.settings, "history_length": self._default_history_length}
+        return self._settings.defaults
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of a group that names no settings of its own."""
+        return self._settings.default.rule
 
     @property
     def global_clipping(self) -> bool:
         """Whether one history stands for all parameters together."""
-        return self._global
+        return self._settings.mode == "global"
 
     @property
-    def on_nonfinite(self) -> str:
-        """What happens to a gradient that holds a NaN or an infinity."""
-        return self._on_nonfinite
+    def group_clipping(self) -> bool:
+        """Whether one history stands for each parameter group."""
+        return self._settings.mode == "group"
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups: `"params"`, `"param_names"` if they have names, and settings."""
-        return [
-            {
-                "params": parameters,
-                **({"param_names": list(group.names)} if any(group.names) else {}),
-                **group.settings,
-            }
-            for group, parameters in zip(self._groups, self._parameters())
-        ]
+    def param_groups(self) -> list[ParamGroup]:
+        """The parameter groups: `"params"`, `"param_names"` if they have names, and settings.
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        Writing a setting, `clipper.param_groups[0]["quantile"] = 0.5`, changes it from the next
+        step on; a wrong value raises and changes nothing. Under global clipping all groups share
+        their settings.
+        """
+        return self._pipeline.groups.views()
+
+    def add_param_group(self, param_group: Any, **settings: Any) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.
 
         Args:
-            param_group: `"params"`, a tensor or an iterable of tensors or (name, tensor) pairs,
-                and settings that differ from the clipper's.
+            param_group: a dict of `"params"`, a tensor or an iterable of tensors or (name, tensor)
+                pairs, and settings that differ from the clipper's. Parameters alone, as autoclip
+                0.2.1 took them, are deprecated.
+            settings: more settings of the group, as autoclip 0.2.1 took them; deprecated.
 
         Raises:
-            TypeError: it is no dict, a parameter is no tensor, or a name is no string.
+            TypeError: a parameter is not a tensor, a name is not a string, or a setting has the
+                wrong type.
             KeyError: it has no `"params"`.
-            ValueError: a parameter is no leaf or stands twice, a setting is unknown or wrong, or
+            ValueError: a parameter is not a leaf or a duplicate, a setting is unknown or wrong, or
                 the clipper is global and the group has settings of its own.
             RuntimeError: the clipper is attached to an optimizer; add the group to that.
 
         If it raises, the clipper is as it was.
         """
-        if self._attachment is not None:
+        groups, keywords = self._pipeline.groups, dict(settings)
+        if groups.is_attached:
             raise RuntimeError(
                 "The clipper is attached to an optimizer and takes its parameters from there: "
                 "call optimizer.add_param_group instead."
             )
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group takes a dict, but got {type(param_group).__name__}.")
-        if "params" not in param_group:
-            raise KeyError('param_group takes a dict with the key "params".')
-        names, parameters = _named(param_group["params"])
-        names = _checked_names(param_group.get("param_names", names), len(parameters))
-        known = {id(p) for group in self._groups for p in group.parameters}
-        if len({id(p) for p in parameters}) != len(parameters):
-            raise ValueError("A parameter group holds the same parameter twice.")
-        if known & {id(p) for p in parameters}:
-            raise ValueError("Some parameters appear in more than one parameter group.")
-        settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
-        group = self._make_group(settings)
-        self._extend(group, names, len(parameters))
-        group.parameters = parameters
-        self._groups.append(group)
+        if isinstance(param_group, dict):
+            if "params" not in param_group:
+                raise KeyError('param_group takes a dict with the key "params".')
+            params, names = param_group["params"], param_group.get("param_names")
+            settings = {**settings, **overrides_of(param_group)}
+        else:
+            params, names = param_group, None
+        groups.add(params, self._settings.for_group(settings), names)
+        if keywords or not isinstance(param_group, dict):
+            warn_user(
+                "add_param_group takes a dict now, as torch's optimizers do: "
+                "add_param_group({'params': parameters, 'quantile': 0.5}).",
+                DeprecationWarning,
+            )
 
-    def _make_group(self, settings: Mapping[str, Any]) -> _Group:
-        check_group_settings(settings, self.defaults, self._global, type(self).__name__)
-        merged = {**self.defaults, **settings}
-        history_length = check_history_length(merged.pop("history_length"))
-        return _Group(type(self._default_rule).from_settings(merged), history_length)
-
-    def _extend(self, group: _Group, names: Sequence[str | None], count: int) -> None:
-        """Give rows to `count` more parameters of a group."""
-        group.names += names
-        if self._global:
-            group.rows += [0] * count
-        elif count:
-            start = len(self._rows)
-            self._rows.add(group.rule, group.history_length, count)
-            group.rows += range(start, start + count)
-
-    def _parameters(self) -> list[list[Tensor]]:
-        """The parameters of each group as they are now."""
-        if self._attachment is None:
-            return [group.parameters for group in self._groups]
-        return self._attachment.parameters(self)
-
-    def _names(self) -> list[str]:
-        """What to call each parameter in an error, group by group."""
-        return [
-            f"group {i}, parameter {k}" if name is None else name
-            for i, group in enumerate(self._groups)
-            for k, name in enumerate(group.names)
-        ]
-
-    # -- a step ------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------
 
     @disable_dynamo
     @torch.no_grad()
@@ -222,178 +203,57 @@ class Clipper(Saveable):
         Returns:
             A 0-d float32 tensor on the gradients' device: the L2 norm of all gradients together
             before clipping, as `torch.nn.utils.clip_grad_norm_` returns it; 0 without gradients.
+            Gradients that `on_nonfinite="zero"` zeroed count as zero.
 
         Raises:
             FloatingPointError: a gradient holds a NaN or an infinity, and `on_nonfinite` is
                 `"raise"`. Nothing was recorded or scaled.
         """
-        return self._step()
+        return self._pipeline.step().total
 
-    def _step(self, scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor:
-        """A step whose gradients are still multiplied by `scale`, 0-d.
-
-        If `found_inf` is there, a loss scaler is at work and will skip the step if it is not 0.
-        """
-        groups = self._parameters()
-        parameters = [p for group in groups for p in group]
-        gradients: Sequence[Tensor | None] = [p.grad for p in parameters]
-        self._sharding = sharding_of(parameters, self._sharding, self._global)
-        if all(gradient is None for gradient in gradients):
-            self._warn_if_blind()
-            if self._sharding is None:  # otherwise the other processes wait for this one
-                self._reports = []
-                return torch.zeros(())
-        else:
-            self._has_seen_a_gradient = True
-        if self._sharding is not None and (found_inf is not None or called_by_loss_scaler()):
-            self._sharding.refuse_loss_scaler()
-        gradients, measured = self._measure(gradients)
-        for device, norms in measured.items():
-            measured[device] = _unscaled(norms, scale, found_inf)
-        if self._on_nonfinite != "keep" and found_inf is None:
-            self._treat_nonfinite(gradients, measured)
-        total = _total(measured)
-        rows = [row for group in self._groups for row in group.rows]
-        self._reports = []
-        if self._global:
-            self._clip_globally(gradients, measured, total)
-        else:
-            self._clip_each(gradients, measured, rows)
-        return torch.as_tensor(total, dtype=torch.float32)
-
-    def _measure(
-        self, gradients: Sequence[Tensor | None]
-    ) -> tuple[Sequence[Tensor | None], dict[torch.device, Norms]]:
-        """The gradients as they lie in this process, and their true norms.
-
-        Returns:
-            Plain tensors, and the norms by device: of all parameters, 0 for those whose gradient
-            is on another one.
-        """
-        if self._sharding is None:
-            return gradients, self._local_norms(gradients)
-        local, norms = self._sharding.measure(gradients, self._local_norms, self._names)
-        return local, {
-            device: found.numpy() if _rows.uses_numpy(device) else found.to(norm_dtype(device))
-            for device, found in norms.items()
-        }
-
-    def _local_norms(self, gradients: Sequence[Tensor | None]) -> dict[torch.device, Norms]:
-        by_device: dict[torch.device, list[Tensor | None]] = {}
-        for i, gradient in enumerate(gradients):
-            if gradient is not None:
-                here = by_device.setdefault(gradient.device, [None] * len(gradients))
-                here[i] = gradient
-        return {
-            device: cpu_norms(here)
-            if _rows.uses_numpy(device)
-            else device_norms(here, device, self._on_nonfinite != "keep")
-            for device, here in by_device.items()
-        }
-
-    def _treat_nonfinite(
-        self, gradients: Sequence[Tensor | None], measured: Mapping[torch.device, Norms]
-    ) -> None:
-        if self._on_nonfinite == "raise":
-            finite = np.all(
-                [torch.as_tensor(norms).isfinite().cpu().numpy() for norms in measured.values()], 0
-            )
-            if not finite.all():
-                names = self._names()
-                raise FloatingPointError(
-                    nonfinite_message([names[i] for i in np.flatnonzero(~finite)])
-                )
-        else:
-            for device, norms in measured.items():
-                here = _on(device, gradients)
-                if isinstance(norms, np.ndarray):
-                    here = [None if finite else g for g, finite in zip(here, np.isfinite(norms))]
-                zero_nonfinite(here, torch.as_tensor(norms))
-
-    def _clip_each(
-        self,
-        gradients: Sequence[Tensor | None],
-        measured: Mapping[torch.device, Norms],
-        rows: Sequence[int],
-    ) -> None:
-        by_row = _reordered(gradients, rows)
-        if self._sharding is None:
-            self._rows.settle([None if g is None else g.device for g in by_row])
-        else:
-            self._rows.settle(_reordered(self._sharding.homes, rows))
-        for bank in self._rows.banks:
-            if bank.device not in measured:
-                continue
-            norms = measured[bank.device]
-            report = self._rows.record(bank, _reordered(norms, rows))
-            self._reports.append((bank.rows, report))
-            scale = scale_on_cpu if _rows.uses_numpy(bank.device) else scale_on_device
-            scale([by_row[row] for row in bank.rows], report.coefficients)
-
-    def _clip_globally(
-        self,
-        gradients: Sequence[Tensor | None],
-        measured: Mapping[torch.device, Norms],
-        total: Tensor | float,
-    ) -> None:
-        home = _home(measured)
-        self._rows.settle([home])
-        norms: Norms = (
-            torch.as_tensor(total)[None].to(norm_dtype(home))
-            if not _rows.uses_numpy(home)
-            else np.array([float(total)])
-        )
-        report = self._rows.record(self._rows.banks[0], norms)
-        self._reports.append(([0], report))
-        for device in measured:
-            here = _on(device, gradients)
-            if _rows.uses_numpy(device):
-                # Gradients on the CPU and on an accelerator, one history: here we must wait.
-                coefficient = float(report.coefficients[0])
-                scale_on_cpu(here, np.full(len(here), coefficient))
-            else:
-                scale_on_device(here, torch.as_tensor(report.coefficients).to(device))
-
-    def _warn_if_blind(self) -> None:
-        # An optimizer's parameters may be exchanged at any time, and it then does nothing either.
-        if self._said_it_is_blind or (self._has_seen_a_gradient and self._attachment is None):
-            return
-        self._said_it_is_blind = True
-        if self._attachment is None:
-            caller = type(self).__name__
-            remedy = "clipper afterwards, or attach it to the optimizer"
-        else:
-            caller, remedy = "optimizer", "optimizer afterwards; this one does not train them"
-        warnings.warn(
-            f"{caller}.step() found no gradient on any parameter. Call it after backward(). If the "
-            "model was wrapped, sharded, re-created or loaded with assign=True in the meantime, "
-            f"its parameters are other objects now: make the {remedy}.",
-            stacklevel=users_stacklevel(),
-        )
+    def reset(self) -> None:
+        """Forget all norms, as if no step had been made."""
+        self._pipeline.reset()
 
     @property
     def last(self) -> Report[Tensor]:
-        """What the last step did, row by row: norms, thresholds and coefficients.
+        """What the last step did, row by row: norms, thresholds, coefficients, and names.
 
-        Rows are in the order of the parameter groups; under global clipping there is one. Each of
-        the three is float32[rows]. Reading it waits for the device, a step does not.
+        Rows are in the order of the parameter groups: parameters; groups under group clipping; one
+        under global clipping. Numbers are float32[rows]. Reading waits for the device, a step does
+        not.
 
         Raises:
             RuntimeError: no step has met a gradient yet, or the last one met none.
         """
-        if not self._reports:
+        reports = self._pipeline.reports
+        if not reports:
             raise RuntimeError("There is nothing to report: the last step had no gradient.")
-        order = [0] if self._global else [row for group in self._groups for row in group.rows]
         return Report(
-            *(
-                _gathered(
-                    [(rows, getattr(report, name)) for rows, report in self._reports],
-                    len(self._rows),
-                    fill,
-                )[order]
-                for name, fill in (("norms", 0.0), ("thresholds", torch.inf), ("coefficients", 1.0))
-            )
+            norms=self._by_row([(rows, each.norms) for rows, each in reports], 0.0),
+            thresholds=self._by_row([(rows, each.thresholds) for rows, each in reports], torch.inf),
+            coefficients=self._by_row([(rows, each.coefficients) for rows, each in reports], 1.0),
+            names=self._pipeline.groups.reported_names(),
         )
+
+    @property
+    def thresholds(self) -> Tensor:
+        """float32[rows]: the thresholds of the windows as they are now, in the order of `last`.
+
+        Infinite where nothing was recorded yet or the row is still warming up; never above
+        `max_norm`. Without `include_current` the next norms are compared with these.
+        """
+        return self._by_row(self._pipeline.thresholds(), torch.inf)
+
+    def _by_row(self, parts: list[tuple[list[int], Any]], fill: float) -> Tensor:
+        """One tensor over all rows from those of batches, on the device of the first."""
+        tensors = [torch.as_tensor(values) for _, values in parts]
+        device = tensors[0].device if tensors else None
+        rows = len(self._pipeline.rows)
+        result = torch.full((rows,), fill, dtype=torch.float32, device=device)
+        for (places, _), values in zip(parts, tensors):
+            result[places] = values.to(result)
+        return result[self._pipeline.groups.reported_rows()]
 
     # -- optimizers --------------------------------------------------------------------------
 
@@ -401,208 +261,150 @@ class Clipper(Saveable):
         """Let `optimizer` call this clipper at each of its steps, and carry its state.
 
         From now on the clipper reads its parameters from `optimizer.param_groups` by position, at
-        every step, save and load: whoever exchanges the parameter objects (FSDP, `to_empty`,
-        `load_state_dict(assign=True)`) need not tell it. The clipper keeps its own groups; a
-        parameter that is added to the optimizer joins the group of its neighbour, a new
-        optimizer group becomes a group with the clipper's defaults. The clipper is then
+        every step, save and load, so parameter objects may be exchanged (FSDP, `to_empty`,
+        `load_state_dict(assign=True)`). The clipper keeps its own groups; a parameter that is added
+        to the optimizer joins the group of its neighbors, and a new optimizer group becomes a group
+        with the clipper's defaults and the settings that it names. The clipper is then
         `optimizer.clipper`, and its state travels in `optimizer.state_dict()["autoclip"]`.
 
         Args:
             optimizer: a torch optimizer over the same set of parameters.
 
         Returns:
-            A handle; its `remove()` detaches the clipper and leaves no trace.
+            A handle: its `remove()`, or the end of a `with` block, detaches the clipper and leaves
+            no trace. The clipper keeps its history, and the parameters that the optimizer has then.
 
         Raises:
-            TypeError: it is no torch optimizer, or only wraps one.
+            TypeError: it is not a torch optimizer, only wraps one, or never called
+                `Optimizer.__init__`.
             ValueError: its parameters are not the clipper's.
             RuntimeError: it has a clipper already, or the clipper is attached already.
+
+        If it raises, the optimizer and the clipper are as they were.
         """
-        return Attachment.create(self, optimizer)
+        check_optimizer(optimizer, "attach")
+        if self._attachment is not None:
+            raise RuntimeError(attached_message(self))
+        attachment = Attachment(self._pipeline, self, optimizer)
+        attachment.begin(optimizer)
+        self._attachment = attachment
+
+        def detach() -> None:
+            attachment.end()
+            self._attachment = None
+
+        return AttachmentHandle(detach)
 
     @classmethod
-    def _attached(
-        cls: type[ClipperT],
-        optimizer: Optimizer,
+    def as_optimizer(
+        cls,
+        optimizer: OptimizerT,
         rule: Rule,
-        history_length: int,
-        global_clipping: bool,
-        on_nonfinite: str,
-    ) -> Optimizer:
+        history_length: int = 1000,
+        global_clipping: bool = False,
+        **settings: Unpack[CommonSettings],
+    ) -> OptimizerT:
+        """Attach a new clipper to `optimizer` and return that same optimizer.
+
+        Schedulers, `GradScaler`, trainers and `isinstance` go on working. The clipper is
+        `optimizer.clipper`, its groups are the optimizer's, one to one, and its state travels in
+        `optimizer.state_dict()["autoclip"]`. Copies and pickles of the optimizer are not
+        attached: torch drops an optimizer's hooks.
+
+        Args:
+            optimizer: a torch optimizer. One of its groups that names a setting of the clipper,
+                such as `"history_length"`, overrides it for that group.
+            rule: see the class, as for all that follow.
+            history_length: how many norms each history keeps.
+            global_clipping: one history for all parameters together.
+            settings: by keyword. `on_nonfinite` acts as `"keep"` while a loss scaler is at work.
+
+        Raises:
+            TypeError: it is not a torch optimizer, or a setting has the wrong type.
+            ValueError: a setting has the wrong value.
+            RuntimeError: the optimizer has a clipper already.
+        """
+        made = ClipperSettings.make(
+            cls.__name__,
+            _instance(rule),
+            history_length=history_length,
+            global_clipping=global_clipping,
+            **settings,
+        )
+        return cls._attach_new(optimizer, made)
+
+    @classmethod
+    def _attach_new(cls, optimizer: OptimizerT, settings: ClipperSettings) -> OptimizerT:
         """Attach a new clipper whose groups are the optimizer's, one to one."""
-        Attachment.check(optimizer)
+        check_optimizer(optimizer, "as_optimizer")
         clipper = cls.__new__(cls)
-        clipper._configure(rule, history_length, global_clipping, on_nonfinite)
+        clipper._start(settings)
         for group in optimizer.param_groups:
-            settings = {name: group[name] for name in clipper.defaults if name in group}
-            own = {"params": group["params"], **settings}
-            if "param_names" in group:
-                own["param_names"] = group["param_names"]
-            clipper.add_param_group(own)
+            own = settings.taken_from(group)
+            clipper._pipeline.groups.add(group["params"], own, group.get("param_names"))
         clipper.attach(optimizer)
         return optimizer
 
     # -- state -------------------------------------------------------------------------------
 
     def _export_state(self) -> State:
-        every = self._parameters()  # first: an attached clipper may find new ones
-        windows, recorded = self._rows.read()
-        infos = [
-            [ParameterInfo(name, _shape(p)) for name, p in zip(group.names, parameters)]
-            for group, parameters in zip(self._groups, every)
-        ]
-        if self._global:
-            settings, everything = self.defaults, [info for group in infos for info in group]
-            groups = [GroupState.from_windows(settings, everything, windows, recorded)]
-        else:
-            groups = [
-                GroupState.from_windows(
-                    group.settings, info, [windows[r] for r in group.rows], recorded[group.rows]
-                )
-                for group, info in zip(self._groups, infos)
-            ]
-        return State(self._rule_class.name, self._global, "torch", tuple(groups), __version__)
+        groups = self._pipeline.groups
+        infos = groups.infos()  # first: an attached clipper may find new parameters
+        windows, recorded = self._pipeline.rows.read()
+        return make_state(
+            "torch",
+            self.rule.name,
+            self._settings.mode,
+            groups.group_settings() or [self._settings.default],
+            infos,
+            groups.rows_by_group(),
+            windows,
+            recorded,
+        )
 
     def _commit_state(self, state: State) -> None:
-        windows = [np.empty(0, np.float32)] * len(self._rows)
-        recorded = np.zeros(len(self._rows), np.int64)
-        order = [[0]] if self._global else [group.rows for group in self._groups]
-        for rows, group in zip(order, state.groups):
-            recorded[rows] = group.recorded
-            for row, window in zip(rows, group.windows()):
-                windows[row] = window
-        self._rows.write(windows, recorded)
+        self._pipeline.arrange()
+        rows = self._pipeline.rows
+        rows.write(*split_state(state, self._pipeline.groups.rows_by_group(), len(rows)))
 
     def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
         if _legacy.is_legacy(state_dict):
-            sizes = [len(group) for group in self._parameters()]
-            return _legacy.read(state_dict, self._rule_class, self._global, sizes)
+            groups = self._pipeline.groups
+            sizes = [len(group) for group in groups.by_group()]
+            return _legacy.read(state_dict, self._settings.mode, groups.group_settings(), sizes)
         return super()._read_state_dict(state_dict)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
+        """Read a state and match it to the clipper as it is now; nothing changes.
+
+        Args:
+            state_dict: see `load_state_dict`.
+            source: what to call it in messages.
+
+        Raises:
+            StateError: it is damaged or does not fit.
+        """
+        return self._read_state_dict(state_dict).match(self._export_state(), source)
+
+    def commit_state(self, state: State) -> None:
+        """Take over a state that `check_state_dict` returned."""
+        self._commit_state(state)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own: it holds its parameters and is attached to nothing.
-        state = dict(self.__dict__)
-        if self._attachment is not None:
-            state["_attachment"] = None
-            state["_groups"] = self._attachment.detached_groups(self)
-        state["_sharding"] = None  # process groups belong to this process
-        return state
+        return {**self.__dict__, "_attachment": None}
 
     def __repr__(self) -> str:
-        groups = "".join(
-            f"\n    group {i}: {len(group.rows)} parameters, "
-            + ", ".join(f"{name}={value}" for name, value in group.settings.items())
-            for i, group in enumerate(self._groups)
-        )
-        return (
-            f"{type(self).__name__}({groups}\n    global_clipping={self._global}, "
-            f"on_nonfinite={self._on_nonfinite!r}\n)"
+        groups = self._pipeline.groups
+        return self._settings.describe(
+            (len(infos), settings, "")
+            for infos, settings in zip(groups.by_group(), groups.group_settings())
         )
 
 
-def _named(params: Any) -> tuple[list[str | None], list[Tensor]]:
-    """Names and tensors of a group's parameters, checked as torch's optimizers check theirs."""
-    if isinstance(params, Tensor):
-        params = [params]
-    _refuse_set(params)
-    names: list[str | None] = []
-    parameters: list[Tensor] = []
-    for entry in params:
-        name, parameter = entry if isinstance(entry, tuple) else (None, entry)
-        if not isinstance(parameter, Tensor):
-            raise TypeError(
-                f"A clipper can only clip the gradients of tensors, but one of the parameters is "
-                f"{torch.typename(parameter)}."
-            )
-        if not (parameter.is_leaf or parameter.retains_grad):
-            raise ValueError(
-                "Gradients are kept on leaf tensors only, but one of the parameters is no leaf."
-            )
-        names.append(name)
-        parameters.append(parameter)
-    return names, parameters
-
-
-def _refuse_set(parameters: object) -> None:
-    # Its order changes from run to run, and a saved history is matched by order.
-    if isinstance(parameters, (set, frozenset)):
-        raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
-
-
-def _checked_names(names: Iterable[Any], count: int) -> list[str | None]:
-    names = list(names)
-    for name in names:
-        if not (name is None or isinstance(name, str)):
-            raise TypeError(
-                f"A parameter's name is a string, but got one of type {torch.typename(name)}."
-            )
-    if None in names and any(name is not None for name in names):
-        raise ValueError("Either all parameters of a group have names or none has.")
-    if len(names) != count:
-        raise ValueError(f"A parameter group has {count} parameters, but {len(names)} names.")
-    return names
-
-
-def _shape(parameter: Tensor) -> tuple[int, ...] | None:
-    if torch.nn.parameter.is_lazy(parameter):
-        return None  # not known before the first forward pass
-    return tuple(parameter.shape)
-
-
-def _on(device: torch.device, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [g if g is not None and g.device == device else None for g in gradients]
-
-
-def _reordered(values: Any, rows: Sequence[int]) -> Any:
-    """Values of the parameters, in the order of their rows: the same unless rows came later."""
-    if all(row == i for i, row in enumerate(rows)):
-        return values
-    order = sorted(range(len(rows)), key=rows.__getitem__)
-    if isinstance(values, np.ndarray):
-        return values[order]
-    # One by one: a tensor that is indexed with a list waits until that list is on the device.
-    reordered = [values[i] for i in order]
-    return torch.stack(reordered) if isinstance(values, Tensor) else reordered
-
-
-def _unscaled(norms: Norms, scale: Tensor | None, found_inf: Tensor | None) -> Norms:
-    """The norms of the gradients without the loss scale; NaN, so not recorded, on overflow."""
-    if isinstance(norms, np.ndarray):
-        if scale is not None:
-            norms = norms / float(scale)
-        return norms if found_inf is None or not float(found_inf) else np.full_like(norms, np.nan)
-    if scale is not None:
-        norms = norms / scale.to(norms)
-    if found_inf is not None:
-        norms = torch.where(found_inf.to(norms.device) > 0, torch.nan, norms)
-    return norms
-
-
-def _home(measured: Mapping[torch.device, Norms]) -> torch.device:
-    """Where the one row of a global clipper lives: on an accelerator if any gradient does."""
-    return next((device for device in measured if device.type != "cpu"), next(iter(measured)))
-
-
-def _total(measured: Mapping[torch.device, Norms]) -> Tensor | float:
-    """The norm of all gradients together, on the device of a global row."""
-    home = _home(measured)
-    if all(isinstance(norms, np.ndarray) for norms in measured.values()):
-        return float(_root_of_squares(torch.from_numpy(np.concatenate([*measured.values()]))))
-    parts = [torch.as_tensor(norms).to(home, norm_dtype(home)) for norms in measured.values()]
-    return _root_of_squares(torch.cat(parts))
-
-
-def _root_of_squares(norms: Tensor) -> Tensor:
-    # Scaled by the largest: norms near the ends of the range have squares beyond it.
-    largest = norms.max()
-    safe = torch.where((largest > 0) & largest.isfinite(), largest, 1)
-    return (norms / safe).square().sum().sqrt() * safe
-
-
-def _gathered(parts: Sequence[tuple[list[int], Any]], count: int, fill: float) -> Tensor:
-    """One tensor over all `count` rows from those of the banks, on the device of the first."""
-    tensors = [torch.as_tensor(values) for _, values in parts]
-    result = torch.full((count,), fill, dtype=torch.float32, device=tensors[0].device)
-    for (rows, _), values in zip(parts, tensors):
-        result[rows] = values.to(result)
-    return result
+def _instance(rule: Any) -> Rule:
+    if isinstance(rule, type):
+        raise TypeError(
+            f"rule takes an instance such as {rule.__name__}(), but got the class itself."
+        )
+    return rule  # type: ignore[no-any-return]

@@ -1,24 +1,19 @@
-"""Where the history of each row lives: with the device of its gradient, or on the CPU."""
+"""The rows of a clipper's history, in batches that are recorded together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from autoclip.core import History, Report, Rule
-from autoclip.torch._histories import TensorHistory
+from autoclip.core import History
+from autoclip.core.adapter import GroupSettings, batches
+from autoclip.torch._history import TensorHistory
 
-__all__ = ["Norms", "Rows", "uses_numpy"]
-
-Norms: TypeAlias = npt.NDArray[np.float64] | Tensor
-"""Norms of all parameters: a NumPy array on the CPU, a tensor on any other device."""
-
-_CPU = torch.device("cpu")
+__all__ = ["RowBatch", "Rows", "uses_numpy"]
 
 
 def uses_numpy(device: torch.device) -> bool:
@@ -29,93 +24,133 @@ def uses_numpy(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class _Bank(NamedTuple):
-    """Rows that are recorded together: one device, one history length."""
+@dataclass(eq=False)
+class RowBatch:
+    """Rows that are recorded together: on one device, with settings of one structure.
+
+    Attributes:
+        device: where their history lives.
+        rows: which rows.
+        history: the history, whose k-th row is `rows[k]`.
+        is_outdated: whether the history has yet to take over numbers from the settings.
+    """
 
     device: torch.device
-    history: History | TensorHistory
     rows: list[int]
-    # The rows as an index on the device, or all of them in order.
-    index: Any
+    history: History | TensorHistory
+    is_outdated: bool = False
 
 
 class Rows:
-    """The histories of all rows of a clipper, grouped so that a step costs few operations.
+    """The histories of all rows of a clipper, in as few batches as settings and devices allow.
 
-    Rows are numbered in the order in which they were added. Where a row lives follows its
-    gradient: it starts on the CPU and moves when a gradient comes from elsewhere.
+    Rows are numbered in the order in which they were added. They are arranged in batches when they
+    are first needed: so a clipper with thousands of groups is made in one go.
+
+    Attributes:
+        settings: of each row.
+        batches: the rows as they were arranged last.
+        version: another number whenever `settings` or `batches` have changed.
     """
 
     def __init__(self) -> None:
-        self.rules: list[Rule] = []
-        self.history_lengths: list[int] = []
-        self.banks: list[_Bank] = []
-        self._homes: list[torch.device] = []
+        self.settings: list[GroupSettings] = []
+        self.batches: list[RowBatch] = []
+        self.version = 0
+        self._devices: list[torch.device] = []
+        self._is_arranged = True
 
     def __len__(self) -> int:
-        return len(self.rules)
+        return len(self.settings)
 
-    def add(self, rule: Rule, history_length: int, count: int) -> None:
-        """Append `count` empty rows."""
-        contents = self.read()
-        self.rules += [rule] * count
-        self.history_lengths += [history_length] * count
-        self._homes += [_CPU] * count
-        empty = [np.empty(0, np.float32)] * count
-        self._arrange([*contents[0], *empty], np.pad(contents[1], (0, count)))
+    def add(self, settings: GroupSettings, count: int) -> range:
+        """Append `count` empty rows; return their numbers."""
+        start = len(self)
+        self.settings += [settings] * count
+        self._is_arranged = False
+        self.version += 1
+        return range(start, start + count)
 
-    def settle(self, homes: Sequence[torch.device | None]) -> None:
-        """Move each row to its device; None means that it stays where it is."""
-        if all(home is None or home == now for home, now in zip(homes, self._homes)):
-            return
-        contents = self.read()
-        self._homes = [home or now for home, now in zip(homes, self._homes)]
-        self._arrange(*contents)
+    def change(self, rows: Iterable[int], settings: GroupSettings) -> None:
+        """Give `rows` other settings. They keep their windows, the newest norms of longer ones."""
+        changed = set(rows)
+        for row in changed:
+            if self.settings[row].structure != settings.structure:
+                self._is_arranged = False
+            self.settings[row] = settings
+        self.version += 1
+        for batch in self.batches:
+            if self._is_arranged and not changed.isdisjoint(batch.rows):
+                batch.is_outdated = True
+                # At once where a captured CUDA graph may read them; NumPy's trackers are made
+                # anew, and that is worth waiting for the next of many changes.
+                if isinstance(batch.history, TensorHistory):
+                    self._update(batch)
 
-    def _arrange(
-        self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
-    ) -> None:
-        members: dict[tuple[torch.device, int], list[int]] = {}
-        for row, key in enumerate(zip(self._homes, self.history_lengths)):
-            members.setdefault(key, []).append(row)
-        self.banks = []
-        for (device, history_length), rows in members.items():
-            rules = [self.rules[row] for row in rows]
-            history: History | TensorHistory
-            index: Any = slice(None) if len(rows) == len(self.rules) else np.array(rows)
-            if uses_numpy(device):
-                history = History(len(rows), rules, history_length)
-            else:
-                history = TensorHistory(rules, history_length, device)
-                index = index if isinstance(index, slice) else torch.from_numpy(index).to(device)
-            self.banks.append(_Bank(device, history, rows, index))
-        self.write(windows, recorded)
+    def _update(self, batch: RowBatch) -> None:
+        if batch.is_outdated:
+            batch.history.settings = [self.settings[row] for row in batch.rows]
+            batch.is_outdated = False
 
-    def record(self, bank: _Bank, norms: Norms) -> Report[Any]:
-        """Record a step in the rows of one bank.
+    def arrange(self, devices: Sequence[torch.device]) -> None:
+        """Bring all rows into batches that live on `devices`, one a row, with their windows.
 
-        Args:
-            bank: one of `banks`.
-            norms: [len(self)], of all rows, on the bank's device.
+        A batch that stays the same keeps its history where it is.
         """
-        return bank.history.record(norms[bank.index])
+        if self._is_arranged and self._devices == devices:
+            for batch in self.batches:
+                self._update(batch)
+            return
+        present = {(batch.device, *batch.rows): batch for batch in self.batches}
+        old: list[RowBatch] = self.batches
+        self.batches = []
+        windows, recorded = None, np.zeros(0, np.int64)
+        for rows in batches(self.settings, devices).values():
+            device = devices[rows[0]]
+            settings = [self.settings[row] for row in rows]
+            same = present.get((device, *rows))
+            if same is not None and same.history.settings[0].structure == settings[0].structure:
+                same.is_outdated = True
+                self._update(same)
+                self.batches.append(same)
+                continue
+            history: History | TensorHistory = (
+                History.of(settings) if uses_numpy(device) else TensorHistory(settings, device)
+            )
+            if old and windows is None:
+                windows, recorded = self._read(old)
+            if windows is not None and recorded[rows].any():
+                history.write(range(len(rows)), [windows[row] for row in rows], recorded[rows])
+            self.batches.append(RowBatch(device, rows, history))
+        self._devices = list(devices)
+        self._is_arranged = True
+        self.version += 1
 
     def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """All windows, oldest norm first, and how many norms each row has ever recorded."""
+        return self._read(self.batches)
+
+    def _read(
+        self, some: Sequence[RowBatch]
+    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         windows = [np.empty(0, np.float32)] * len(self)
         recorded = np.zeros(len(self), np.int64)
-        for bank in self.banks:
-            found, counts = bank.history.read(range(len(bank.rows)))
-            recorded[bank.rows] = counts
-            for row, window in zip(bank.rows, found):
-                windows[row] = window
+        for batch in some:
+            found, recorded[batch.rows] = batch.history.read(range(len(batch.rows)))
+            for row, window in zip(batch.rows, found):
+                windows[row] = window[-self.settings[row].history_length :]
         return windows, recorded
 
     def write(
         self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> None:
-        """Replace all windows."""
-        for bank in self.banks:
-            bank.history.write(
-                range(len(bank.rows)), [windows[row] for row in bank.rows], recorded[bank.rows]
+        """Replace all windows; the rows are arranged."""
+        for batch in self.batches:
+            batch.history.write(
+                range(len(batch.rows)), [windows[row] for row in batch.rows], recorded[batch.rows]
             )
+
+    def reset(self) -> None:
+        """Forget all norms."""
+        for batch in self.batches:
+            batch.history.reset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 try:
@@ -13,8 +12,11 @@ except ModuleNotFoundError as error:
         f'{error}. Install it with: pip install "autoclip-torch[lightning]"'
     ) from error
 
+from autoclip.core import Rule
+from autoclip.core.adapter import warn_user
 from autoclip.torch._clipper import Clipper
-from autoclip.torch._trainers import ClipperChoice, ClipperClass
+from autoclip.torch._private import is_logging_step
+from autoclip.torch._trainers import ClipperClass, ClipperMaker
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
@@ -33,6 +35,7 @@ class AutoClipCallback(Callback):
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
+        rule: another rule, for a plain `Clipper`, in the place of a class.
         settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.
 
     Raises:
@@ -45,25 +48,30 @@ class AutoClipCallback(Callback):
     >>> trainer = Trainer(callbacks=[AutoClipCallback(quantile=0.9)], accelerator="cpu")
     """
 
-    def __init__(self, clipper_class: ClipperClass | None = None, **settings: Any) -> None:
-        self._choice = ClipperChoice(clipper_class, settings)
+    def __init__(
+        self,
+        clipper_class: ClipperClass | None = None,
+        *,
+        rule: Rule | None = None,
+        **settings: Any,
+    ) -> None:
+        self._maker = ClipperMaker(clipper_class, rule, settings)
         self._clippers: list[Clipper] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the optimizers exist, and their states are restored only after this."""
-        self._clippers = [self._choice.attach(optimizer) for optimizer in trainer.optimizers]
+        self._clippers = [self._maker.attach(optimizer) for optimizer in trainer.optimizers]
         if trainer.gradient_clip_val:
-            warnings.warn(
+            warn_user(
                 f"Lightning clips the gradients to gradient_clip_val={trainer.gradient_clip_val} "
                 "before AutoClip sees them, so that the history holds norms that are clipped "
-                "already. Leave gradient_clip_val out of the Trainer.",
-                stacklevel=2,
+                "already. Leave gradient_clip_val out of the Trainer."
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the last step, if this is a step that Lightning logs."""
         # Lightning's own callbacks ask the same; everything else would read on other steps too.
-        if not trainer._logger_connector.should_update_logs or (
+        if not is_logging_step(trainer) or (
             pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
         ):
             return

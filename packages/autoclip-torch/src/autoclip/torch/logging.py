@@ -24,7 +24,7 @@ def log_values(clipper: Clipper) -> dict[str, float]:
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
         * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
           this step; with global clipping, the threshold.
-        * `"autoclip/clipped"`: of these rows, the share whose gradient was scaled down, 0 … 1.
+        * `"autoclip/clipped"`: of these rows, the share whose norm was above its threshold, 0 … 1.
 
         Only the first one if no row recorded a norm, nothing if there was no gradient at all.
 
@@ -39,7 +39,7 @@ def log_values(clipper: Clipper) -> dict[str, float]:
     >>> log_values(clipper)
     {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
     """
-    if not clipper._reports:
+    if not clipper._pipeline.reports:
         return {}
     last = clipper.last
     # One transfer for all three.

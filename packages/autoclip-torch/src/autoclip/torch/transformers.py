@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -19,9 +18,11 @@ except ModuleNotFoundError as error:
         f'here: {error}. Install them with: pip install "autoclip-torch[transformers]"'
     ) from error
 
+from autoclip.core import Rule
+from autoclip.core.adapter import warn_user
 from autoclip.torch._attach import STATE_KEY
 from autoclip.torch._clipper import Clipper
-from autoclip.torch._trainers import ClipperChoice, ClipperClass
+from autoclip.torch._trainers import ClipperClass, ClipperMaker
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
@@ -49,6 +50,7 @@ class AutoClipCallback(TrainerCallback):
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
+        rule: another rule, for a plain `Clipper`, in the place of a class.
         resume_from_checkpoint: the folder that is given to `trainer.train`, which tells no
             callback about it. It is only needed where that is not `args.resume_from_checkpoint`
             and not a checkpoint in `args.output_dir`.
@@ -68,10 +70,11 @@ class AutoClipCallback(TrainerCallback):
         self,
         clipper_class: ClipperClass | None = None,
         *,
+        rule: Rule | None = None,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
-        self._choice = ClipperChoice(clipper_class, settings)
+        self._maker = ClipperMaker(clipper_class, rule, settings)
         self._checkpoint = resume_from_checkpoint
         self._clipper: Clipper | None = None
         self._max_grad_norm: float | None = None
@@ -93,16 +96,15 @@ class AutoClipCallback(TrainerCallback):
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         had_clipper = hasattr(optimizer, "clipper")
-        self._clipper = self._choice.attach(optimizer)
+        self._clipper = self._maker.attach(optimizer)
         if state.global_step:
             self._resume(self._clipper, had_clipper, args, state)
         if args.max_grad_norm:  # the trainer reads it at each step
-            warnings.warn(
+            warn_user(
                 f"TrainingArguments(max_grad_norm={args.max_grad_norm}) would clip the gradients "
                 "before AutoClip sees them, and the history would hold norms that are clipped "
                 "already. It is set to 0 until the end of training. Set max_grad_norm=0 to "
-                "silence this.",
-                stacklevel=2,
+                "silence this."
             )
             self._max_grad_norm = args.max_grad_norm
             args.max_grad_norm = 0.0
@@ -180,10 +182,9 @@ def _load_from_optimizer_file(clipper: Clipper, path: str) -> None:
             clipper.load_state_dict(saved[STATE_KEY])
             return
         reason = f"{path} has no {STATE_KEY!r} entry"
-    warnings.warn(
+    warn_user(
         f"{reason}: the checkpoint holds no history of gradient norms. AutoClip starts with an "
-        "empty one.",
-        stacklevel=4,
+        "empty one."
     )
 
 

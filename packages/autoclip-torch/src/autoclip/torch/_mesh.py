@@ -1,0 +1,225 @@
+"""One device mesh and the gradients that are spread over it: how they are placed, and their sums.
+
+A process that has no gradient for a parameter cannot see how the others' is placed. So processes
+tell one another the placements in a handshake, until those of each trainable parameter are known to
+all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autoclip.torch._norms import values_of
+from autoclip.torch._private import root_mesh
+
+__all__ = ["Layout", "Mesh", "is_nonzero", "process_groups"]
+
+# How a gradient is placed along one dimension of a mesh, as a number that a handshake can carry;
+# from _SHARDED on, one for each dimension of the tensor.
+_REPLICATED, _SUMMED, _AVERAGED, _SHARDED = range(4)
+_BASE = 64
+Layout = tuple[int, ...]
+"""How a gradient is placed along each dimension of its mesh."""
+
+
+def _ranks(group: Any) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def process_groups(mesh: Any) -> dict[tuple[int, ...], Any]:
+    """The process groups of a mesh's dimensions, by their ranks, those of one process left out.
+
+    By ranks, since a part of a mesh, or one made twice, has groups of its own for the same ranks.
+    """
+    groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    return {_ranks(group): group for group in groups if dist.get_world_size(group) > 1}
+
+
+class Mesh:
+    """One device mesh and the rows whose gradients are spread over it."""
+
+    def __init__(self, mesh: Any, device: torch.device) -> None:
+        self.device = device
+        self.ranks = frozenset(mesh.mesh.flatten().tolist())
+        groups = process_groups(mesh)
+        self.groups = [*groups.values()]
+        self.pipeline_dimension = _pipeline_dimension(mesh)
+        self._shardings: set[tuple[bool, ...] | None] = set()
+        self._axes = range(len(groups))
+        self._order = {ranks: j for j, ranks in enumerate(groups)}
+        self._sizes = [dist.get_world_size(group) for group in self.groups]
+        self._places = [dist.get_rank(group) for group in self.groups]
+        self.rows: list[int] = []
+        # One a row; None as long as no process has had a gradient for it.
+        self.layouts: list[Layout | None] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._dtypes: list[torch.dtype] = []
+        self._by_placements: dict[Any, Layout | None] = {}
+        # What `combine` needs on the device, made anew when the layouts are.
+        self._tensors: tuple[Tensor, list[Tensor]] | None = None
+
+    def add(self, row: int, parameter: Tensor, is_dtensor: bool) -> None:
+        """Take up a row. A plain tensor is taken to be the same on all processes."""
+        self.rows.append(row)
+        self.layouts.append(None if is_dtensor else (_REPLICATED,) * len(self.groups))
+        layout = self.layout_of(parameter) if is_dtensor else None
+        self._shardings.add(None if layout is None else tuple(k >= _SHARDED for k in layout))
+        self._shapes.append(tuple(parameter.shape))
+        self._dtypes.append(parameter.dtype)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all parameters are sharded along the same of the mesh's dimensions."""
+        return len(self._shardings) == 1 and None not in self._shardings
+
+    def layout_of(self, tensor: Any) -> Layout | None:
+        """The layout of a DTensor; None if it lies on another mesh or is no sum or mean."""
+        key = (tensor.device_mesh, tensor.placements)
+        if key not in self._by_placements:
+            self._by_placements[key] = self._read_placements(*key)
+        return self._by_placements[key]
+
+    def _read_placements(self, mesh: Any, placements: Sequence[Any]) -> Layout | None:
+        # A mesh of fewer dimensions is a part of this one: along the others there are replicas.
+        layout = [_REPLICATED] * len(self.groups)
+        for dimension, placement in enumerate(placements):
+            ranks = _ranks(mesh.get_group(dimension))
+            if len(ranks) == 1 or placement.is_replicate():
+                continue
+            if ranks not in self._order:
+                return None
+            if not placement.is_partial():
+                kind = _SHARDED + placement.dim
+            elif type(placement).__name__ == "Partial" and placement.reduce_op in ("sum", "avg"):
+                kind = _SUMMED if placement.reduce_op == "sum" else _AVERAGED
+            else:
+                return None
+            layout[self._order[ranks]] = kind
+        return tuple(layout)
+
+    def agree(self, gradients: Sequence[Any]) -> None:
+        """Tell the other processes how the DTensors that are here are placed, and learn theirs.
+
+        Args:
+            gradients: of all rows of the clipper, DTensors or None.
+        """
+        codes = [0] * len(self.rows)
+        for k, (row, layout) in enumerate(zip(self.rows, self.layouts)):
+            gradient = gradients[row]
+            if layout is None and gradient is not None and is_nonzero(gradient):
+                layout = self.layout_of(gradient)
+            if layout is not None:
+                codes[k] = 1 + sum(kind * _BASE**j for j, kind in enumerate(layout))
+        agreed = torch.tensor(codes, dtype=torch.int64, device=self.device)
+        for group in self.groups:
+            dist.all_reduce(agreed, dist.ReduceOp.MAX, group)
+        self.layouts = [
+            tuple((code - 1) // _BASE**j % _BASE for j in self._axes) if code else None
+            for code in agreed.tolist()
+        ]
+        self._tensors = None
+
+    def elements(self, k: int) -> int:
+        """How many real numbers of the k-th row's gradient lie here."""
+        shape = list(self._shapes[k])
+        for kind, size, place in zip(self.layouts[k] or (), self._sizes, self._places):
+            if kind >= _SHARDED:
+                chunk = -(-shape[kind - _SHARDED] // size)
+                rest = max(shape[kind - _SHARDED] - chunk * place, 0)
+                shape[kind - _SHARDED] = min(rest, chunk)
+        return math.prod(shape) * (2 if self._dtypes[k].is_complex else 1)
+
+    def fault(self, k: int, gradient: Any) -> str | None:
+        """Why the k-th row's gradient, a DTensor, cannot be what the processes agreed on."""
+        layout = self.layout_of(gradient)
+        if layout is None:
+            return f"is placed {gradient.placements} on {gradient.device_mesh}"
+        if layout != self.layouts[k]:
+            return f"is placed {gradient.placements}, otherwise than in the steps before"
+        if _is_partial(layout) and values_of(gradient.to_local()).numel() != self.elements(k):
+            return f"has {gradient.to_local().numel()} elements here, placed {gradient.placements}"
+        return None
+
+    def add_up(self, gradients: list[Tensor | None]) -> None:
+        """Replace gradients that are partial sums by the sums: one all-reduce a dimension."""
+        for j, group in enumerate(self.groups):
+            partial = [
+                (k, row, layout[j] == _AVERAGED)
+                for k, (row, layout) in enumerate(zip(self.rows, self.layouts))
+                if layout is not None and layout[j] in (_SUMMED, _AVERAGED)
+            ]
+            if not partial:
+                continue
+            wide = any(self._dtypes[k] in (torch.float64, torch.complex128) for k, *_ in partial)
+            counts = [self.elements(k) for k, *_ in partial]
+            dtype = torch.float64 if wide else torch.float32
+            buffer = torch.zeros(sum(counts), dtype=dtype, device=self.device)
+            pieces = torch.split(buffer, counts)
+            for (_, row, averaged), piece in zip(partial, pieces):
+                gradient = gradients[row]
+                if gradient is not None:
+                    piece.copy_(values_of(gradient).reshape(-1))
+                    if averaged:
+                        piece.div_(self._sizes[j])
+            dist.all_reduce(buffer, group=group)
+            for (_, row, _), piece in zip(partial, pieces):
+                gradients[row] = piece
+
+    def combine(self, squares: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add up what the processes have, so that all of them get the same bits.
+
+        Args:
+            squares: float64[n], the squared norms of what is here, for all rows of the clipper.
+            present: float64[n + 1], 1 where there is a gradient here; last, 1 if something is
+                wrong here.
+
+        Returns:
+            The indices of this mesh's rows, the squares of their norms, and 0-d, not 0 if
+            something is wrong on any process.
+        """
+        if self._tensors is None:
+            masks = [[x is not None and x[j] < _SHARDED for x in self.layouts] for j in self._axes]
+            self._tensors = (
+                torch.tensor([*self.rows, len(squares)]).to(self.device),
+                [torch.tensor(mask).to(self.device) for mask in masks],
+            )
+        index, replicated = self._tensors
+        count = len(self.rows)
+        vector = torch.cat([squares[index[:-1]], present[index]])
+        ours, there = vector[:count], vector[count:-1]
+        for group, is_replicated in zip(self.groups, replicated):
+            dist.all_reduce(vector, group=group)
+            # Replicas count once, and one that is missing somewhere does not count at all.
+            ours /= torch.where(is_replicated, there.clamp(min=1.0), 1.0)
+            there.clamp_(max=1.0)
+        # The groups of the last dimension began with the same numbers, but each may have added
+        # them in an order of its own: what the first one got goes for all.
+        for group in self.groups[-2::-1]:
+            dist.broadcast(vector, dist.get_global_rank(group, 0), group)
+        return index[:-1], ours, vector[-1]
+
+
+def _pipeline_dimension(mesh: Any) -> str | None:
+    """The name of the dimension along which the mesh that this one is a part of has stages."""
+    root = root_mesh(mesh)
+    for name, size in zip(root.mesh_dim_names or (), root.mesh.shape):
+        if size > 1 and name.lower().startswith(("pp", "pipe", "stage")):
+            return str(name)
+    return None
+
+
+def _is_partial(layout: Layout) -> bool:
+    return _SUMMED in layout or _AVERAGED in layout
+
+
+def is_nonzero(gradient: Any) -> bool:
+    # A gradient of zeros says nothing of how the true ones are placed: torch.distributed.checkpoint
+    # steps an optimizer with zeros that are placed like the parameters.
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return bool(values_of(local).any())

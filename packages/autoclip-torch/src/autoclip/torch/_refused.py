@@ -1,0 +1,55 @@
+"""Parameters whose gradients are kept elsewhere, so that their true norms cannot be known."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["refuse_unsupported"]
+
+_FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) leaves each process with pieces of flattened parameters, "
+    "and nothing on them tells which belong together. Use torch.distributed.fsdp.fully_shard"
+)
+_DEEPSPEED = (
+    "DeepSpeed's ZeRO keeps gradients in partitions of its own. Use fully_shard, or DeepSpeed's "
+    "own gradient_clipping"
+)
+_MEGATRON = (
+    "Megatron-LM splits parameters into plain tensors and keeps gradients in buffers of its own. "
+    "Use its own clip_grad"
+)
+# Attributes that these libraries set on the parameters that they manage.
+_MARKS = {
+    "_fsdp_flattened": _FSDP1,
+    "_is_flat_param": _FSDP1,
+    "ds_id": _DEEPSPEED,
+    "_hp_mapping": _DEEPSPEED,
+    "main_grad": _MEGATRON,
+    "tensor_model_parallel": _MEGATRON,
+}
+# TransformerEngine uses Megatron's attributes too, where nothing need be split.
+_NEEDS_MODULE = {_MEGATRON: "megatron.core.parallel_state"}
+
+
+def refuse_unsupported(parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters whose gradients' true norms cannot be known from them.
+
+    Raises:
+        RuntimeError: they are managed by FSDP1, DeepSpeed's ZeRO or Megatron.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for parameter in parameters:
+        # Most have no attributes at all, and this runs at every step.
+        attributes = parameter.__dict__
+        if attributes and not _MARKS.keys().isdisjoint(attributes):
+            for mark, reason in _MARKS.items():
+                module = _NEEDS_MODULE.get(reason)
+                if mark in attributes and (module is None or module in sys.modules):
+                    raise RuntimeError(
+                        f"AutoClip cannot know the norms of these gradients. {reason}."
+                    )
