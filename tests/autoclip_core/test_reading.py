@@ -12,6 +12,7 @@ import pickle
 import re
 import struct
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -596,6 +597,15 @@ def test_norms_that_no_history_records_are_refused(norm: float, place: int) -> N
     values[place] = norm
     data = with_metadata(metadata(), tensors(values=values))
     refuse(data, "group 0 holds a norm that is zero, negative, NaN or infinite")
+
+
+def test_a_signaling_nan_is_refused_without_a_warning() -> None:
+    contents = tensors() | {
+        "groups.0.values": ("F32", struct.pack("<3I", 0x7F800001, 1 << 29, 1 << 29))
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuse(with_metadata(metadata(), contents), "a norm that is zero, negative, NaN")
 
 
 def test_a_row_that_recorded_as_much_as_is_allowed_can_go_on() -> None:
