@@ -1,23 +1,31 @@
 """The true L2 norms of a list of gradients, as tensor operations.
 
+Each operation costs milliseconds to trace and microseconds to run, so small gradients of equal
+shapes are stacked and take a few operations together, in float64. Each large gradient takes one
+operation that reads it once, in float32.
+
 Norms leave this module as float64: wide enough that the norm of finite float32 elements is always
-finite, so that a norm which is not finite means a gradient which is not. What is recorded is
-rounded once, later.
+finite, so that a norm which is not finite means a gradient which is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["Gradient", "gradient_norms", "root_of_squares"]
+from autoclip.tf._conditional import Conditional
+
+__all__ = ["Gradient", "gradient_norms", "is_small", "root_of_squares"]
 
 Gradient: TypeAlias = Any
 """A `tf.Tensor` or `tf.IndexedSlices` of any floating or complex dtype."""
 
+# With fewer elements than this, starting an operation costs more than what it does.
+_SMALL = 2**11
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
 # XLA sums long vectors slowly on the CPU, and rows of this length, as a product, fast.
@@ -29,48 +37,75 @@ def gradient_norms(gradients: Sequence[Gradient | None], xla: bool) -> tf.Tensor
     """The norms of gradients.
 
     Args:
-        gradients: None for none.
+        gradients: None for none. Slices of `tf.IndexedSlices` with equal indices are summed.
         xla: whether the operations are compiled by XLA.
 
     Returns:
-        float64[n]: within 1e-5 of the exact norm, for float32 and float64 within 1e-6. 0 for
-        None, and not finite exactly if the gradient holds a NaN or an infinity.
+        float64[n]: within 1e-6 of the exact norm for float32 and float64, and within 1e-5 for
+        16-bit and complex dtypes. 0 for None, and not finite exactly if the gradient holds a NaN
+        or an infinity. TensorFlow takes float32 elements below 1.2e-38 for zero, so these bounds
+        hold for norms above 4e-35 times the square root of the number of elements, and for zero.
+
+    Raises:
+        TypeError: a gradient is neither floating point nor complex.
     """
-    arrays = [_norm_values(gradient) for gradient in gradients if gradient is not None]
-    if not arrays:
-        return tf.zeros([len(gradients)], tf.float64)
-    found = _xla_norms(arrays) if xla else _graph_norms(arrays)
-    if len(arrays) == len(gradients):
-        return found
-    norms = iter(tf.unstack(found))
-    none = tf.zeros((), tf.float64)
-    return tf.stack([none if gradient is None else next(norms) for gradient in gradients])
+    large: dict[int, tf.Tensor] = {}
+    stacks: dict[tuple[Any, ...], dict[int, tf.Tensor]] = {}
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        values = _dense_values(gradient, i)
+        if is_small(values) and values.dtype not in (tf.float64, tf.complex128):
+            stacks.setdefault((values.dtype, *values.shape), {})[i] = values
+        else:
+            large[i] = _real(values)
+    parts = [_small_norms(list(stack.values())) for stack in stacks.values()]
+    if large:
+        parts.append((_xla_norms if xla else _graph_norms)(list(large.values())))
+    order = [i for stack in stacks.values() for i in stack] + list(large)
+    if len(order) < len(gradients):
+        order += [i for i, gradient in enumerate(gradients) if gradient is None]
+        parts.append(tf.zeros([len(gradients) - sum(p.shape[0] for p in parts)], tf.float64))
+    norms = parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
+    return norms if order == sorted(order) else tf.gather(norms, np.argsort(order))
 
 
 def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
-    """The norm of all gradients together, 0-d, from the norms of each, float64[n]."""
-    # Scaled by the largest: norms near the ends of the range have squares beyond it.
-    largest = tf.reduce_max(norms)
-    safe = tf.where((largest > 0.0) & tf.math.is_finite(largest), largest, 1.0)
-    return tf.sqrt(tf.reduce_sum(tf.square(norms / safe))) * safe
+    """The norm of all gradients together, 0-d, from the norms of each, float64[n].
+
+    Norms outside of 1e-150 … 1e150 count as zero or infinity: float32, in which norms are
+    recorded, ends long before.
+    """
+    return tf.sqrt(tf.reduce_sum(tf.square(norms)))
 
 
-def _norm_values(gradient: Gradient) -> tf.Tensor:
-    """The elements of the dense gradient as float32 or float64, rows of zeros left out."""
-    values = tf.convert_to_tensor(
-        gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-    )
+def is_small(values: tf.Tensor) -> bool:
+    """Whether the work on a tensor costs less than a condition that avoids it."""
+    size = values.shape.num_elements()
+    return size is not None and 0 < size <= _SMALL
+
+
+def _dense_values(gradient: Gradient, i: int) -> tf.Tensor:
+    """The elements of the dense gradient; of `IndexedSlices` only rows that are not zero."""
+    sparse = isinstance(gradient, tf.IndexedSlices)
+    values = tf.convert_to_tensor(gradient.values if sparse else gradient)
+    if not (values.dtype.is_floating or values.dtype.is_complex):
+        raise TypeError(
+            f"Gradient {i} has dtype {values.dtype.name}, but only floating point and complex "
+            "gradients can be clipped. Pass None for a variable without a gradient."
+        )
+    return _sum_duplicates(_real(values), gradient.indices) if sparse else values
+
+
+def _real(values: tf.Tensor) -> tf.Tensor:
+    """The same elements as float32 or float64; complex ones as pairs."""
     if values.dtype.is_complex:
-        values = tf.stack([tf.math.real(values), tf.math.imag(values)], axis=-1)
-    elif values.dtype.size < 4:
-        values = tf.cast(values, tf.float32)
-    if isinstance(gradient, tf.IndexedSlices):
-        values = _sum_duplicates(values, gradient.indices)
-    return values
+        return tf.stack([tf.math.real(values), tf.math.imag(values)], axis=-1)
+    return tf.cast(values, tf.float32) if values.dtype.size < 4 else values
 
 
 def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
-    """Slices of which none stands for the same place as another, filled up with zeros."""
+    """Slices with different indices, followed by zeros."""
     # tf.unique has no static shape, and so XLA has no tf.unique.
     order = tf.argsort(indices)
     indices = tf.gather(indices, order)
@@ -81,8 +116,16 @@ def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     )
 
 
+def _small_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The norms of arrays of one shape and dtype, of at most 32 bits for each real number."""
+    # In float64 the squares of float32 elements neither overflow nor underflow.
+    if len(arrays) == 1:
+        return tf.sqrt(2.0 * tf.nn.l2_loss(tf.cast(_real(arrays[0]), tf.float64)))[None]
+    wide = tf.cast(_real(tf.stack(arrays)), tf.float64)
+    return tf.sqrt(tf.reduce_sum(tf.square(wide), axis=list(range(1, wide.shape.rank))))
+
+
 def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
-    # Every operation costs time when a model of a thousand variables is traced: few for each one.
     # l2_loss reads the gradient once, makes no copy, and its pairwise sums are right to 4e-7.
     losses = [tf.nn.l2_loss(array) for array in arrays]
     if any(loss.dtype != losses[0].dtype for loss in losses):
@@ -91,28 +134,36 @@ def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
     sizes = [array.shape.num_elements() for array in arrays]
     if None in sizes:
         sizes = [tf.size(array, tf.int64) for array in arrays]
-    sizes = tf.cast(tf.stack(sizes), tf.int64)
     # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
-    least = _SMALL_MEAN_SQUARE * tf.cast(sizes, tf.float64)
+    least = _SMALL_MEAN_SQUARE * tf.cast(tf.stack(sizes), tf.float64)
     unsure = ~((squares > least) & (squares < np.inf))
+    norms = tf.sqrt(squares)
 
     def look_closely() -> tf.Tensor:
-        # Of the others nothing is read. A condition for each would cost much more than an
-        # operation on nothing.
-        start, flat = tf.constant([0], tf.int64), tf.constant([-1])
-        lengths = tf.split(tf.where(unsure, sizes, 0), len(arrays))
-        parts = [
-            tf.slice(tf.reshape(array, flat), start, length)
-            for array, length in zip(arrays, lengths)
-        ]
-        return tf.where(unsure, _careful_norms(parts, tf.nn.l2_loss), tf.sqrt(squares))
+        found = []
+        for array, doubt, norm in zip(arrays, tf.unstack(unsure), tf.unstack(norms)):
+            if not tf.executing_eagerly():
+                norm = _careful_norm_if(array.dtype)(doubt, array, norm, shape=[])
+            elif doubt:
+                norm = _careful_norm(tf.reshape(array, [-1]), tf.nn.l2_loss)
+            found.append(norm)
+        return tf.stack(found)
 
-    return tf.cond(tf.reduce_any(unsure), look_closely, lambda: tf.sqrt(squares))
+    return tf.cond(tf.reduce_any(unsure), look_closely, lambda: norms)
+
+
+@cache
+def _careful_norm_if(dtype: tf.DType) -> Conditional:
+    return Conditional(
+        lambda array, norm: _careful_norm(tf.reshape(array, [-1]), tf.nn.l2_loss),
+        lambda array, norm: norm,
+        [dtype, tf.float64],
+    )
 
 
 def _xla_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
     # Carefully from the start: a condition would cost more than it saves.
-    flat, ones = tf.constant([-1]), tf.ones([_BLOCK, 1], tf.float64)
+    ones = tf.ones([_BLOCK, 1], tf.float64)
 
     def half_of_squares(vector: tf.Tensor) -> tf.Tensor:
         length = vector.shape.num_elements()
@@ -123,34 +174,22 @@ def _xla_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
         half = 0.5 * tf.reduce_sum(tf.matmul(tf.square(blocks), ones))
         return half + tf.nn.l2_loss(vector[whole:]) if whole < length else half
 
-    return _careful_norms([tf.reshape(array, flat) for array in arrays], half_of_squares)
+    return tf.stack([_careful_norm(tf.reshape(a, [-1]), half_of_squares) for a in arrays])
 
 
-def _careful_norms(
-    vectors: Sequence[tf.Tensor], half_of_squares: Callable[[tf.Tensor], tf.Tensor]
+def _careful_norm(
+    vector: tf.Tensor, half_of_squares: Callable[[tf.Tensor], tf.Tensor]
 ) -> tf.Tensor:
-    """The norms, float64[n], of vectors whose squares may leave the range of their dtype.
+    """The norm, float64[], of a vector whose squares may leave the range of its dtype.
 
     Args:
-        vectors: float32 or float64[m].
+        vector: float32 or float64[m].
         half_of_squares: half the sum of a float64 vector's squares, as `tf.nn.l2_loss`.
     """
-    one = tf.ones((), tf.float64)
-    units, halves = [], []
-    for vector in vectors:
-        unit = one
-        if vector.dtype == tf.float64:
-            unit = _largest(vector)
-            vector /= unit
-        # The squares of float32 elements are far inside the range of float64.
-        halves.append(half_of_squares(tf.cast(vector, tf.float64)))
-        units.append(unit)
-    unit, root = tf.stack(units), tf.sqrt(2.0 * tf.stack(halves))
+    if vector.dtype == tf.float32:  # its squares are far inside the range of float64
+        return tf.sqrt(2.0 * half_of_squares(tf.cast(vector, tf.float64)))
+    largest = tf.reduce_max(tf.abs(vector))  # -inf if there are no elements
+    unit = tf.where((largest > 0.0) & tf.math.is_finite(largest), largest, 1.0)
+    root = tf.sqrt(2.0 * half_of_squares(vector / unit))
     # A finite gradient never has the norm "infinity", not even beyond float64.
     return tf.where(tf.math.is_finite(root), tf.minimum(root * unit, _LARGEST), root)
-
-
-def _largest(vector: tf.Tensor) -> tf.Tensor:
-    """The largest element's size; 1 where nothing can be divided by that."""
-    largest = tf.reduce_max(tf.abs(vector))  # -inf if there are no elements
-    return tf.where((largest > 0.0) & tf.math.is_finite(largest), largest, 1.0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from autoclip.tf._norms import Gradient
+from autoclip.tf._conditional import Conditional
+from autoclip.tf._norms import Gradient, is_small
 
 __all__ = ["scale"]
 
@@ -20,37 +21,78 @@ def scale(
 
     Args:
         gradients: tensors and IndexedSlices; of these only the stored values are multiplied.
-        factors: float64[n].
-        xla: whether the operations are compiled by XLA. Otherwise nothing is read or written
-            unless some factor is below 1, and in a graph on the CPU only what has such a factor.
-        may_be_zero: whether a factor can be 0; that makes zeros of NaN too.
+        factors: float64[n] in 0 … 1, or float64[] for one that all gradients share.
+        xla: whether the operations are compiled by XLA, which multiplies all gradients.
+            Otherwise large gradients with the factor 1 are returned as they are.
+        may_be_zero: whether a factor can be 0, which turns NaN and infinity into 0 too.
     """
     values = [tf.convert_to_tensor(_values_of(gradient)) for gradient in gradients]
-    # On a GPU the host would have to wait for each of the factors; and eagerly, calling a function
-    # takes longer than most multiplications.
-    each_by_itself = not (xla or tf.executing_eagerly() or tf.config.list_logical_devices("GPU"))
-
-    def multiplied() -> list[tf.Tensor]:
-        # Unpacked in here: a condition gets one tensor instead of one for each gradient.
-        if each_by_itself:
-            each = zip(values, tf.unstack(factors, num=len(values)))
-            products = [_product_if_below_one(v.dtype, may_be_zero)(v, f) for v, f in each]
-            return [tf.ensure_shape(p, value.shape) for p, value in zip(products, values)]
-        wide = [_wide(value.dtype) for value in values]
-        each_in = {
-            dtype: tf.unstack(tf.cast(factors, dtype), num=len(values))
-            for dtype in dict.fromkeys(wide)
-        }
-        return [
-            _product(value, each_in[dtype][i], may_be_zero)
-            for i, (value, dtype) in enumerate(zip(values, wide))
-        ]
-
-    if xla:  # a condition costs more there than the multiplication
-        scaled = multiplied()
+    if tf.executing_eagerly():
+        products = _multiplied_eagerly(values, factors, may_be_zero)
+    elif xla:
+        products = _all_multiplied(values, factors, may_be_zero)
+    elif tf.config.list_logical_devices("GPU"):
+        # The host would wait for the device at each condition, so there is one for all.
+        products = tf.cond(
+            tf.reduce_any(factors < 1.0),
+            lambda: _all_multiplied(values, factors, may_be_zero),
+            lambda: list(values),
+        )
     else:
-        scaled = tf.cond(tf.reduce_any(factors < 1.0), multiplied, lambda: list(values))
-    return [_with_values(gradient, value) for gradient, value in zip(gradients, scaled)]
+        products = _clipped_multiplied(values, factors, may_be_zero)
+    return [_with_values(gradient, value) for gradient, value in zip(gradients, products)]
+
+
+def _multiplied_eagerly(
+    values: Sequence[tf.Tensor], factors: tf.Tensor, may_be_zero: bool
+) -> list[tf.Tensor]:
+    on_host = np.broadcast_to(factors.numpy(), len(values)).tolist()
+    return [
+        _product(value, tf.constant(factor, _wide(value.dtype)), may_be_zero)
+        if factor < 1.0
+        else value
+        for value, factor in zip(values, on_host)
+    ]
+
+
+def _all_multiplied(
+    values: Sequence[tf.Tensor], factors: tf.Tensor, may_be_zero: bool
+) -> list[tf.Tensor]:
+    each = {
+        dtype: _each(tf.cast(factors, dtype), len(values))
+        for dtype in {_wide(value.dtype): None for value in values}
+    }
+    return [
+        _product(value, each[_wide(value.dtype)][i], may_be_zero) for i, value in enumerate(values)
+    ]
+
+
+def _clipped_multiplied(
+    values: Sequence[tf.Tensor], factors: tf.Tensor, may_be_zero: bool
+) -> list[tf.Tensor]:
+    """The products; no large value whose factor is 1 is read or written."""
+    narrow = _each(tf.cast(factors, tf.float32), len(values))
+    wide = _each(factors, len(values))
+    clips = _each(factors < 1.0, len(values))
+    return [
+        _product(value, narrow[i], may_be_zero)
+        if value.dtype == tf.float32 and is_small(value)
+        else _product_if(value.dtype, may_be_zero)(clips[i], value, wide[i], shape=value.shape)
+        for i, value in enumerate(values)
+    ]
+
+
+@cache
+def _product_if(dtype: tf.DType, may_be_zero: bool) -> Conditional:
+    return Conditional(
+        lambda value, factor: _product(value, tf.cast(factor, _wide(dtype)), may_be_zero),
+        lambda value, factor: value,
+        [dtype, tf.float64],
+    )
+
+
+def _each(factors: tf.Tensor, count: int) -> list[tf.Tensor]:
+    return [factors] * count if factors.shape.rank == 0 else tf.unstack(factors, num=count)
 
 
 def _wide(dtype: tf.DType) -> tf.DType:
@@ -60,29 +102,6 @@ def _wide(dtype: tf.DType) -> tf.DType:
 def _product(value: tf.Tensor, factor: tf.Tensor, may_be_zero: bool) -> tf.Tensor:
     multiply = tf.math.multiply_no_nan if may_be_zero else tf.multiply
     return tf.cast(multiply(tf.cast(value, factor.dtype), factor), value.dtype)
-
-
-@cache
-def _product_if_below_one(dtype: tf.DType, may_be_zero: bool) -> Any:
-    """A function of a gradient and its factor, traced once and called for each gradient.
-
-    A condition for each of a thousand gradients would take many times as long to trace, and this
-    function, if it were inlined, to optimise.
-    """
-
-    @tf.function(
-        input_signature=[tf.TensorSpec(None, dtype), tf.TensorSpec([], tf.float64)],
-        autograph=False,
-        experimental_attributes={"_noinline": True},
-    )
-    def product(value: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-        return tf.cond(
-            factor < 1.0,
-            lambda: _product(value, tf.cast(factor, _wide(dtype)), may_be_zero),
-            lambda: value,
-        )
-
-    return product
 
 
 def _values_of(gradient: Gradient) -> tf.Tensor:
