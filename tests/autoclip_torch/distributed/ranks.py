@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 def process(rank: int, count: int, folder: Path) -> Iterator[None]:
     store = dist.FileStore(str(folder / "store"), count)
     # Shorter than a process's time, so that a rank whose peers are gone says so.
-    timeout = timedelta(seconds=80)
+    timeout = timedelta(seconds=200)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     torch.manual_seed(0)
     yield
