@@ -80,8 +80,8 @@ assert "torch" not in sys.modules
 IMPORT_AND_LOCATE = """
 import autoclip.torch
 from autoclip.torch import QuantileClip
-import autoclip.torch._clippers
-assert QuantileClip is autoclip.torch._clippers.QuantileClip
+import autoclip.torch._named
+assert QuantileClip is autoclip.torch._named.QuantileClip
 print(autoclip.torch.__file__)
 """
 
