@@ -53,7 +53,7 @@ built_in_rules = st.builds(Quantile, st.floats(0, 1), factor=factors) | st.build
     Standard,
     st.floats(0, LARGEST_NORM),
     decay=st.none() | st.floats(0.125, 0.875),
-    factor=factors,
+    factor=st.floats(1, LARGEST_NORM),
     shrink=st.booleans(),
 )
 # Somebody's rule, which is not registered here: any name, any settings.

@@ -92,6 +92,11 @@ class History(Saveable):
         include_current: bool | None = None,
         record: Record = "raw",
     ) -> None:
+        if not isinstance(rule, (Rule, Sequence)):
+            raise TypeError(
+                "rule takes a Rule such as Quantile(0.9), or a sequence with one a row, but got "
+                f"{rule!r:.200} of type {type(rule).__name__}."
+            )
         rules = [rule] * rows if isinstance(rule, Rule) else list(rule)
         if len(rules) != rows:
             raise ValueError(f"rule takes one rule, or one a row: {rows}, but got {len(rules)}.")
@@ -127,21 +132,21 @@ class History(Saveable):
     def _read_numbers(self) -> None:
         """Take up what settings that are numbers say of each row, and start to track."""
         settings = self._settings
-        if not settings:
-            self._tracker: Tracker | None = None
-            return
-        rules = [each.rule for each in settings]
-        self._rule = type(rules[0])
-        self._arguments = rule_arguments(rules)
         # What most clippers do not use costs them nothing: None.
         self._ceilings = _numbers([each.max_norm for each in settings], np.inf)
         self._warmups = _numbers([each.warmup_steps or None for each in settings], 0)
         drops = [each.on_spike != "clip" for each in settings]
         self._drops = np.array(drops) if any(drops) else None
+        self._tracker: Tracker | None = None
+        self._few: FewRowsTracker | None = None
+        if not settings:
+            return
+        rules = [each.rule for each in settings]
+        self._rule = type(rules[0])
+        self._arguments = rule_arguments(rules)
         self._tracker = self._rule.track(rules, self._ring)
-        self._few = self._tracker if isinstance(self._tracker, FewRowsTracker) else None
-        if self._few is not None and self._drops is not None:
-            self._few = None
+        if isinstance(self._tracker, FewRowsTracker) and self._drops is None:
+            self._few = self._tracker
         if self._tracker is not None:
             self._tracker.rebuild(np.flatnonzero(self._ring.lengths))
 
@@ -268,7 +273,7 @@ class History(Saveable):
     ) -> Report[npt.NDArray[np.float64]]:
         """`record` in Python's numbers, which is quicker for a few rows."""
         ring, thresholds = self._ring, tracker.thresholds
-        if any(norm < 0 for norm in rounded):
+        if any(norm < 0 for norm in given.tolist()):
             raise ValueError(f"A norm is never negative, but got {np.nanmin(given)}.")
         limits, coefficients = [], []
         for row, norm in enumerate(rounded):

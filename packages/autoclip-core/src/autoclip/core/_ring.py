@@ -166,8 +166,7 @@ class RingBuffer:
         """
         self.lengths = np.array([len(window) for window in windows], np.int64)
         self.recorded = np.array(recorded, np.int64)
-        rounded = 1 << np.ceil(np.log2(np.maximum(self.lengths, _FIRST_CAPACITY))).astype(np.int64)
-        self._lay_out(np.minimum(rounded, self.history_length))
+        self._lay_out(self._widths())
         for start, window, count in zip(self._row_starts, windows, self.recorded.tolist()):
             full = len(window) == self.history_length
             held = np.roll(window, count % len(window)) if full else window
@@ -196,27 +195,36 @@ class RingBuffer:
 
     def padded(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """float32[n, longest]: the windows of rows, in no order, filled up with infinity."""
-        matrix, valid = self._matrix(rows)
+        matrix, valid = self._matrix(rows, int(self.lengths[rows].max()))
         return matrix if valid is None else np.where(valid, matrix, np.float32(np.inf))
 
     def _matrix(
-        self, rows: npt.NDArray[np.int64]
+        self, rows: npt.NDArray[np.int64], width: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_] | None]:
         lengths, capacities = self.lengths[rows], self._capacities[rows]
-        longest = max(1, int(lengths.max(initial=0)))
-        places = np.arange(longest)
+        places = np.arange(width)
         if len(rows) == self.rows and (capacities == capacities[0]).all():
-            matrix = self._values.reshape(self.rows, -1)[:, :longest]
+            matrix = self._values.reshape(self.rows, -1)[:, :width]
         else:
             slots = self._starts[rows, None] + np.minimum(places, capacities[:, None] - 1)
             matrix = self._values[slots]
-        return matrix, None if (lengths == longest).all() else places < lengths[:, None]
+        return matrix, None if (lengths == width).all() else places < lengths[:, None]
+
+    def _widths(self) -> npt.NDArray[np.int64]:
+        """int64[rows]: each length, rounded up to a power of two; at most the capacity."""
+        powers = np.ceil(np.log2(np.maximum(self.lengths, _FIRST_CAPACITY))).astype(np.int64)
+        widths: npt.NDArray[np.int64] = np.minimum(1 << powers, self.history_length)
+        return widths
 
     def windows(self) -> Iterator[tuple[npt.NDArray[np.int64], NumpyWindow]]:
         """All rows, and what a rule sees of them; rows of about one length at a time.
 
-        So one long window beside many short ones does not make all of them long.
+        So one long window beside many short ones does not make all of them long. The width of a
+        row follows from its length alone: sums over it have the same bits after a load, and
+        whatever the other rows hold.
         """
-        for capacity in dict.fromkeys(self._capacities.tolist()):
-            rows = np.flatnonzero(self._capacities == capacity)
-            yield rows, NumpyWindow(*self._matrix(rows), self.newest(rows), self.lengths[rows])
+        widths = self._widths()
+        for width in dict.fromkeys(widths.tolist()):
+            rows = np.flatnonzero(widths == width)
+            matrix, valid = self._matrix(rows, width)
+            yield rows, NumpyWindow(matrix, valid, self.newest(rows), self.lengths[rows])

@@ -33,7 +33,7 @@ class Standard(Rule):
         factor: a finite real number > 0.
         shrink: scale a gradient above its threshold down to
             `mean + (threshold - mean)² / (norm - mean)`, the lower the larger it is, instead of
-            to the threshold (ZClip, Kumar et al., 2025, arXiv:2504.02507).
+            to the threshold (ZClip, Kumar et al., 2025, arXiv:2504.02507). Needs `factor` ≥ 1.
 
     Raises:
         TypeError, ValueError: an argument is something else.
@@ -53,6 +53,16 @@ class Standard(Rule):
     name: ClassVar[str] = "standard"
     # The deviation of a handful of norms says little; that of a single one is 0.
     defaults: ClassVar[Mapping[str, Any]] = {"include_current": False, "warmup_steps": 25}
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        super().__post_init__()
+        if self.shrink and self.factor < 1.0:
+            # A threshold below the mean: a norm between the two would get a negative coefficient.
+            raise ValueError(
+                f"shrink=True needs factor ≥ 1, but got factor={self.factor}: it scales spikes "
+                "down towards the mean, and the threshold must not lie below that."
+            )
 
     @staticmethod
     def threshold(window: Any, deviations: Any, decay: Any, factor: Any, shrink: bool) -> Any:
@@ -214,12 +224,15 @@ class _FewBlocksTracker(FewRowsTracker):
         blocks = self._blocks[row]
         if block == len(blocks):
             blocks.append((0, 0.0, 0.0))
-        blocks[block] = count, mean, sum([(value - mean) ** 2 for value in values])
+        # A product is rounded correctly, which `** 2` is not: scaled norms keep their bits.
+        blocks[block] = count, mean, sum([(d := value - mean) * d for value in values])
 
     def _combine(self, row: int) -> None:
         blocks = self._blocks[row]
         length = int(self.ring.lengths[row])
         mean = sum([count * each for count, each, _ in blocks]) / length
-        square = sum([squares + count * (each - mean) ** 2 for count, each, squares in blocks])
+        square = sum(
+            [squares + count * ((d := each - mean) * d) for count, each, squares in blocks]
+        )
         deviations, factor = self._rules[row]
         self.thresholds[row] = factor * (mean + deviations * math.sqrt(square / length))
