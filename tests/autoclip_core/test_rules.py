@@ -1,4 +1,4 @@
-"""Rules: what is registered, and a third one that no other file knows of."""
+"""Rules: the built-in ones, and rules that no file of the packages knows of."""
 
 from __future__ import annotations
 
@@ -6,42 +6,80 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Row
 
 from autoclip.core import (
-    RULES,
     History,
     Quantile,
+    RingBuffer,
     Rule,
     Standard,
     StateError,
     Tracker,
-    Windows,
     register_rule,
+    setting,
 )
+from autoclip.core._settings import GroupSettings
+from autoclip.core.adapter import RULES, needs_order, rule_arguments
+
+
+@dataclass(frozen=True)
+class Mad(Rule):
+    """Median plus some median absolute deviations."""
+
+    deviations: float = setting(3.0, ge=0)
+    name: ClassVar[str] = "mad"
+
+    @staticmethod
+    def threshold(window: Any, deviations: Any) -> Any:
+        median = window.quantile(0.5)
+        return median + deviations * window.quantile(0.5, abs(window.norms - median))
+
+
+@dataclass(frozen=True)
+class ExponentialMean(Rule):
+    """A multiple of the exponentially weighted mean."""
+
+    decay: float = setting(0.99, gt=0, lt=1)
+    factor: float = setting(2.0, gt=0)
+    name: ClassVar[str] = "exponential_mean"
+    defaults: ClassVar[dict[str, Any]] = {"include_current": False, "warmup_steps": 3}
+
+    @staticmethod
+    def threshold(window: Any, decay: Any, factor: Any) -> Any:
+        weights = decay**window.age
+        return factor * window.sum(weights * window.norms) / window.sum(weights)
 
 
 @dataclass(frozen=True)
 class Multiple(Rule):
-    """The threshold is a multiple of the window's mean."""
+    """The threshold is a multiple of the window's mean; with a tracker."""
 
-    factor: float = 2.0
+    factor: float = setting(2.0, gt=0)
     name: ClassVar[str] = "multiple"
 
-    def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise ValueError(f"factor takes a number > 0, but got {self.factor!r}.")
+    @staticmethod
+    def threshold(window: Any, factor: Any) -> Any:
+        return factor * window.mean()
 
     @classmethod
-    def track(cls, rules: Sequence[Multiple], windows: Windows) -> Tracker:
-        return MultipleTracker(rules, windows)
+    def track(cls, rules: Sequence[Any], ring: RingBuffer) -> Tracker:
+        return MultipleTracker(rules, ring)
 
 
 class MultipleTracker(Tracker):
+    def __init__(self, rules: Sequence[Multiple], ring: RingBuffer) -> None:
+        super().__init__(rules, ring)
+        self.rules = rules
+
     def update(
         self,
         rows: slice | npt.NDArray[np.int64],
@@ -52,15 +90,19 @@ class MultipleTracker(Tracker):
 
     def rebuild(self, rows: npt.NDArray[np.int64]) -> None:
         for row in rows:
-            mean = self.windows.read(row).mean(dtype=np.float64)
+            mean = self.ring.read(row).mean(dtype=np.float64)
             self.thresholds[row] = self.rules[row].factor * mean
+
+
+OWN = [Mad, ExponentialMean, Multiple]
 
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    register_rule(Multiple)
-    yield
-    del RULES[Multiple.name]
+    with patch.dict(RULES):
+        for rule in OWN:
+            register_rule(rule)
+        yield
 
 
 def filled(factor: float) -> History:
@@ -70,59 +112,27 @@ def filled(factor: float) -> History:
     return history
 
 
-def test_two_rules_are_registered() -> None:
-    assert dict(RULES) == {"quantile": Quantile, "standard": Standard}
+# -- the built-in ones -------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("registered")
-def test_a_third_rule_records_saves_and_loads(tmp_path: Path) -> None:
-    history = filled(0.5)
-    assert history.thresholds.tolist() == [0.75, 3.0]
-    assert history.record([1.0, 4.0]).coefficients.tolist() == [0.75, 0.625]
-
-    history.save(tmp_path / "multiple")
-    loaded = History(2, Multiple(0.5), 2)
-    loaded.load(tmp_path / "multiple")
-    assert loaded.thresholds.tolist() == history.thresholds.tolist() == [0.75, 2.5]
-    assert loaded.record([5.0, 5.0]).thresholds.tolist() == [1.5, 2.25]
-
-    other = History(2, Multiple(4.0), 2)
-    with pytest.warns(UserWarning, match=r"factor=0\.5 there and 4\.0 here \(group 0\)"):
-        other.load(tmp_path / "multiple")
-    assert other.thresholds.tolist() == [6.0, 20.0]
+def test_two_rules_are_built_in() -> None:
+    assert {name: rule for name, rule in RULES.items() if "autoclip" in rule.__module__} == {
+        "quantile": Quantile,
+        "standard": Standard,
+    }
 
 
-@pytest.mark.usefixtures("registered")
-def test_a_third_rules_own_checks_hold_for_what_is_loaded() -> None:
-    data = filled(0.5).state_dict()
-    broken = Multiple(0.5)
-    object.__setattr__(broken, "factor", -1.0)
-    with pytest.raises(StateError, match=r"group 0: factor takes a number > 0, but got -1\.0"):
-        History(2, broken, 2).state_dict()
-    with pytest.raises(StateError, match="with the multiple rule, but it is loaded into one with"):
-        History(2, Quantile(), 2).load_state_dict(data)
-
-
-def test_a_rule_that_is_not_registered_can_be_used_but_not_saved() -> None:
-    history = filled(2.0)
-    assert history.thresholds.tolist() == [3.0, 12.0]
-    with pytest.raises(StateError, match="has the rule 'multiple', and this version of autoclip"):
-        history.state_dict()
-
-
-@pytest.mark.usefixtures("registered")
-def test_a_name_is_registered_once() -> None:
-    assert register_rule(Multiple) is Multiple  # the same class again, as a reload may do
-
-    class Impostor(Multiple):
-        pass
-
-    with pytest.raises(ValueError, match="A rule named 'multiple' is registered already"):
-        register_rule(Impostor)
-    assert RULES["multiple"] is Multiple
-
-
-@pytest.mark.parametrize("rule", [Quantile(0.25), Standard(3.0), Multiple(0.5)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Quantile(0.25),
+        Quantile(0.25, 1.5),
+        Standard(3.0),
+        Standard(1.0, decay=0.9),
+        Standard(1.0, factor=1.5, shrink=True),
+        Mad(1.0),
+    ],
+)
 def test_settings_make_the_same_rule_again(rule: Rule) -> None:
     assert type(rule).from_settings(rule.settings) == rule
     assert tuple(rule.settings) == type(rule).setting_names()
@@ -137,3 +147,253 @@ def test_a_rule_does_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         Quantile(0.5).quantile = 0.6  # type: ignore[misc]
     assert {Quantile(0.5), Quantile(0.5), Quantile(0.9)} == {Quantile(0.9), Quantile(0.5)}
+
+
+def test_shrinking_needs_a_threshold_that_is_not_below_the_mean() -> None:
+    """A norm between the two would be multiplied by something negative."""
+    with pytest.raises(ValueError, match=r"shrink=True needs factor ≥ 1, but got factor=0\.5"):
+        Standard(factor=0.5, shrink=True)
+
+
+class NoTracker:
+    """Makes a rule be evaluated from its whole windows."""
+
+    def __new__(cls, rule: Rule) -> Any:
+        return patch.object(type(rule), "track", lambda rules, ring: None)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.builds(Quantile, st.floats(0, 1), st.sampled_from([1.0, 0.7]))
+    | st.builds(Standard, st.floats(0, 5), factor=st.sampled_from([1.0, 0.7])),
+    st.integers(1, 150),
+    st.booleans(),
+    st.sampled_from(["raw", "clipped"]),
+    st.sampled_from([1, 8, 9, 20]),
+)
+def test_trackers_and_windows_give_the_same_numbers(
+    seed: int, rule: Rule, length: int, current: bool, record: Any, rows: int
+) -> None:
+    if current or rule.thresholds_only_fall:
+        record = "raw"
+    common = {"include_current": current, "record": record, "warmup_steps": 3}
+    tracked = History(rows, rule, length, **common)
+    with NoTracker(rule):
+        plain = History(rows, rule, length, **common)
+    assert tracked._tracker is not None
+    assert plain._tracker is None
+    random = np.random.default_rng(seed)
+    # A last bit of a coefficient may round a clipped norm to another float32.
+    near = 1e-7 if record == "clipped" else 1e-12
+    tolerance = 0.0 if isinstance(rule, Quantile) else near
+    for _ in range(200):
+        norms = random.choice([*random.lognormal(size=5), 1.0, math.nan], rows)
+        a, b = tracked.record(norms), plain.record(norms)
+        np.testing.assert_allclose(a.thresholds, b.thresholds, rtol=tolerance, atol=0)
+        np.testing.assert_allclose(a.coefficients, b.coefficients, rtol=tolerance, atol=0)
+
+
+# -- one's own ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.builds(Mad, st.floats(0, 5))
+    | st.builds(ExponentialMean, st.floats(0.1, 0.99), st.floats(0.5, 3)),
+    st.integers(1, 60),
+    st.booleans(),
+    st.sampled_from([1, 9]),
+)
+def test_rules_of_ones_own_follow_the_reference(
+    seed: int, rule: Rule, length: int, current: bool, rows: int
+) -> None:
+    each = GroupSettings(rule, length, include_current=current)
+    history = History.of([each] * rows)
+    references = [Row(rule.name, **each.settings) for _ in range(rows)]
+    random = np.random.default_rng(seed)
+    for _ in range(100):
+        norms = np.where(random.random(rows) < 0.1, math.nan, random.lognormal(size=rows))
+        report = history.record(norms)
+        for row, reference in enumerate(references):
+            expected = reference.step(norms[row])
+            found = report.thresholds[row], report.coefficients[row]
+            assert found == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("rule", [Mad(1.0), ExponentialMean(0.5), Multiple(0.5)])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_rule_of_ones_own_is_saved_and_loaded(rule: Rule, rows: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    straight, resumed = History(rows, rule, 20), History(rows, rule, 20)
+    for step in range(60):
+        if step in (13, 40):
+            resumed.save(tmp_path / "state")
+            resumed = History(rows, rule, 20)
+            resumed.load(tmp_path / "state")
+        norms = random.lognormal(size=rows)
+        a, b = straight.record(norms), resumed.record(norms)
+        assert a.thresholds.tolist() == b.thresholds.tolist()
+    assert straight.state_dict() == resumed.state_dict()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_rule_with_a_tracker_of_its_own(tmp_path: Path) -> None:
+    history = filled(0.5)
+    assert history.thresholds.tolist() == [0.75, 3.0]
+    assert history.record([1.0, 4.0]).coefficients.tolist() == [0.75, 0.625]
+
+    history.save(tmp_path / "multiple")
+    loaded = History(2, Multiple(0.5), 2)
+    loaded.load(tmp_path / "multiple")
+    assert loaded.thresholds.tolist() == history.thresholds.tolist() == [0.75, 2.5]
+    assert loaded.record([5.0, 5.0]).thresholds.tolist() == [1.5, 2.25]
+
+    other = History(2, Multiple(4.0), 2)
+    with pytest.warns(UserWarning, match=r"factor=0\.5 there and 4\.0 here"):
+        other.load(tmp_path / "multiple")
+    assert other.thresholds.tolist() == [6.0, 20.0]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_rules_own_checks_hold_for_what_is_loaded() -> None:
+    data = filled(0.5).state_dict()
+    broken = Multiple(0.5)
+    object.__setattr__(broken, "factor", -1.0)
+    with pytest.raises(StateError, match=r"group 0: factor takes .* > 0, but got -1\.0"):
+        History(2, broken, 2).state_dict()
+    with pytest.raises(
+        StateError, match="with the rule 'multiple', but it is loaded into one with"
+    ):
+        History(2, Quantile(), 2).load_state_dict(data)
+
+
+def test_a_rule_that_is_not_registered_saves_and_loads_by_its_name() -> None:
+    history = filled(2.0)
+    assert Multiple.name not in RULES
+    loaded = History(2, Multiple(2.0), 2)
+    loaded.load_state_dict(history.state_dict())
+    assert loaded.thresholds.tolist() == history.thresholds.tolist() == [3.0, 12.0]
+    with pytest.raises(StateError, match="rule 'multiple', but it is loaded into one with"):
+        History(2, Quantile(), 2).load_state_dict(history.state_dict())
+
+
+# -- the register ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_name_is_registered_once() -> None:
+    assert register_rule(Multiple) is Multiple
+
+    @dataclass(frozen=True)
+    class Impostor(Multiple):
+        pass
+
+    with pytest.raises(ValueError, match="A rule named 'multiple' is registered already"):
+        register_rule(Impostor)
+    assert RULES["multiple"] is Multiple
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_same_class_again_replaces_the_first() -> None:
+    """As a notebook's cell that runs twice makes it."""
+
+    def cell() -> type[Rule]:
+        @register_rule
+        @dataclass(frozen=True)
+        class Again(Rule):
+            name: ClassVar[str] = "again"
+
+            @staticmethod
+            def threshold(window: Any) -> Any:
+                return window.mean()
+
+        return Again
+
+    first, second = cell(), cell()
+    assert first is not second
+    assert RULES["again"] is second
+    assert register_rule(first) is first
+    assert RULES["again"] is first
+
+
+class NotFrozen(Rule):
+    name = "not_frozen"
+
+    @staticmethod
+    def threshold(window: Any) -> Any:
+        return window.mean()
+
+
+@dataclass(frozen=True)
+class Nameless(Rule):
+    @staticmethod
+    def threshold(window: Any) -> Any:
+        return window.mean()
+
+
+@dataclass(frozen=True)
+class Taken(NotFrozen):
+    max_norm: float = setting(1.0)
+    name: ClassVar[str] = "taken"
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "says"),
+    [
+        (NotFrozen, TypeError, "a subclass of Rule that is a frozen dataclass, but got"),
+        (dataclass(NotFrozen), TypeError, "Put @register_rule above"),
+        (dict, TypeError, "a subclass of Rule that is a frozen dataclass"),
+        (Mad(), TypeError, "a subclass of Rule that is a frozen dataclass"),
+        (Nameless, TypeError, "Nameless has no name"),
+        (Taken, ValueError, "Taken has the setting 'max_norm', which is one of every clipper"),
+    ],
+)
+def test_what_is_not_registered(rule: Any, error: type[Exception], says: str) -> None:
+    before = dict(RULES)
+    with pytest.raises(error, match=says):
+        register_rule(rule)
+    assert before == RULES
+
+
+# -- what backends ask of a rule ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "order"),
+    [(Quantile(), True), (Mad(), True), (Standard(), False), (Standard(decay=0.5), False)],
+)
+def test_which_rules_need_their_norms_in_order(rule: Rule, order: bool) -> None:
+    assert needs_order(rule) is order
+
+
+def test_arguments_are_columns_or_what_all_rows_share() -> None:
+    same = rule_arguments([Standard(2.0), Standard(2.0), Standard(2.0)])
+    assert same["deviations"].tolist() == [[2.0]]
+    assert (same["decay"], same["shrink"]) == (None, False)
+    apart = rule_arguments([Standard(1.0, 0.5), Standard(2.0, 0.5)])
+    assert apart["deviations"].tolist() == [[1.0], [2.0]]
+    assert apart["decay"].tolist() == [[0.5]]
+
+
+def test_structure_is_what_rows_must_share() -> None:
+    assert Standard(1.0, 0.5).structure == Standard(2.0, 0.25, 3.0).structure
+    assert Standard().structure != Standard(decay=0.5).structure
+    assert Standard().structure != Standard(shrink=True).structure
+
+
+@pytest.mark.parametrize(
+    ("rule", "only_fall"),
+    [
+        (Quantile(0.5), True),
+        (Quantile(0.5, 1.01), False),
+        (Standard(0.0), True),
+        (Standard(0.0, factor=1.04), False),
+        (Standard(0.5, factor=0.5), False),
+        (Mad(), False),
+    ],
+)
+def test_which_thresholds_can_only_fall(rule: Rule, only_fall: bool) -> None:
+    assert rule.thresholds_only_fall is only_fall
