@@ -141,7 +141,7 @@ def test_buffers_stay_where_a_captured_graph_found_them() -> None:
 
     def addresses() -> list[int]:
         parts = plan.scaling._plain[torch.float32].small
-        return [t.data_ptr() for part in parts for t in (part.buffer, part.index, part.sizes)]
+        return [t.data_ptr() for part in parts for t in (part.buffer, part.order, part.sizes)]
 
     before = addresses()
     assert before

@@ -231,7 +231,9 @@ def _sums(
         counts[i] //= _row_length(sizes[i])
     parts = list(chunks([*arrays, *vectors, *large], counts, _CHUNK))
     longest = max((sum(counts[i] for i in part) for part in parts), default=0)
-    buffer = np.empty(longest, np.float64 if dtype is torch.float64 else np.float32)
+    buffer: npt.NDArray[np.floating] = np.empty(
+        longest, np.float64 if dtype is torch.float64 else np.float32
+    )
     kinds = {**dict.fromkeys(arrays, 0), **dict.fromkeys(vectors, 1), **dict.fromkeys(large, 2)}
     for part in parts:
         ends = np.cumsum([counts[i] for i in part])

@@ -41,11 +41,11 @@ def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
 
 
-def flattened(tensors: Sequence[Tensor]) -> Tensor:
+def flattened(tensors: list[Tensor]) -> Tensor:
     """A copy of the elements of tensors of one dtype, one after the other."""
     if len(tensors) == 1:  # of one, torch returns a view
         return torch.cat([tensors[0].reshape(-1)])
-    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined, no-any-return]
+    return torch._C._nn.flatten_dense_tensors(tensors)
 
 
 def negated_view(tensor: Tensor) -> Tensor:

@@ -140,14 +140,14 @@ class _Gathered(NamedTuple):
     """
 
     places: list[int]
-    index: Tensor
+    order: Tensor
     sizes: Tensor
     buffer: Tensor
     views: list[Tensor]
 
     def repeated(self, values: Tensor) -> Tensor:
         """For each element of the buffer, the value that belongs to its gradient."""
-        here = values.index_select(0, self.index)
+        here = values.index_select(0, self.order)
         # Without output_size the host would wait for the sum of the sizes.
         return here.repeat_interleave(self.sizes, output_size=self.buffer.numel())
 
@@ -204,10 +204,10 @@ class DeviceScaling:
                 here, counts = buffer[:total], [sizes[i] for i in part]
                 views = [
                     view.view(gradients[i].shape)  # type: ignore[union-attr]
-                    for i, view in zip(part, here.split(counts))
+                    for i, view in zip(part, torch.split(here, counts))
                 ]
-                index, repeats = torch.tensor([part, counts], device=device).unbind()
-                small.append(_Gathered(part, index, repeats, here, views))
+                order, repeats = torch.tensor([part, counts], device=device).unbind()
+                small.append(_Gathered(part, order, repeats, here, views))
 
     def apply(self, gradients: Sequence[Tensor | None], coefficients: Tensor) -> None:
         """Multiply every gradient by its coefficient without asking the device whether it must.
@@ -231,7 +231,7 @@ class DeviceScaling:
                 foreach_copy_(tensors, part.views)
             if large:
                 # Factors of one dimension: 0-d ones would be rounded to the gradient's 16 bits.
-                each = [factor] * len(gradients) if is_shared else factor.split(1)
+                each = [factor] * len(gradients) if is_shared else torch.split(factor, 1)
                 pairs = [(piece, each[i]) for i in large for piece in _pieces(gradients[i])]  # type: ignore[arg-type]
                 foreach_mul_([piece for piece, _ in pairs], [one for _, one in pairs])
         for i in self._others:
@@ -277,7 +277,7 @@ def _pieces(gradient: Tensor) -> Sequence[Tensor]:
         return [gradient]
     dimension = max(range(gradient.dim()), key=gradient.size)
     elements = gradient.numel() // gradient.size(dimension)
-    return gradient.split(max(1, _CHUNK // elements), dimension)
+    return torch.split(gradient, max(1, _CHUNK // elements), dimension)
 
 
 def scale_on_cpu(gradients: Sequence[Tensor | None], coefficients: npt.NDArray[np.float64]) -> None:
