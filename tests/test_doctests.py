@@ -14,13 +14,16 @@ from unittest.mock import patch
 
 import pytest
 
-from autoclip.core import RULES
+from autoclip.core.adapter import RULES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted((ROOT / "packages").iterdir())
 PAGES = [
     *(package / "README.md" for package in PACKAGES),
-    *(ROOT / "docs" / f"{name}.md" for name in ("core", "state-format", "torch", "tensorflow")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("core", "rules", "state-format", "torch", "tensorflow")
+    ),
 ]
 
 # By name, not by path: pointed at a folder named `torch`, doctest takes it for torch itself.
@@ -44,6 +47,6 @@ def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     blocks = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text("utf-8"), re.M | re.S)
     assert blocks
     namespace: dict[str, object] = {}
-    with patch.dict(RULES):  # docs/core.md adds one
+    with patch.dict(RULES):  # docs/rules.md adds some
         for _, block in blocks:  # later ones use what earlier ones made, as a reader would
             exec(textwrap.dedent(block), namespace)

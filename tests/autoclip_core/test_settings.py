@@ -1,7 +1,8 @@
-"""The settings: what each takes, and what it says to anything else."""
+"""The settings: what each takes, what it says to anything else, and what groups override."""
 
 from __future__ import annotations
 
+import copy
 import decimal
 import math
 import re
@@ -14,34 +15,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoclip.core import (
-    DEFAULT_DEVIATIONS,
-    DEFAULT_HISTORY_LENGTH,
-    DEFAULT_QUANTILE,
-    History,
-    Quantile,
-    Standard,
-    check_flag,
-    check_history_length,
-    check_known_settings,
-    check_on_nonfinite,
+from autoclip.core import History, ParameterInfo, Quantile, Standard
+from autoclip.core._fields import check_flag, check_known_settings
+from autoclip.core.adapter import (
+    ClipperSettings,
+    GroupSettings,
+    ParamGroup,
+    batches,
+    make_state,
+    row_names,
+    split_state,
 )
-from autoclip.core._settings import check_deviations, check_quantile
 
 NO_NUMBERS = [
     True,
     False,
-    np.True_,
     "0.5",
     b"1",
-    None,
     1j,
     [1],
     (1,),
-    np.array(1.0),
     np.array([1]),
     decimal.Decimal(1),
 ]
+
+
+def check_quantile(value: Any) -> float:
+    return Quantile(value).quantile
+
+
+def check_deviations(value: Any) -> float:
+    return Standard(value).deviations
+
+
+def check_history_length(value: Any) -> int:
+    return GroupSettings(Quantile(), value).history_length
+
+
+def check_max_norm(value: Any) -> float | None:
+    return GroupSettings(Quantile(), max_norm=value).max_norm
+
+
+def check_warmup_steps(value: Any) -> int | None:
+    return GroupSettings(Quantile(), warmup_steps=value).warmup_steps
 
 
 def exactly(text: str) -> str:
@@ -49,13 +65,29 @@ def exactly(text: str) -> str:
     return f"^{re.escape(text)}$"
 
 
-def test_the_defaults_are_settings() -> None:
-    assert check_quantile(DEFAULT_QUANTILE) == 0.9
-    assert check_deviations(DEFAULT_DEVIATIONS) == 2.0
-    assert check_history_length(DEFAULT_HISTORY_LENGTH) == 1000
+def test_the_defaults() -> None:
+    assert GroupSettings(Quantile()).settings == {
+        "quantile": 0.9,
+        "factor": 1.0,
+        "history_length": 1000,
+        "max_norm": None,
+        "warmup_steps": 0,
+        "include_current": True,
+        "record": "raw",
+        "on_spike": "clip",
+        "on_nonfinite": "keep",
+    }
+    assert GroupSettings(Standard()).settings | GroupSettings(Quantile()).settings == {
+        **GroupSettings(Quantile()).settings,
+        "deviations": 2.0,
+        "decay": None,
+        "shrink": False,
+    }
+    assert GroupSettings(Standard()).warmup_steps == 25
+    assert GroupSettings(Standard()).include_current is False
 
 
-# -- quantile and deviations -------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------
 
 
 @given(st.floats(0, 1) | st.fractions(0, 1) | st.integers(0, 1))
@@ -72,9 +104,17 @@ def test_any_finite_real_number_from_0_is_a_number_of_deviations(value: float | 
     assert checked == float(value)
 
 
-@pytest.mark.parametrize("check", [check_quantile, check_deviations])
+@pytest.mark.parametrize("check", [check_quantile, check_deviations, check_max_norm])
 @pytest.mark.parametrize(
-    "value", [np.float16(0.5), np.float32(0.5), np.float64(0.5), np.longdouble(0.5), np.uint8(1)]
+    "value",
+    [
+        np.float16(0.5),
+        np.float32(0.5),
+        np.float64(0.5),
+        np.longdouble(0.5),
+        np.uint8(1),
+        np.array(0.5),
+    ],
 )
 def test_numpy_scalars_are_numbers(check: Callable[[Any], float], value: Any) -> None:
     assert type(check(value)) is float
@@ -99,13 +139,36 @@ def test_deviations_below_0_or_not_finite_are_a_wrong_value(value: float) -> Non
         check_deviations(value)
 
 
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("max_norm", check_max_norm),
+        ("factor", lambda value: Quantile(0.5, value)),
+        ("factor", lambda value: Standard(factor=value)),
+    ],
+)
+def test_a_ceiling_or_a_factor_is_above_0(
+    name: str, make: Callable[[Any], Any], value: Any
+) -> None:
+    says = f"{name} takes a finite real number > 0"
+    with pytest.raises(ValueError, match=rf"^{re.escape(says)}.* but got {value!r}\.$"):
+        make(value)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.5, 1.5, math.nan])
+def test_a_decay_lies_between_0_and_1(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"decay takes a real number in \(0, 1\) or None, but got"):
+        Standard(decay=value)
+
+
 @pytest.mark.parametrize("value", [10**400, -(10**400), Fraction(10**400, 3)])
-@pytest.mark.parametrize("check", [check_quantile, check_deviations])
+@pytest.mark.parametrize("check", [check_quantile, check_deviations, check_max_norm])
 def test_a_number_beyond_float64_is_a_wrong_value(
     check: Callable[[Any], float], value: Any
 ) -> None:
     """Not Python's OverflowError, which a hostile file could raise otherwise."""
-    with pytest.raises(ValueError, match=r"^(quantile|deviations) takes .* but got "):
+    with pytest.raises(ValueError, match=r"^(quantile|deviations|max_norm) takes .* but got "):
         check(value)
 
 
@@ -116,17 +179,28 @@ def test_a_number_beyond_float64_is_a_wrong_value(
         (check_quantile, "quantile takes a real number in [0, 1]"),
         (check_deviations, "deviations takes a finite real number ≥ 0"),
         (check_history_length, "history_length takes an int ≥ 1 and < 2**63"),
+        (check_max_norm, "max_norm takes a finite real number > 0 or None"),
+        (check_warmup_steps, "warmup_steps takes an int ≥ 0 and < 2**63 or None"),
     ],
 )
-def test_what_is_no_number_is_a_wrong_type(
-    check: Callable[[Any], float], says: str, value: Any
+def test_what_is_not_a_number_is_a_wrong_type(
+    check: Callable[[Any], Any], says: str, value: Any
 ) -> None:
     with pytest.raises(TypeError) as caught:
         check(value)
     assert str(caught.value) == f"{says}, but got {value!r} of type {type(value).__name__}."
 
 
-# -- history_length ----------------------------------------------------------------------------
+@pytest.mark.parametrize("check", [check_quantile, check_history_length, check_max_norm])
+def test_numpys_bool_is_a_wrong_type(check: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="but got True of type bool"):
+        check(np.True_)
+
+
+@pytest.mark.parametrize("check", [check_quantile, check_deviations, check_history_length])
+def test_none_is_a_wrong_type_for_what_is_not_optional(check: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="but got None of type NoneType"):
+        check(None)
 
 
 @given(st.integers(1, 2**63 - 1))
@@ -148,48 +222,61 @@ def test_a_history_length_below_1_or_beyond_int64_is_a_wrong_value(value: int) -
 
 
 @pytest.mark.parametrize("value", [1000.0, np.float64(3), Fraction(3), math.nan, math.inf])
-def test_a_float_is_no_history_length_even_a_whole_one(value: Any) -> None:
-    with pytest.raises(TypeError, match="history_length takes an int ≥ 1"):
-        check_history_length(value)
+@pytest.mark.parametrize("check", [check_history_length, check_warmup_steps])
+def test_a_float_is_not_an_int_even_a_whole_one(check: Callable[[Any], Any], value: Any) -> None:
+    with pytest.raises(TypeError, match=r"(history_length|warmup_steps) takes an int ≥ "):
+        check(value)
 
 
 # -- words, flags, names -----------------------------------------------------------------------
 
+WORDS = {
+    "on_nonfinite": ("keep", "zero", "raise"),
+    "on_spike": ("clip", "zero", "skip"),
+    "record": ("raw", "clipped"),
+}
 
-@pytest.mark.parametrize("word", ["keep", "zero", "raise"])
-def test_on_nonfinite_takes_its_three_words(word: str) -> None:
-    assert check_on_nonfinite(word) == word
+
+@pytest.mark.parametrize(("name", "word"), [(n, word) for n in WORDS for word in WORDS[n]])
+def test_words(name: str, word: str) -> None:
+    made = GroupSettings(Standard(), **{name: word})  # type: ignore[arg-type]
+    assert getattr(made, name) == word
 
 
+@pytest.mark.parametrize("name", WORDS)
 @pytest.mark.parametrize("word", ["", "Keep", "ignore", "keep "])
-def test_another_word_is_a_wrong_value(word: str) -> None:
-    says = f'on_nonfinite takes one of "keep", "zero", "raise", but got {word!r}.'
-    with pytest.raises(ValueError, match=exactly(says)):
-        check_on_nonfinite(word)
+def test_another_word_is_a_wrong_value(name: str, word: str) -> None:
+    known = ", ".join(f'"{each}"' for each in WORDS[name])
+    with pytest.raises(
+        ValueError, match=exactly(f"{name} takes one of {known}, but got {word!r}.")
+    ):
+        GroupSettings(Standard(), **{name: word})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", WORDS)
 @pytest.mark.parametrize("value", [None, True, 0, b"keep", ["keep"]])
-def test_what_is_no_word_is_a_wrong_type(value: Any) -> None:
+def test_what_is_not_a_word_is_a_wrong_type(name: str, value: Any) -> None:
     with pytest.raises(TypeError) as caught:
-        check_on_nonfinite(value)
+        GroupSettings(Standard(), **{name: value})
+    known = ", ".join(f'"{each}"' for each in WORDS[name])
     assert str(caught.value) == (
-        'on_nonfinite takes one of "keep", "zero", "raise", but got '
-        f"{value!r} of type {type(value).__name__}."
+        f"{name} takes one of {known}, but got {value!r} of type {type(value).__name__}."
     )
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_a_flag_takes_true_and_false(value: bool) -> None:
     assert check_flag("global_clipping", value) is value
+    assert GroupSettings(Quantile(), include_current=value).include_current is value
 
 
-@pytest.mark.parametrize("value", [None, 0, 1, 1.0, "True", np.True_])
+@pytest.mark.parametrize("value", [0, 1, 1.0, "True", np.True_])
 def test_a_flag_takes_nothing_else(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
+    says = f"takes True or False, but got {value!r} of type {type(value).__name__}."
+    with pytest.raises(TypeError, match=exactly(f"global_clipping {says}")):
         check_flag("global_clipping", value)
-    assert str(caught.value) == (
-        f"global_clipping takes True or False, but got {value!r} of type {type(value).__name__}."
-    )
+    with pytest.raises(TypeError, match="include_current takes True or False or None, but got"):
+        GroupSettings(Quantile(), include_current=value)
 
 
 def test_known_settings_pass() -> None:
@@ -205,23 +292,196 @@ def test_unknown_settings_are_named_with_the_known_ones() -> None:
         check_known_settings(["a", "b", "c"], ["b"], "group 0")
 
 
-# -- where they are used -----------------------------------------------------------------------
+# -- the settings of a group -------------------------------------------------------------------
 
 
-def test_rules_and_histories_check_their_settings() -> None:
-    with pytest.raises(ValueError, match=r"quantile takes .* got 1.5"):
-        Quantile(1.5)
-    with pytest.raises(TypeError, match=r"quantile takes .* got True"):
-        Quantile(True)
-    with pytest.raises(ValueError, match=r"deviations takes .* got -1"):
-        Standard(-1)
+def test_histories_check_their_settings() -> None:
     with pytest.raises(ValueError, match=r"history_length takes .* got 0"):
         History(1, Quantile(), 0)
     with pytest.raises(TypeError, match=r"history_length takes .* got 10.0"):
         History(1, Quantile(), 10.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"rule takes a Rule such as Quantile\(0\.9\), .* got 0\.9"):
+        GroupSettings(0.9)  # type: ignore[arg-type]
 
 
 def test_a_rule_keeps_a_plain_float() -> None:
     """A NumPy scalar would find its way into the JSON of a saved state."""
     assert type(Quantile(np.float32(0.5)).quantile) is float  # type: ignore[arg-type]
     assert type(Standard(3).deviations) is float
+
+
+@pytest.mark.parametrize(
+    ("rule", "current", "says"),
+    [
+        (Quantile(0.5, 2.0), True, 'record="clipped" needs include_current=False'),
+        (Quantile(0.5), False, 'record="clipped" does not work with Quantile'),
+        (Standard(0.0), False, 'record="clipped" does not work with Standard'),
+    ],
+)
+def test_where_clipped_norms_cannot_be_recorded(rule: Any, current: bool, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        GroupSettings(rule, include_current=current, record="clipped")
+
+
+def test_merged_replaces_settings_by_their_flat_names() -> None:
+    before = GroupSettings(Quantile(0.5), 10, max_norm=2.0)
+    after = before.merged({"quantile": 0.75, "max_norm": None, "on_spike": "zero"})
+    assert after == GroupSettings(Quantile(0.75), 10, on_spike="zero")
+    assert before == GroupSettings(Quantile(0.5), 10, max_norm=2.0)
+    assert before.merged({}) is before
+    with pytest.raises(ValueError, match="quantile takes a real number"):
+        before.merged({"quantile": 2.0})
+
+
+# -- the settings of a clipper -----------------------------------------------------------------
+
+
+def test_a_clippers_settings_from_a_rule_or_from_its_class() -> None:
+    flat = ClipperSettings.make("QuantileClip", Quantile, quantile=0.5, history_length=10)
+    whole = ClipperSettings.make("QuantileClip", Quantile(0.5), history_length=10)
+    assert flat == whole
+    assert flat.mode == "parameter"
+    assert flat.defaults == GroupSettings(Quantile(0.5), 10).settings
+
+
+@pytest.mark.parametrize("mode", ["global", "group"])
+def test_modes(mode: str) -> None:
+    made = ClipperSettings.make("Clipper", Quantile(), **{f"{mode}_clipping": True})
+    assert made.mode == mode
+    assert made.modes == {
+        "global_clipping": mode == "global",
+        "group_clipping": mode == "group",
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "error", "says"),
+    [
+        (Quantile, {"quantil": 0.5}, TypeError, "unexpected keyword argument 'quantil'"),
+        (Quantile(), {"quantile": 0.5}, TypeError, "unexpected keyword argument 'quantile'"),
+        (Quantile, {"quantile": True}, TypeError, "quantile takes a real number"),
+        (Quantile, {"global_clipping": 1}, TypeError, "global_clipping takes True or False"),
+        (
+            Quantile,
+            {"global_clipping": True, "group_clipping": True},
+            ValueError,
+            "Choose one of the two",
+        ),
+        (Quantile, {"record": "clipped"}, ValueError, "needs include_current=False"),
+    ],
+)
+def test_wrong_arguments_of_a_clipper(
+    rule: Any, given: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        ClipperSettings.make("Clipper", rule, **given)
+
+
+def test_groups_override_what_they_name() -> None:
+    every = ClipperSettings.make("Clipper", Quantile(0.5), history_length=10)
+    assert every.for_group({}) is every.default
+    assert every.for_group({"quantile": 0.75}) == GroupSettings(Quantile(0.75), 10)
+    assert every.taken_from({"lr": 0.1, "quantile": 0.75}) == GroupSettings(Quantile(0.75), 10)
+    with pytest.raises(ValueError, match="A parameter group of Clipper got the unknown setting"):
+        every.for_group({"quantil": 0.75})
+    whole = ClipperSettings.make("Clipper", Quantile(0.5), global_clipping=True)
+    with pytest.raises(ValueError, match="a group cannot have settings of its own, but got 'quant"):
+        whole.for_group({"quantile": 0.75})
+
+
+def test_what_a_clippers_repr_shows() -> None:
+    every = ClipperSettings.make("Clipper", Quantile(0.5), group_clipping=True, max_norm=2.0)
+    own = every.for_group({"quantile": 0.75})
+    assert every.describe([(1, every.default, ""), (3, own, " here")]) == (
+        "Clipper(\n"
+        "    quantile=0.5, factor=1.0, history_length=1000, max_norm=2.0\n"
+        "    group_clipping=True\n"
+        "    group 0: 1 parameter\n"
+        "    group 1: 3 parameters here, quantile=0.75\n"
+        ")"
+    )
+
+
+# -- groups as users see them ------------------------------------------------------------------
+
+
+def test_writing_to_a_group_goes_through_the_clipper() -> None:
+    written: list[tuple[str, Any]] = []
+
+    def write(name: str, value: Any) -> Any:
+        written.append((name, value))
+        return check_quantile(value)
+
+    group = ParamGroup({"params": [1], "quantile": 0.9}, write)
+    group["quantile"] = np.float32(0.5)
+    group.update(quantile=0.25)
+    assert written == [("quantile", np.float32(0.5)), ("quantile", 0.25)]
+    assert group == {"params": [1], "quantile": 0.25}
+    with pytest.raises(ValueError, match="quantile takes"):
+        group["quantile"] = 2.0
+    assert group["quantile"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["params", "param_names", "quantil"])
+def test_what_cannot_be_written_to_a_group(name: str) -> None:
+    group = ParamGroup({"params": [], "param_names": [], "quantile": 0.9}, lambda _, value: value)
+    with pytest.raises(KeyError, match="The settings of this group are 'quantile'"):
+        group[name] = []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda group: group.pop("quantile"),
+        lambda group: group.popitem(),
+        lambda group: group.clear(),
+        lambda group: group.setdefault("quantile", 1),
+        lambda group: group.__delitem__("quantile"),
+        lambda group: group.__ior__({"quantile": 1}),
+    ],
+)
+def test_settings_of_a_group_are_not_removed(change: Callable[[Any], Any]) -> None:
+    group = ParamGroup({"params": [], "quantile": 0.9}, lambda _, value: value)
+    with pytest.raises(TypeError, match="can be changed, not removed"):
+        change(group)
+    assert group == {"params": [], "quantile": 0.9}
+
+
+def test_a_copy_of_a_group_is_a_plain_dict() -> None:
+    group = ParamGroup({"params": [], "quantile": 0.9}, lambda _, value: value)
+    copied = copy.deepcopy(group)
+    assert type(copied) is dict
+    assert copied == group
+
+
+# -- rows --------------------------------------------------------------------------------------
+
+
+def test_rows_that_can_be_recorded_together() -> None:
+    a, b = GroupSettings(Quantile(0.5), 10), GroupSettings(Quantile(0.9), 10, max_norm=1.0)
+    c = GroupSettings(Quantile(0.5), 11)
+    assert list(batches([a, c, b, a]).values()) == [[0, 2, 3], [1]]
+    assert list(batches([a, c, b, a], "xxxy").values()) == [[0, 2], [1], [3]]
+
+
+def test_what_rows_are_called() -> None:
+    assert row_names("parameter", ["w", "b"], 1) == ("w", "b")
+    assert row_names("group", ["w", "b"], 2) == ("group 0", "group 1")
+    assert row_names("global", ["w", "b"], 2) == ("all parameters",)
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows", "count"),
+    [("parameter", [[2, 0], [1]], 3), ("group", [[1], [0]], 2), ("global", [[0], [0]], 1)],
+)
+def test_a_state_splits_into_the_rows_it_was_made_of(mode: Any, rows: Any, count: int) -> None:
+    each = [GroupSettings(Quantile(q), 4) for q in (0.5, 0.9)]
+    each = each[:1] * 2 if mode == "global" else each
+    infos = [[ParameterInfo("a", (2,)), ParameterInfo("b", (3,))], [ParameterInfo("c", ())]]
+    windows = [np.arange(1, row + 2, dtype=np.float32) for row in range(count)]
+    recorded = np.arange(7, 7 + count)
+    state = make_state("jax", "quantile", mode, each, infos, rows, windows, recorded)
+    assert [len(g.parameters) for g in state.groups] == ([3] if mode == "global" else [2, 1])
+    again, counts = split_state(state, rows, count)
+    assert [window.tolist() for window in again] == [window.tolist() for window in windows]
+    assert counts.tolist() == recorded.tolist()
