@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 
 from autoclip.core import History, Quantile
 from autoclip.torch import Clipper, QuantileClip, StandardClip
-from autoclip.torch._histories import TensorHistory
+from autoclip.torch._history import TensorHistory
 
 pytestmark = pytest.mark.gpu
 
@@ -223,7 +223,7 @@ def test_parameters_that_move_take_their_history_along(global_clipping: bool) ->
         clipper.step()
         expected = history.record([math.hypot(*norms)] if global_clipping else norms)
         np.testing.assert_allclose(clipper.last.thresholds.cpu(), expected.thresholds, rtol=1e-5)
-        kinds = {type(bank.history) for bank in clipper._rows.banks}
+        kinds = {type(bank.history) for bank in clipper._pipeline.rows.batches}
         assert kinds == {TensorHistory if device == "cuda" else History}
     assert {len(window) for window in windows(clipper)} == {len(where)}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from autoclip.core import GroupState, History, ParameterInfo, State
-from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError, _histories, _rows
+from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError, _history, _rows
 
 LENGTH = 6
 SHAPES = [(3,), (4, 70), (1,)]
@@ -154,8 +154,8 @@ def test_the_same_past_gives_the_same_bytes(
     for norms in stream:
         step(clipper, norms)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_histories, "_ALLOCATE_AT_ONCE", 0)
-        patch.setattr(_histories, "_FIRST_CAPACITY", 1)
+        patch.setattr(_history, "_ALLOCATE_AT_ONCE", 0)
+        patch.setattr(_history, "_FIRST_CAPACITY", 1)
         current = RULES[rule](parameters(), global_clipping=global_clipping)
         for norms in stream:
             step(current, norms)

@@ -151,7 +151,7 @@ def assert_identical_after_200_steps(spread: Any, net: Any, place: int, places: 
             clipped[i] += (clipper.last.coefficients < 1).sum()
     assert clipped.min() > 30
     for clipper in (optimizer.clipper, globally):
-        assert int(clipper._rows.read()[1].max()) == 200
+        assert int(clipper._pipeline.rows.read()[1].max()) == 200
         assert_same_everywhere(clipper)
 
 

@@ -31,5 +31,5 @@ def test_every_example_runs(tmp_path):
         exec(blocks[1], namespace)
     assert (Path(tmp_path) / "checkpoint").is_dir()
     assert clipper.state_dict() == before
-    assert clipper._rows.read()[1].tolist() == [5] * 4
+    assert clipper._pipeline.rows.read()[1].tolist() == [5] * 4
     assert_same_everywhere(clipper)

@@ -106,13 +106,17 @@ class Clipper(Saveable):
             parameters,
         )
 
-    def _start(self, settings: ClipperSettings, parameters: ParamsT | None = None) -> None:
+    def _start(self, settings: ClipperSettings, parameters: ParamsT) -> None:
         """What every constructor does once the settings are checked."""
         self._pipeline = Pipeline(settings)
         self._attachment: Attachment | None = None
-        if parameters is not None:
-            for group in entries_of(parameters):
-                self.add_param_group(group)
+        for group in entries_of(parameters):
+            if not isinstance(group, dict):
+                raise TypeError(
+                    "A clipper takes groups or tensors, but after a group came "
+                    f"{torch.typename(group)}."
+                )
+            self.add_param_group(group)
 
     # -- settings and groups -----------------------------------------------------------------
 
@@ -338,7 +342,7 @@ class Clipper(Saveable):
         """Attach a new clipper whose groups are the optimizer's, one to one."""
         check_optimizer(optimizer, "as_optimizer")
         clipper = cls.__new__(cls)
-        clipper._start(settings)
+        clipper._pipeline, clipper._attachment = Pipeline(settings), None
         for group in optimizer.param_groups:
             own = settings.taken_from(group)
             clipper._pipeline.groups.add(group["params"], own, group.get("param_names"))

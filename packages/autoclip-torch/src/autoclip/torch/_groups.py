@@ -312,8 +312,8 @@ class Groups:
         return settings.settings[name]
 
 
-def entries_of(parameters: ParamsT) -> list[dict[str, Any]]:
-    """The groups in what a clipper's constructor got.
+def entries_of(parameters: ParamsT) -> list[Any]:
+    """What a clipper's constructor got, as groups, if the first entry is right.
 
     Raises:
         TypeError, ValueError: it is a single tensor, a set, or empty.

@@ -24,8 +24,8 @@ __all__ = ["Norms", "Route", "coefficients_on", "merged", "total_norm", "unscale
 Norms: TypeAlias = npt.NDArray[np.float64] | Tensor
 """[n]: a NumPy array on the CPU, a tensor on any other device."""
 
-# Squares of norms between these, up to a million of them, add up within float64.
-_SMALLEST, _LARGEST = 1e-140, 1e140
+# A sum of squares between these has lost nothing that counts at either end of float64's range.
+_SMALLEST, _LARGEST = 1e-280, 1e300
 
 
 class Route:
@@ -165,8 +165,9 @@ def total_norm(measured: Mapping[torch.device, Norms], home: torch.device | None
     norms = merged(measured, home)
     if not isinstance(norms, np.ndarray):
         return _joint_norms_of(norms[None])[0]
-    square = float(norms.dot(norms))
-    if _SMALLEST**2 < square < _LARGEST**2:
+    with np.errstate(over="ignore"):
+        square = float(norms.dot(norms))
+    if _SMALLEST < square < _LARGEST:
         return math.sqrt(square)
     return float(_joint_norms(norms[None])[0])
 
