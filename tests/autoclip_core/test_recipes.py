@@ -1,0 +1,215 @@
+"""Published clippers as settings of ours, against their own equations; see docs/recipes.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from autoclip.core import History, Quantile, Report, Standard
+from autoclip.core._settings import GroupSettings
+
+Norms = npt.NDArray[np.float64]
+
+
+def stream(steps: int = 600, seed: int = 0) -> list[float]:
+    """Falling norms with noise, and a spike in fifty; float32, as histories hold them."""
+    random = np.random.default_rng(seed)
+    norms = random.lognormal(0, 0.3, steps) * np.linspace(3, 1, steps)
+    spikes = random.random(steps) < 0.02
+    return np.float32(norms * np.where(spikes, random.uniform(5, 50, steps), 1)).tolist()
+
+
+def run(norms: list[float], rule: Any, length: int, **settings: Any) -> list[Report[Norms]]:
+    history = History.of([GroupSettings(rule, length, **settings)])
+    return [history.record([norm]) for norm in norms]
+
+
+def coefficients(reports: list[Report[Norms]]) -> list[float]:
+    return [float(report.coefficients[0]) for report in reports]
+
+
+def largest_deviation(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(found, expected))
+
+
+# -- quantiles ---------------------------------------------------------------------------------
+
+
+def test_the_papers_algorithm_1() -> None:
+    """Append the norm to the history, clip to the p-th percentile of all of it."""
+    norms, past, expected = stream(), [], []
+    for norm in norms:
+        past.append(norm)
+        expected.append(min(1.0, np.percentile(past, 10) / norm))
+    found = coefficients(run(norms, Quantile(0.1), 10**9))
+    assert largest_deviation(found, expected) <= 2.0**-52
+
+
+@pytest.mark.parametrize("length", [50, 1000])
+def test_autoclip_0_2_1_quantile(length: int) -> None:
+    """Its formulas: the threshold is computed before the norm is appended; infinite at first."""
+    norms, expected = stream(), []
+    for step, norm in enumerate(norms):
+        past = norms[max(0, step - length) : step]
+        expected.append(min(1.0, np.quantile(past, 0.9) / norm) if past else 1.0)
+    found = coefficients(run(norms, Quantile(0.9), length, include_current=False))
+    assert found == expected
+
+
+def test_autoclip_0_2_1_standard() -> None:
+    """Mean and `torch.std`, the sample's deviation (n - 1), where ours is the population's (n)."""
+    norms, length = stream(), 50
+    found, expected = [], []
+    reports = run(norms, Standard(2.0), length, warmup_steps=2)
+    for step, (norm, report) in enumerate(zip(norms, reports)):
+        past = norms[max(0, step - length) : step]
+        if len(past) >= 2:
+            # The same deviation in the original's convention.
+            factor = np.sqrt((len(past) - 1) / len(past))
+            limit = np.mean(past) + 2.0 * factor * np.std(past, ddof=1)
+            found.append(float(report.coefficients[0]))
+            expected.append(min(1.0, limit / norm))
+    assert largest_deviation(found, expected) < 1e-13
+
+
+def test_bitsandbytes_percentile_clipping() -> None:
+    """A ring of 100 squared norms, an order statistic of it, and the square root of that.
+
+    The original fills its ring with the first norm where ours is shorter, and takes the value at
+    the index `percentile`, between whose neighbors ours interpolates: after 100 steps the position
+    p in 0 ... 99 is the quantile p / 99.
+    """
+    norms, percentile = stream(), 5
+    ring, expected = np.zeros(100), []
+    for step, norm in enumerate(norms):
+        ring[:] = norm**2 if step == 0 else ring
+        ring[step % 100] = norm**2
+        limit = np.sqrt(np.sort(ring)[percentile])
+        expected.append(min(1.0, limit / norm))
+    found = coefficients(run(norms, Quantile(percentile / 99), 100))
+    assert largest_deviation(found[99:], expected[99:]) < 1e-12
+    assert largest_deviation(found[:99], expected[:99]) > 1e-3  # while the original's ring fills
+
+
+@pytest.mark.parametrize("c", [1.5, 3.0])
+def test_a_multiple_of_the_median(c: float) -> None:
+    norms = stream()
+    expected = [
+        min(1.0, c * np.median(norms[max(0, step - 128) : step]) / norm) if step else 1.0
+        for step, norm in enumerate(norms)
+    ]
+    found = coefficients(run(norms, Quantile(0.5, c), 128, include_current=False))
+    assert largest_deviation(found, expected) < 1e-15
+
+
+# -- means and deviations ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [3.0, 6.0])
+def test_skipped_steps_of_levanter_and_olmo(sigma: float) -> None:
+    """A step is dropped if its norm exceeds mean + sigma · std of the last 128, once 64 are known.
+
+    OLMo-core takes the sample's deviation (n - 1), which the expectation here converts.
+    """
+    norms, expected = stream(), []
+    for step, norm in enumerate(norms):
+        past = np.array(norms[max(0, step - 128) : step])
+        population = np.sqrt(np.mean((past - past.mean()) ** 2)) if step else np.inf
+        known = step >= 64
+        expected.append(float(not (known and norm > past.mean() + sigma * population)))
+    reports = run(norms, Standard(sigma), 128, warmup_steps=64, on_spike="skip")
+    assert coefficients(reports) == expected
+    assert 0.0 in expected
+
+
+def test_adagc() -> None:
+    """An exponential average of clipped norms times 1.04, after a warm-up, per tensor.
+
+    The original starts the average as the least norm of its warm-up, which is not reproduced. It
+    decays, and the two agree from then on but for what is older than our window.
+    """
+    norms, beta, factor, warmup = stream(3000), 0.98, 1.04, 100
+    mean, expected = min(norms[:warmup]), []
+    for step, norm in enumerate(norms):
+        coefficient = min(1.0, factor * mean / norm) if step >= warmup else 1.0
+        expected.append(coefficient)
+        if step >= warmup:
+            mean = beta * mean + (1 - beta) * norm * coefficient
+    rule = Standard(0.0, decay=beta, factor=factor)
+    reports = run(norms, rule, 1000, record="clipped", warmup_steps=warmup)
+    found = coefficients(reports)
+    assert found[:warmup] == expected[:warmup]
+    near_the_start = largest_deviation(found[warmup : warmup + 50], expected[warmup : warmup + 50])
+    late = largest_deviation(found[-200:], expected[-200:])
+    assert late < 1e-4 < near_the_start
+
+
+# -- ZClip -------------------------------------------------------------------------------------
+
+
+def zclip_coefficients(norms: list[float], **options: Any) -> list[float]:
+    """The real zclip 1.0.0 on gradients of these norms."""
+    torch = pytest.importorskip("torch")
+    zclip = pytest.importorskip("zclip")
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    clipper = zclip.ZClip(max_grad_norm=None, eps=0.0, **options)
+    found = []
+    for norm in norms:
+        model.weight.grad = torch.full((1, 1), norm, dtype=torch.float64)
+        clipper.step(model)
+        found.append(float(model.weight.grad) / norm)
+    return found
+
+
+@dataclass(frozen=True)
+class ToTheMean(Standard):
+    """A spike is scaled down to the mean; a rule of one's own, as in docs/rules.md."""
+
+    name: ClassVar[str] = "to_the_mean"
+
+    @staticmethod
+    def clip_to(
+        window: Any,
+        norm: Any,
+        threshold: Any,
+        deviations: Any,
+        decay: Any,
+        factor: Any,
+        shrink: bool,
+    ) -> Any:
+        weights = decay**window.age
+        return window.sum(weights * window.norms) / window.sum(weights)
+
+
+ZCLIP: dict[str, tuple[dict[str, Any], Standard]] = {
+    "adaptive_scaling": (
+        {"mode": "zscore", "clip_option": "adaptive_scaling"},
+        Standard(2.5, decay=0.97, shrink=True),
+    ),
+    "mean": ({"mode": "zscore", "clip_option": "mean"}, ToTheMean(2.5, decay=0.97)),
+    "percentile": ({"mode": "percentile"}, Standard(2.5, decay=0.97)),
+}
+
+
+@pytest.mark.parametrize("option", ZCLIP)
+def test_zclip(option: str) -> None:
+    """The same mean, but another variance, and so slightly other coefficients.
+
+    The original's variance averages `(norm - mean)²` around the mean of each step, which has taken
+    in the norm already; ours is the weighted variance around the present mean. It starts from 25
+    norms with equal weights; ours weighs those by age, too.
+    """
+    options, rule = ZCLIP[option]
+    norms = stream(2000)
+    expected = zclip_coefficients(norms, alpha=0.97, z_thresh=2.5, warmup_steps=25, **options)
+    found = coefficients(run(norms, rule, 1000, record="clipped", warmup_steps=25))
+    assert found[:25] == pytest.approx(expected[:25], rel=1e-6)
+    agree = [(a, b) for a, b in zip(found, expected) if (a < 0.999) == (b < 0.999)]
+    clipped = [(a, b) for a, b in agree[200:] if b < 0.999]
+    assert len(agree) >= 0.99 * len(norms)
+    assert len(clipped) > 30
+    assert max(abs(a - b) / b for a, b in clipped) < 0.05
