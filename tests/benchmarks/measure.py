@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from shapes import resnet50
 
-from autoclip.core import GroupState, ParameterInfo, State
+from autoclip.core import GroupState, ParameterInfo, Quantile, State
+from autoclip.core.adapter import ClipperSettings
 
 __all__ = [
     "Timing",
@@ -65,13 +66,19 @@ def full_history(
     if global_clipping:
         sizes = [float(np.sqrt(np.square(sizes).sum()))]
     windows = [size * factors(generator, history_length) for size in sizes]
+    settings = ClipperSettings.make(
+        "QuantileClip",
+        Quantile(0.9),
+        history_length=history_length,
+        global_clipping=global_clipping,
+    )
     group = GroupState.from_windows(
-        {"quantile": 0.9, "history_length": history_length},
+        settings.defaults,
         [ParameterInfo(None, shape) for shape in shapes],
         windows,
         [history_length] * len(windows),
     )
-    return State("quantile", global_clipping, framework, (group,)).to_dict()
+    return State("quantile", settings.mode, framework, (group,)).to_dict()
 
 
 def factors(generator: np.random.Generator, count: int) -> np.ndarray:
