@@ -119,6 +119,7 @@ class ByHand:
         rules: one for all variables, or one each.
         history_length: of all rows.
         global_clipping: one row for all variables.
+        settings: the history's other settings.
     """
 
     def __init__(
@@ -128,9 +129,11 @@ class ByHand:
         rules: Rule | Sequence[Rule] = Quantile(0.5),  # noqa: B008 (frozen)
         history_length: int = 1000,
         global_clipping: bool = False,
+        **settings: Any,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self._rules, self._history_length = rules, history_length
+        self._settings = settings
         self._global = global_clipping
         self._history: History | None = None  # until the model has variables
         self.reports: list[Report[Any]] = []
@@ -149,7 +152,7 @@ class ByHand:
         if self._global:
             norms = [np.linalg.norm(norms)]
         if self._history is None:
-            self._history = History(len(norms), self._rules, self._history_length)
+            self._history = History(len(norms), self._rules, self._history_length, **self._settings)
         report = self._history.record(norms)
         self.reports.append(report)
         factors = np.broadcast_to(report.coefficients, len(dense))

@@ -12,10 +12,10 @@ from autoclip.tf import QuantileClip, StandardClip, StateError
 KINDS = {
     "quantile": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, 4),
     "standard, global": lambda optimizer: StandardClip.as_optimizer(
-        optimizer, 0.5, 4, global_clipping=True
+        optimizer, 0.5, 4, global_clipping=True, warmup_steps=2
     ),
     "groups": lambda optimizer: QuantileClip.as_optimizer(
-        optimizer, 0.5, 4, param_groups=[{"match": "bias", "quantile": 0.2}]
+        optimizer, 0.5, 4, group_settings=[{"match": "bias", "quantile": 0.2}]
     ),
 }
 
@@ -226,7 +226,7 @@ class TestAlone:
         standard = StandardClip()
         self.steps(standard, variable, AFTER)
         state = standard.state_dict()
-        with pytest.raises(StateError, match=r"the tf\.train\.Checkpoint holds .* quantile rule"):
+        with pytest.raises(StateError, match=r"the tf\.train\.Checkpoint holds .* rule 'quantile'"):
             tf.train.Checkpoint(clipper=standard).restore(path)
         assert standard.state_dict() == state
 

@@ -19,9 +19,11 @@ pytestmark = pytest.mark.processes(1, devices=2)
 
 CLIPPERS = {
     "parameter-wise": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, 10),
-    "global": lambda optimizer: StandardClip.as_optimizer(optimizer, 0.5, 10, global_clipping=True),
+    "global": lambda optimizer: StandardClip.as_optimizer(
+        optimizer, 0.5, 10, global_clipping=True, include_current=True, warmup_steps=0
+    ),
     "groups": lambda optimizer: QuantileClip.as_optimizer(
-        optimizer, 0.9, 10, param_groups=[{"match": "bias", "quantile": 0.3, "history_length": 4}]
+        optimizer, 0.9, 10, group_settings=[{"match": "bias", "quantile": 0.3, "history_length": 4}]
     ),
 }
 
@@ -59,14 +61,10 @@ def windows(clipper):
 
 
 def variables_of(clipper):
-    built = clipper._built
-    histories = [bank.history for bank in built.rows._banks]
-    return [
-        *(v for h in histories for v in (h._values, h._ordered, h._lengths, h._recorded)),
-        built.last.norms,
-        built.last.thresholds,
-        built.last.coefficients,
-    ]
+    pipeline = clipper._pipeline
+    histories = [batch.history for batch in pipeline.rows._batches]
+    variables = [v for h in histories for v in (h._values, h._ordered, h._lengths, h._recorded)]
+    return [variable for variable in (*variables, pipeline._report) if variable is not None]
 
 
 def assert_in_step(clipper):
@@ -239,7 +237,7 @@ def test_what_two_devices_saved_one_loads_and_the_reverse(tmp_path):
     assert clipper.state_dict() == one.optimizer.clipper.state_dict()
     assert_in_step(clipper)
     state = clipper.state_dict()
-    with pytest.raises(StateError, match="quantile rule"):
+    with pytest.raises(StateError, match="the rule 'quantile'"):
         clipper.load_state_dict(
             fit(make_model(mirrored().scope(), CLIPPERS["groups"])).state_dict()
         )

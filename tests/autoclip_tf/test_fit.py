@@ -51,12 +51,13 @@ def test_fit_is_the_loop_by_hand(model, growing, fit, by_hand, how, global_clipp
 
 
 def test_standard_clip_and_a_window_that_is_full(model, growing, fit, by_hand):
-    expected = by_hand(model(), keras.optimizers.SGD(1e-2), Standard(0.5), 5).fit(
+    settings = {"warmup_steps": 2}
+    expected = by_hand(model(), keras.optimizers.SGD(1e-2), Standard(0.5), 5, **settings).fit(
         *growing, epochs=3
     )
     assert expected.clipped > 2
     ours = model()
-    optimizer = StandardClip.as_optimizer(keras.optimizers.SGD(1e-2), 0.5, 5)
+    optimizer = StandardClip.as_optimizer(keras.optimizers.SGD(1e-2), 0.5, 5, **settings)
     ours.compile(optimizer=optimizer, loss="mse", jit_compile=False)
     fit(ours, epochs=3)
     expected.assert_equals(ours, optimizer.clipper)

@@ -16,10 +16,13 @@ from autoclip.tf import QuantileClip, StandardClip, StateError
 SHAPES = [(3,), (2, 2)]
 CLIPPERS = {
     "quantile": lambda length=4, **s: QuantileClip(0.3, length, **s),
-    "standard": lambda length=4, **s: StandardClip(0.5, length, **s),
+    "standard": lambda length=4, **s: StandardClip(0.5, length, warmup_steps=2, **s),
     "quantile, global": lambda length=4: QuantileClip(0.3, length, global_clipping=True),
     "standard, groups": lambda length=4: StandardClip(
-        0.5, length, param_groups=[{"match": "0", "deviations": 0.1, "history_length": 2}]
+        0.5,
+        length,
+        warmup_steps=2,
+        group_settings=[{"match": "0", "deviations": 0.1, "history_length": 2}],
     ),
 }
 
@@ -178,7 +181,7 @@ class TestBuild:
 
     def test_what_can_be_checked_before_is(self, tmp_path):
         clipper = CLIPPERS["quantile"]()
-        with pytest.raises(StateError, match="standard rule"):
+        with pytest.raises(StateError, match="the rule 'standard'"):
             clipper.load_state_dict(trained(CLIPPERS["standard"])[0].state_dict())
         with pytest.raises(StateError, match="global_clipping=True"):
             clipper.load_state_dict(trained(CLIPPERS["quantile, global"])[0].state_dict())
@@ -205,10 +208,10 @@ class TestFailingLoads:
     @pytest.mark.parametrize(
         ("other", "words"),
         [
-            (lambda: trained(CLIPPERS["standard"])[0], "the standard rule"),
+            (lambda: trained(CLIPPERS["standard"])[0], "the rule 'standard'"),
             (lambda: trained(CLIPPERS["quantile, global"])[0], "global_clipping=True"),
             (
-                lambda: trained(lambda: QuantileClip(param_groups=[{"match": "v1"}]))[0],
+                lambda: trained(lambda: QuantileClip(group_settings=[{"match": "v1"}]))[0],
                 "2 parameter groups, but the clipper has 1",
             ),
         ],
@@ -288,7 +291,8 @@ class TestBytes:
             ("v0", (3,)),
             ("v1", (2, 2)),
         ]
-        assert state.groups[0].settings == {"quantile": 0.3, "history_length": 4}
+        assert state.groups[0].settings == clipper.defaults
+        assert clipper.defaults["quantile"] == 0.3 and clipper.defaults["history_length"] == 4
         assert state.groups[0].recorded.tolist() == [7, 7]
         windows = [window.tolist() for window in state.groups[0].windows()]
         assert windows == [pytest.approx([4, 5, 6, 7]), pytest.approx([40, 50, 60, 70])]
@@ -332,7 +336,7 @@ class TestOtherHistoryLengths:
             pytest.approx([6, 7]),
             pytest.approx([60, 70]),
         ]
-        assert other.defaults == {"quantile": 0.3, "history_length": 2}
+        assert other.defaults == {**clipper.defaults, "history_length": 2}
 
 
 def test_variables_of_any_dtype_and_order_keep_their_rows():

@@ -318,7 +318,7 @@ class Clipper(KerasSaving):
         """What the last step did, row by row: norms, thresholds, coefficients, and rows' names.
 
         Rows are in the order of the parameter groups; under global clipping there is one. Norms,
-        thresholds and coefficients are float64[rows] tensors. They are not saved.
+        thresholds and coefficients are float32[rows] tensors. They are not saved.
 
         Raises:
             RuntimeError: no step has met a gradient yet, or the last one met none.

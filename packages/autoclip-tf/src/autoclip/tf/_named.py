@@ -111,7 +111,7 @@ class StandardClip(Clipper):
     >>> for size in (2.0, 6.0, 9.0):
     ...     pairs = clipper([(tf.fill([4], size / 2), weight)])
     >>> clipper.last.thresholds.numpy()  # the mean is 4, the deviation 2
-    array([6.])
+    array([6.], dtype=float32)
     """
 
     def __init__(

@@ -59,14 +59,17 @@ def gradient_norms(gradients: Sequence[Gradient | None], xla: bool) -> tf.Tensor
             stacks.setdefault((values.dtype, *values.shape), {})[i] = values
         else:
             large[i] = _real(values)
-    parts = [_small_norms(list(stack.values())) for stack in stacks.values()]
+    parts = []
+    if stacks:
+        parts.append(_small_norms([list(stack.values()) for stack in stacks.values()]))
     if large:
         parts.append((_xla_norms if xla else _graph_norms)(list(large.values())))
     order = [i for stack in stacks.values() for i in stack] + list(large)
-    if len(order) < len(gradients):
-        order += [i for i, gradient in enumerate(gradients) if gradient is None]
-        parts.append(tf.zeros([len(gradients) - sum(p.shape[0] for p in parts)], tf.float64))
+    none = [i for i, gradient in enumerate(gradients) if gradient is None]
+    if none:
+        parts.append(tf.zeros([len(none)], tf.float64))
     norms = parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
+    order += none
     return norms if order == sorted(order) else tf.gather(norms, np.argsort(order))
 
 
@@ -116,13 +119,19 @@ def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _small_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The norms of arrays of one shape and dtype, of at most 32 bits for each real number."""
+def _small_norms(stacks: Sequence[Sequence[tf.Tensor]]) -> tf.Tensor:
+    """The norms, in order, of arrays of at most 32 bits for each real number.
+
+    Args:
+        stacks: arrays of equal shapes and dtypes.
+    """
     # In float64 the squares of float32 elements neither overflow nor underflow.
-    if len(arrays) == 1:
-        return tf.sqrt(2.0 * tf.nn.l2_loss(tf.cast(_real(arrays[0]), tf.float64)))[None]
-    wide = tf.cast(_real(tf.stack(arrays)), tf.float64)
-    return tf.sqrt(tf.reduce_sum(tf.square(wide), axis=list(range(1, wide.shape.rank))))
+    squares = []
+    for arrays in stacks:
+        wide = tf.cast(_real(tf.stack(arrays)), tf.float64)
+        axes = list(range(1, wide.shape.rank))
+        squares.append(tf.reduce_sum(tf.square(wide), axes))
+    return tf.sqrt(squares[0] if len(squares) == 1 else tf.concat(squares, axis=0))
 
 
 def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:

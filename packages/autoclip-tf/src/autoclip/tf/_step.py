@@ -159,11 +159,11 @@ class Pipeline:
 
     def _row_norms(self, norms: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """float64[rows]: the norms of what the rows stand for, from those of all variables."""
-        if self._mode == "parameter":
-            return norms
-        if finite is not None:
+        if finite is not None and self._zeroes.any():
             # Such a gradient becomes zero: the norm is that of what is left.
             norms = tf.where(self._zeroes & ~finite, tf.zeros((), tf.float64), norms)
+        if self._mode == "parameter":
+            return norms
         if len(self.rows) == 1:
             return root_of_squares(norms)[None]
         by_row = [
@@ -212,7 +212,7 @@ class Pipeline:
         values = self._report.read_value()
         if tf.executing_eagerly() and not values.numpy().any():
             return None
-        norms, thresholds, coefficients = tf.unstack(values)
+        norms, thresholds, coefficients = tf.unstack(tf.cast(values, tf.float32))
         return Report(norms, thresholds, coefficients, self.row_names)
 
     def reset(self) -> None:
