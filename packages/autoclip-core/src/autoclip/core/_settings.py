@@ -306,11 +306,12 @@ class ParamGroup(dict[str, Any]):
         self._write = write
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name in ("params", "param_names") or name not in self:
-            settings = [key for key in self if key not in ("params", "param_names")]
+        fixed = ("params", "param_names", "match")
+        if name in fixed or name not in self:
+            settings = [key for key in self if key not in fixed]
             raise KeyError(
                 f"{name!r} cannot be set. The settings of this group are "
-                f"{', '.join(map(repr, settings))}; parameters are added with add_param_group."
+                f"{', '.join(map(repr, settings))}."
             )
         super().__setitem__(name, self._write(name, value))
 

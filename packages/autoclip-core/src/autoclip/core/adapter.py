@@ -5,7 +5,7 @@ can be. A clipper measures norms, records them in its rows, and multiplies the g
 coefficients; its settings, rules, states and messages come from here.
 """
 
-from autoclip.core._attachment import AttachmentHandle
+from autoclip.core._attachment import AttachmentHandle, constructor
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
 from autoclip.core._ring import SMALLEST_NORM, is_recorded
 from autoclip.core._rows import make_state, row_names, split_state
@@ -43,6 +43,7 @@ __all__ = [
     "Window",
     "attached_message",
     "batches",
+    "constructor",
     "is_recorded",
     "make_state",
     "needs_order",
