@@ -15,9 +15,15 @@ from autoclip.core.adapter import (
     second_clipper_message,
     warn_user,
 )
-from autoclip.tf._private import REDUCE_METHOD, check_reduce_method
+from autoclip.tf._private import REDUCE_METHOD, check_reduce_method, inner_optimizers
 
-__all__ = ["AttachableClipper", "attach", "check_optimizer", "optimizer_with_updates"]
+__all__ = [
+    "AttachableClipper",
+    "attach",
+    "check_optimizer",
+    "optimizer_with_updates",
+    "optimizers_in",
+]
 
 CONFIG_KEY = "autoclip"
 """Where the optimizer's own class and the clipper are in `get_config()`."""
@@ -29,6 +35,12 @@ class AttachableClipper(Protocol):
     _handle: AttachmentHandle | None
     """Of the optimizer that it is attached to."""
 
+    _updates: int
+    """How many updates of its optimizer it has been called for, or was when they were traced."""
+
+    _unseen: bool
+    """Whether there was a warning of an update that it was not called for."""
+
     def build(self, variables: Iterable[Any]) -> None: ...
 
     def _clip(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]: ...
@@ -39,6 +51,13 @@ def optimizer_with_updates(optimizer: Any) -> Any:
     while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer
+
+
+def optimizers_in(optimizer: Any) -> list[Any]:
+    """All optimizers that make updates: of a `MultiOptimizer` those in it."""
+    optimizer = optimizer_with_updates(optimizer)
+    inner = inner_optimizers(optimizer)
+    return [each for one in inner for each in optimizers_in(one)] if inner else [optimizer]
 
 
 def check_optimizer(optimizer: Any) -> Any:
@@ -124,12 +143,28 @@ class _Attached:
             self.clipper.build(variables)
         super().build(variables)  # type: ignore[misc]
 
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.clipper._updates
+        result = super().apply(*args, **kwargs)  # type: ignore[misc]
+        _check_clipped(self, before)
+        return result
+
+    def apply_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.clipper._updates
+        result = super().apply_gradients(*args, **kwargs)  # type: ignore[misc]
+        _check_clipped(self, before)
+        return result
+
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        self.clipper._updates += 1
         return self.clipper._clip(list(getattr(super(), REDUCE_METHOD)(grads_and_vars)))
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()  # type: ignore[misc]
         config[CONFIG_KEY] = {
+            # Words for the error of a plain class that gets this configuration.
+            "note": "This optimizer has a clipper. Import autoclip.tf and load the configuration "
+            "with keras.optimizers.deserialize, or with from_config of the optimizer's own class.",
             "optimizer": _reference(self._plain_class),
             "clipper": keras.saving.serialize_keras_object(self.clipper),
         }
@@ -150,6 +185,21 @@ class _Attached:
     def _unpickle_model(self) -> Any:
         # Pickle looks for classes by their names, and under this one's name finds the plain class.
         return self._plain_class._unpickle_model  # type: ignore[attr-defined]
+
+
+def _check_clipped(optimizer: Any, updates: int) -> None:
+    """Warn, once, if an update went by that the clipper did not see."""
+    clipper = optimizer.clipper
+    if clipper._updates > updates or clipper._unseen:
+        return
+    if optimizer.gradient_accumulation_steps or not optimizer.built:
+        return  # only every n-th call is an update; or there was nothing to update
+    clipper._unseen = True
+    warn_user(
+        f"An update of this {type(optimizer).__name__} was not clipped: it does not pass through "
+        f"{REDUCE_METHOD} of Keras's Optimizer. Where an optimizer wraps another one, attach the "
+        "clipper to the inner one."
+    )
 
 
 @cache

@@ -15,6 +15,8 @@ from autoclip.core.adapter import (
     ClipperSettings,
     CommonSettings,
     ParamGroup,
+    constructor,
+    warn_user,
 )
 from autoclip.tf._attach import attach
 from autoclip.tf._groups import (
@@ -113,7 +115,7 @@ class Clipper(KerasSaving):
             check_memory([usable(each)])
         self._start(made, overrides)
 
-    @classmethod
+    @constructor
     def as_optimizer(
         cls,
         optimizer: OptimizerT,
@@ -290,7 +292,8 @@ class Clipper(KerasSaving):
         pairs = list(grads_and_vars)
         if self._pipeline is None:
             self.build([variable for _, variable in pairs])
-        return self._clip(pairs)
+        clipped = iter(self._clip([p for p in pairs if not overwritten_by_gradient(p[1])]))
+        return [pair if overwritten_by_gradient(pair[1]) else next(clipped) for pair in pairs]
 
     @tf.autograph.experimental.do_not_convert
     def _clip(
@@ -377,7 +380,16 @@ class Clipper(KerasSaving):
             ValueError: it and the clipper are built with different variables.
             RuntimeError: it has a clipper already, or the clipper is attached already.
         """
-        return attach(self, optimizer)
+        handle = attach(self, optimizer)
+        policies = [self._settings.default, *(each.settings for each in self._patterns)]
+        raises = any(each.on_nonfinite == "raise" for each in policies)
+        if raises and tf.config.list_physical_devices("GPU"):
+            warn_user(
+                "On a GPU, Keras compiles fit with XLA by default, and XLA cannot stop a step: "
+                'with on_nonfinite="raise" such a gradient is set to zero. Add AutoClipCallback '
+                "to fit, which raises after the batch, or compile with jit_compile=False."
+            )
+        return handle
 
     def __repr__(self) -> str:
         groups = [] if self._pipeline is None else self._pipeline.groups

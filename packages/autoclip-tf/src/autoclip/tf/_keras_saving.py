@@ -64,6 +64,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         """Begin without variables and without a history."""
         self._settings, self._patterns = settings, overrides
         self._pipeline = self._pending = self._handle = None
+        self._updates, self._unseen = 0, False
 
     # -- state -------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from autoclip.core import Quantile, Standard
-from autoclip.core.adapter import QuantileSettings, StandardSettings
+from autoclip.core.adapter import QuantileSettings, StandardSettings, constructor
 from autoclip.tf._clipper import Clipper, OptimizerT
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class QuantileClip(Clipper):
             **settings,
         )
 
-    @classmethod
+    @constructor
     def as_optimizer(  # type: ignore[override]
         cls,
         optimizer: OptimizerT,
@@ -132,7 +132,7 @@ class StandardClip(Clipper):
             **settings,
         )
 
-    @classmethod
+    @constructor
     def as_optimizer(  # type: ignore[override]
         cls,
         optimizer: OptimizerT,

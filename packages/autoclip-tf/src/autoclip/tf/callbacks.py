@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from autoclip.tf._attach import optimizers_in
 from autoclip.tf._clipper import Clipper
 from autoclip.tf.logging import log_values
 
@@ -16,12 +17,19 @@ class AutoClipCallback(keras.callbacks.Callback):
     """Log the clipper's numbers at the end of each epoch, and check it after each batch.
 
     The three values of `autoclip.tf.logging.log_values` for the epoch's last step join Keras's
-    own logs, so they stand in `History` and in the logs of every callback after this one, such as
-    `CSVLogger` and `TensorBoard`. With `on_nonfinite="raise"` it calls the clipper's `check` after
-    each batch, which waits for the device.
+    own logs, so they are in `History` and in the logs of every callback after this one, such as
+    `CSVLogger` and `TensorBoard`. It calls the clipper's `check` after each batch; with
+    `on_nonfinite="raise"` that waits for the device.
+
+    Args:
+        clipper: the clipper to log. None for that of the model's optimizer; give it if a model has
+            several optimizers, and one callback for each.
+        prefix: what the names of the values begin with, such as `"generator/"`.
 
     Raises:
-        ValueError: at the start of the training, if the model's optimizer has no clipper.
+        TypeError: `clipper` is not a clipper.
+        ValueError: at the start of the training, if the model's optimizer has no clipper, or
+            several have one.
 
     >>> import keras
     >>> import numpy as np
@@ -36,18 +44,37 @@ class AutoClipCallback(keras.callbacks.Callback):
     ['autoclip/clipped', 'autoclip/threshold', 'autoclip/total_norm', 'loss']
     """
 
+    def __init__(self, clipper: Clipper | None = None, prefix: str = "") -> None:
+        super().__init__()
+        if not (clipper is None or isinstance(clipper, Clipper)):
+            raise TypeError(
+                f"AutoClipCallback takes a clipper, such as optimizer.clipper, but got "
+                f"{clipper!r:.200} of type {type(clipper).__name__}."
+            )
+        self._given = clipper
+        self._prefix = prefix
+
     @property
     def clipper(self) -> Clipper:
-        """The clipper of the model's optimizer."""
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        clipper = getattr(optimizer, "clipper", None)
-        if not isinstance(clipper, Clipper):
+        """The clipper that was given, or that of the model's optimizer."""
+        if self._given is not None:
+            return self._given
+        found = [
+            optimizer.clipper
+            for optimizer in optimizers_in(self.model.optimizer)
+            if isinstance(getattr(optimizer, "clipper", None), Clipper)
+        ]
+        if not found:
             raise ValueError(
                 "AutoClipCallback logs what a clipper does, but the model's optimizer has none. "
                 "Compile with optimizer=QuantileClip.as_optimizer(optimizer)."
             )
-        return clipper
+        if len(found) > 1:
+            raise ValueError(
+                f"The model's optimizer has {len(found)} clippers. Give each its own callback: "
+                'AutoClipCallback(clipper, prefix="first/").'
+            )
+        return found[0]
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find the clipper; Keras calls this."""
@@ -60,4 +87,5 @@ class AutoClipCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add to the logs; Keras calls this."""
         if logs is not None:
-            logs.update(log_values(self.clipper))
+            values = log_values(self.clipper)
+            logs.update({f"{self._prefix}{name}": value for name, value in values.items()})
