@@ -173,3 +173,33 @@ class TestLogValues:
         }
         clipper(zip(map(tf.constant, [0.0, 0.0, 0.0]), variables))
         assert log_values(clipper) == {"autoclip/total_norm": 0.0}
+
+
+class TestSeveralClippers:
+    def make(self, model):
+        first, second = (QuantileClip.as_optimizer(keras.optimizers.SGD(1e-3)) for _ in range(2))
+        trained = model()
+        last = trained.layers[-1].name
+        trained.compile(
+            keras.optimizers.MultiOptimizer(
+                keras.optimizers.OptimizerMap(first, {f".*{last}.*": second})
+            ),
+            loss="mse",
+        )
+        return trained, first.clipper, second.clipper
+
+    @pytest.mark.skipif(
+        not hasattr(keras.optimizers, "MultiOptimizer"), reason="newer than this Keras"
+    )
+    def test_one_callback_each(self, model, fit):
+        trained, first, second = self.make(model)
+        with pytest.raises(ValueError, match="has 2 clippers"):
+            fit(trained, callbacks=[AutoClipCallback()])
+        callbacks = [AutoClipCallback(first, "first/"), AutoClipCallback(second, "second/")]
+        history = fit(trained, callbacks=callbacks)
+        names = [f"{which}/{name}" for which in ("first", "second") for name in NAMES]
+        assert sorted(history) == sorted(["loss", *names])
+
+    def test_something_else(self):
+        with pytest.raises(TypeError, match=r"takes a clipper, such as optimizer\.clipper"):
+            AutoClipCallback(keras.optimizers.SGD())

@@ -292,3 +292,26 @@ def test_a_direct_call_under_a_strategy_of_one_replica():
 
     step(tf.constant(1.0))
     np.testing.assert_allclose(step(tf.constant(3.0)), [2.0])
+
+
+def test_attached_to_a_built_optimizer_outside_of_the_scope():
+    """The histories are mirrored as its variables are: norms are recorded once an update."""
+    with mirrored().scope():
+        weight = tf.Variable(tf.zeros(2))
+        optimizer = keras.optimizers.SGD(1.0)
+        optimizer.build([weight])
+    clipper = QuantileClip(0.5)
+    clipper.attach(optimizer)
+
+    @tf.function
+    def step(gradients):
+        mirrored().run(lambda gradient: optimizer.apply([gradient], [weight]), args=(gradients,))
+
+    for size in (1.0, 3.0):
+        step(
+            mirrored().experimental_distribute_values_from_function(
+                lambda context, size=size: tf.constant([size / 2, 0.0])
+            )
+        )
+    np.testing.assert_allclose(windows(clipper), [[1.0, 3.0]])
+    assert_in_step(clipper)

@@ -480,3 +480,92 @@ def test_the_legacy_format_is_loaded_as_without_a_clipper(tmp_path):
     assert not clipper_of(loaded).built
     loaded.compile(adam(), loss="mean_squared_error")
     fit(loaded)
+
+
+class TestFrozenLayers:
+    """Where Keras loads, or warns and trains, the clipper keeps what matches and trains too."""
+
+    @pytest.mark.filterwarnings("ignore:Skipping variable loading")
+    @pytest.mark.parametrize(
+        "come_back",
+        [
+            lambda model, path: model.save(path) or keras.saving.load_model(path),
+            lambda model, path: copy.deepcopy(model),
+        ],
+        ids=["file", "deepcopy"],
+    )
+    def test_frozen_before_saving(self, come_back, tmp_path):
+        model = fit(make_model(adam()))
+        kept = clipper_of(model)._export_state().groups[0].windows()[2:]
+        model.get_layer("hidden").trainable = False
+        with pytest.warns(UserWarning, match=r"not used: 'hidden/kernel' of shape \(4, 8\); "):
+            other = come_back(model, str(tmp_path / "model.keras"))
+        found = clipper_of(other)._export_state().groups[0].windows()
+        np.testing.assert_equal(found, kept)
+        fit(other)
+        assert clipper_of(other)._export_state().groups[0].recorded.tolist() == [16, 16]
+
+    @pytest.mark.filterwarnings("ignore:Skipping variable loading")
+    def test_frozen_before_saving_in_global_mode(self, tmp_path):
+        model = fit(make_model(QuantileClip.as_optimizer(keras.optimizers.Adam(), 0.5, 10, True)))
+        model.get_layer("hidden").trainable = False
+        model.save(tmp_path / "model.keras")
+        with pytest.warns(UserWarning, match="start empty: group 0"):
+            other = keras.saving.load_model(tmp_path / "model.keras")
+        fit(other)
+        assert clipper_of(other)._export_state().groups[0].recorded.tolist() == [8]
+
+    @pytest.mark.filterwarnings("ignore:Skipping variable loading")
+    @pytest.mark.parametrize("frozen", ["hidden", "out"])
+    @pytest.mark.parametrize("built", [False, True])
+    def test_weights_between_stages(self, frozen, built, tmp_path):
+        file = tmp_path / "stage.weights.h5"
+        model = fit(make_model(adam()))
+        model.save_weights(file)
+        stage = make_model(adam())
+        stage.get_layer(frozen).trainable = False
+        stage.compile(adam(), loss="mse")
+        if built:
+            stage.optimizer.build(stage.trainable_variables)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            stage.load_weights(file)
+            fit(stage)
+        assert sum(f"not used: '{frozen}/kernel'" in str(each.message) for each in said) == 1
+        assert clipper_of(stage)._export_state().groups[0].recorded.tolist() == [16, 16]
+
+
+@pytest.mark.filterwarnings("ignore:A total of", "ignore:Skipping variable loading")
+@pytest.mark.parametrize("attach", [QuantileClip.as_optimizer, StandardClip.as_optimizer])
+def test_skip_mismatch_is_decided_when_loading(attach, tmp_path):
+    """Another last layer, and perhaps another rule: the first fit does not raise."""
+    file = tmp_path / "first.weights.h5"
+    fit(make_model(QuantileClip.as_optimizer(keras.optimizers.Adam()))).save_weights(file)
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(8, activation="relu", name="hidden")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="out")(hidden))
+    model.compile(attach(keras.optimizers.Adam()), loss="mse")
+    model.load_weights(file, skip_mismatch=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which histories start empty is said once tracing knows
+        fit(model)
+    same = attach == QuantileClip.as_optimizer
+    recorded = clipper_of(model)._export_state().groups[0].recorded.tolist()
+    assert recorded == ([16, 16, 8, 8] if same else [8] * 4)
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")
+def test_a_model_in_float8(tmp_path):
+    """Its scales are overwritten with their gradients; they have no history."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(16, name="dense")])
+    model.quantize("float8")
+    model.compile(adam(), loss="mse", jit_compile=False)
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    model.fit(x, x, verbose=0)
+    assert len(model.trainable_variables) > 2
+    assert clipper_of(model)._export_state().groups[0].recorded.tolist() == [1, 1]
+    model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    other.fit(x, x, verbose=0)
+    assert clipper_of(other)._export_state().groups[0].recorded.tolist() == [2, 2]

@@ -10,6 +10,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from autoclip.core import Quantile
 from autoclip.tf import QuantileClip
@@ -270,3 +271,52 @@ def test_attaching_and_training_warn_of_nothing(model, fit):
         warnings.simplefilter("error")
         optimizer = QuantileClip.as_optimizer(keras.optimizers.Adam(1e-2))
         train(model, fit, optimizer)
+
+
+class Outer(keras.optimizers.Optimizer):
+    """Lets another optimizer make its updates."""
+
+    def __init__(self, inner):
+        super().__init__(learning_rate=0.1)
+        self.inner = inner
+
+    def update_step(self, gradient, variable, learning_rate):
+        raise AssertionError
+
+
+class OuterApply(Outer):
+    def apply(self, grads, trainable_variables=None):
+        self.inner.apply(grads, trainable_variables)
+
+
+class OuterApplyGradients(Outer):
+    def apply_gradients(self, grads_and_vars):
+        self.inner.apply_gradients(grads_and_vars)
+
+
+@pytest.mark.parametrize("outer", [OuterApply, OuterApplyGradients])
+def test_an_optimizer_around_another_one_is_noticed(outer):
+    """Its updates pass the clipper by."""
+    optimizer = QuantileClip.as_optimizer(outer(keras.optimizers.SGD(1.0)))
+    variable = tf.Variable([1.0])
+    with pytest.warns(UserWarning, match="was not clipped.*attach the clipper to the inner one"):
+        optimizer.apply_gradients([(tf.constant([1.0]), variable)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.apply_gradients([(tf.constant([1.0]), variable)])  # said once
+        inner = outer(QuantileClip.as_optimizer(keras.optimizers.SGD(1.0), 0.5))
+        for size in (1.0, 3.0):
+            inner.apply_gradients([(tf.constant([size]), variable)])
+    assert inner.inner.clipper.last.thresholds.numpy().tolist() == [2.0]
+
+
+def test_accumulated_gradients_are_no_update_yet():
+    optimizer = QuantileClip.as_optimizer(
+        keras.optimizers.SGD(1.0, gradient_accumulation_steps=3), 0.5
+    )
+    variable = tf.Variable([1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(3):
+            optimizer.apply_gradients([(tf.constant([1.0]), variable)])
+    assert optimizer.clipper.last.norms.numpy().tolist() == [1.0]

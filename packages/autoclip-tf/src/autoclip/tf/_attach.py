@@ -15,7 +15,7 @@ from autoclip.core.adapter import (
     second_clipper_message,
     warn_user,
 )
-from autoclip.tf._private import REDUCE_METHOD, check_reduce_method, inner_optimizers
+from autoclip.tf._private import REDUCE_METHOD, check_reduce_method
 
 __all__ = [
     "AttachableClipper",
@@ -56,8 +56,9 @@ def optimizer_with_updates(optimizer: Any) -> Any:
 def optimizers_in(optimizer: Any) -> list[Any]:
     """All optimizers that make updates: of a `MultiOptimizer` those in it."""
     optimizer = optimizer_with_updates(optimizer)
-    inner = inner_optimizers(optimizer)
-    return [each for one in inner for each in optimizers_in(one)] if inner else [optimizer]
+    if isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ())):
+        return [each for inner in optimizer.optimizers for each in optimizers_in(inner)]
+    return [optimizer]
 
 
 def check_optimizer(optimizer: Any) -> Any:
@@ -146,7 +147,8 @@ class _Attached:
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         before = self.clipper._updates
         result = super().apply(*args, **kwargs)  # type: ignore[misc]
-        _check_clipped(self, before)
+        if len(args[0] if args else kwargs["grads"]):  # else there is no update
+            _check_clipped(self, before)
         return result
 
     def apply_gradients(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,8 +194,8 @@ def _check_clipped(optimizer: Any, updates: int) -> None:
     clipper = optimizer.clipper
     if clipper._updates > updates or clipper._unseen:
         return
-    if optimizer.gradient_accumulation_steps or not optimizer.built:
-        return  # only every n-th call is an update; or there was nothing to update
+    if optimizer.gradient_accumulation_steps:
+        return  # only every n-th call is an update
     clipper._unseen = True
     warn_user(
         f"An update of this {type(optimizer).__name__} was not clipped: it does not pass through "

@@ -46,8 +46,8 @@ class PendingState(NamedTuple):
 
     def match(self, current: State) -> State:
         """Match it to the state of the clipper that now knows them; see `State.match`."""
-        match = _match_as_keras if self.by_name else State.match
-        return match(self.state, current, self.source)
+        match = self.state.match_by_name if self.by_name else self.state.match
+        return match(current, self.source)
 
 
 class KerasSaving(Saveable, KerasSaveable, Trackable):
@@ -111,7 +111,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         if self._pipeline is None:
             self._set_aside(state, source, by_name=True)
         else:
-            self._commit_state(_match_as_keras(state, self._export_state(), source))
+            self._commit_state(state.match_by_name(self._export_state(), source))
 
     def _set_aside(self, state: State, source: str, by_name: bool) -> None:
         # What can be checked without knowing the variables: that the state has the same rule and
@@ -214,24 +214,6 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy belongs to no variables as yet. It has the history that its variables will get.
         return _copied, (type(self), self._settings, self._patterns, self._bytes())
-
-
-def _match_as_keras(saved: State, current: State, source: str) -> State:
-    """Match a state as Keras matches weights: what fits is kept, with a warning of what does not.
-
-    By name, because layers may have been frozen or unfrozen since. Keras numbers layers and adds
-    the names of models to paths, though: where no name is the same and all shapes are, it is the
-    same model, and its variables are matched by position, as Keras does for optimizers.
-    """
-    ours, theirs = ([group.parameters for group in state.groups] for state in (current, saved))
-    known = {parameter.name for group in ours for parameter in group}
-    names = {parameter.name for group in theirs for parameter in group}
-    shapes_fit = [[p.shape for p in group] for group in ours] == [
-        [p.shape for p in group] for group in theirs
-    ]
-    if known.isdisjoint(names) and shapes_fit:
-        return saved.match(current, source)
-    return saved.match_by_name(current, source)
 
 
 def _copied(

@@ -22,7 +22,6 @@ __all__ = [
     "build_scope",
     "check_reduce_method",
     "compiled_by_xla",
-    "inner_optimizers",
     "name_of",
     "overwritten_by_gradient",
     "saving_for_inference",
@@ -54,11 +53,6 @@ def check_reduce_method(optimizer_class: type) -> None:
         "where AutoClip clips. Clip in a training loop of your own, with clipper(grads_and_vars), "
         "or use a version of Keras that autoclip-tf was tested with; its documentation lists them."
     )
-
-
-def inner_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers in a `MultiOptimizer`; none in another one."""
-    return list(getattr(optimizer, "_inner_optimizers", ()))
 
 
 def compiled_by_xla() -> bool:
