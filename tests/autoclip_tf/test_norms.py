@@ -220,7 +220,7 @@ def test_products_are_those_of_float64_rounded(mode, dtype, factors):
     for ours, array, factor in zip(found, arrays, each):
         assert ours.dtype == dtype and ours.shape == array.shape
         if factor == 1.0:
-            np.testing.assert_array_equal(ours, array)
+            np.testing.assert_array_equal(ours.numpy(), array)
         else:
             wide = np.complex128 if dtype.startswith("complex") else np.float64
             np.testing.assert_allclose(
