@@ -18,7 +18,7 @@ from autoclip.torch import _rows
 LENGTH = 6
 RULES = {
     "quantile": ("QuantileClip", {"quantile": 0.4}),
-    "standard": ("StandardClip", {"deviations": 0.5}),
+    "standard": ("StandardClip", {"deviations": 0.5, "warmup_steps": 2}),
 }
 # Of the biases; the rest has the clipper's own, and is the last group.
 OVERRIDES = {"quantile": {"quantile": 0.9}, "standard": {"deviations": 0.1, "history_length": 3}}
@@ -71,7 +71,7 @@ class TensorFlowSide:
             **settings,
             history_length=LENGTH,
             global_clipping=grouping == "global",
-            param_groups=[{"match": "bias", **OVERRIDES[rule]}] if grouping == "groups" else None,
+            group_settings=[{"match": "bias", **OVERRIDES[rule]}] if grouping == "groups" else None,
         )
         self.clipper.build(self.variables)
 
