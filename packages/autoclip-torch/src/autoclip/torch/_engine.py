@@ -1,0 +1,80 @@
+"""What clippers of engines share: one history of the norm that the engine itself measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from autoclip.core import MaxNorm, Rule, State
+from autoclip.core.adapter import AttachmentHandle, ClipperSettings
+
+__all__ = ["EngineClipper"]
+
+# What an engine that clips all gradients together to a constant can do, of each setting.
+_ONLY = {
+    "group_clipping": (False,),
+    "include_current": (None, False),
+    "on_spike": ("clip",),
+    "on_nonfinite": ("keep",),
+}
+
+
+class EngineClipper(MaxNorm):
+    """A `MaxNorm` that an engine asks at each step.
+
+    Made by `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`.
+
+    Args:
+        engine: what the engine is called, for messages.
+        rule: how the window becomes a threshold, or the class of such a rule.
+        settings: the rule's, if `rule` is a class, and those of a clipper.
+
+    Raises:
+        TypeError: a setting is unknown or has a wrong type.
+        ValueError: a setting has a wrong value, or one that the engine cannot do.
+    """
+
+    def __init__(self, engine: str, rule: Rule | type[Rule], settings: Mapping[str, Any]) -> None:
+        chosen = dict(settings)
+        if chosen.pop("global_clipping", True) is not True:
+            raise ValueError(
+                f"{engine} clips all gradients together, so there can be one history only, of "
+                "their total norm. Ask for it with global_clipping=True."
+            )
+        for name, possible in _ONLY.items():
+            value = chosen.pop(name, possible[0])
+            if value not in possible:
+                raise ValueError(
+                    f"{engine} measures the norm of all gradients and clips to a constant that is "
+                    f"given before, so {name}={value!r} cannot work. Leave {name} out."
+                )
+        self._set_up(
+            ClipperSettings.make(
+                type(self).__name__, rule, global_clipping=True, include_current=False, **chosen
+            )
+        )
+        self._handle: AttachmentHandle | None = None
+
+    def detach(self) -> None:
+        """Give the engine back its own clipping. The history stays; a second call does nothing."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _attached_by(self, detach: Callable[[], None]) -> None:
+        self._handle = AttachmentHandle(detach)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
+        """Check that a saved state fits; nothing changes.
+
+        Raises:
+            StateError: it is damaged or does not fit.
+        """
+        return self._read_state_dict(state_dict).match(self._export_state(), source)
+
+    def commit_state(self, state: State) -> None:
+        """Take over the history of a checked state."""
+        self._commit_state(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is a clipper of its own, which no engine asks.
+        return {**self.__dict__, "_handle": None}
