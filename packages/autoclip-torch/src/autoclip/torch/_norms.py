@@ -110,12 +110,13 @@ def _row_norms(flat: Tensor) -> Iterator[Tensor]:
 
 def _square(flat: Tensor) -> float:
     """The squared norm of a vector of any real dtype of at least 16 bits."""
-    pieces = [
-        norms
-        for chunk in ([flat] if flat.dtype in _WIDE else torch.split(flat, _CHUNK))
-        for norms in _row_norms(chunk if chunk.dtype in _WIDE else chunk.float())
-    ]
-    return sum(float(np.square(piece.numpy(), dtype=np.float64).sum()) for piece in pieces)
+    square = 0.0
+    for chunk in [flat] if flat.dtype in _WIDE else torch.split(flat, _CHUNK):
+        # Added up at once: norms that were kept would lie between the freed copies of the chunks,
+        # and these would take as much memory as a copy of the whole.
+        for norms in _row_norms(chunk if chunk.dtype in _WIDE else chunk.float()):
+            square += float(np.square(norms.numpy(), dtype=np.float64).sum())
+    return square
 
 
 def _careful_norm(flat: Tensor) -> float:
@@ -340,8 +341,6 @@ class DeviceNorms:
         return torch.stack(norms) if norms else self._zero.new_zeros(0)
 
 
-def device_norms(
-    gradients: Sequence[Tensor | None], device: torch.device, check_finite: bool = True
-) -> Tensor:
+def device_norms(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """`DeviceNorms.of` for gradients that are measured once."""
     return DeviceNorms(gradients, device).of(gradients)

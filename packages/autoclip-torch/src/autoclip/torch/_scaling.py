@@ -18,7 +18,7 @@ from torch import Tensor
 from autoclip.torch._norms import REAL_DTYPES, chunks, values_of
 from autoclip.torch._private import foreach_copy_, foreach_mul_, is_fake, negated_view
 
-__all__ = ["CpuScaling", "DeviceScaling", "scale_on_cpu", "scale_on_device", "zero_nonfinite"]
+__all__ = ["CpuScaling", "DeviceScaling"]
 
 # Smaller coefficients lose digits in float32, or become zero.
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
@@ -278,18 +278,3 @@ def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     dimension = max(range(gradient.dim()), key=gradient.size)
     elements = gradient.numel() // gradient.size(dimension)
     return torch.split(gradient, max(1, _CHUNK // elements), dimension)
-
-
-def scale_on_cpu(gradients: Sequence[Tensor | None], coefficients: npt.NDArray[np.float64]) -> None:
-    """`CpuScaling.apply` for gradients that are scaled once."""
-    CpuScaling(gradients).apply(gradients, coefficients)
-
-
-def scale_on_device(gradients: Sequence[Tensor | None], coefficients: Tensor) -> None:
-    """`DeviceScaling.apply` for gradients that are scaled once."""
-    DeviceScaling(gradients, coefficients.device).apply(gradients, coefficients)
-
-
-def zero_nonfinite(gradients: Sequence[Tensor | None], norms: Tensor) -> None:
-    """`DeviceScaling.zero_nonfinite` for gradients that are zeroed once."""
-    DeviceScaling(gradients, norms.device).zero_nonfinite(gradients, norms)
