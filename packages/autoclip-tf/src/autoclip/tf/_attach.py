@@ -56,9 +56,10 @@ def optimizer_with_updates(optimizer: Any) -> Any:
 def optimizers_in(optimizer: Any) -> list[Any]:
     """All optimizers that make updates: of a `MultiOptimizer` those in it."""
     optimizer = optimizer_with_updates(optimizer)
-    if isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ())):
-        return [each for inner in optimizer.optimizers for each in optimizers_in(inner)]
-    return [optimizer]
+    if not isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ())):
+        return [optimizer]
+    inner: Any = optimizer
+    return [each for one in inner.optimizers for each in optimizers_in(one)]
 
 
 def check_optimizer(optimizer: Any) -> Any:
