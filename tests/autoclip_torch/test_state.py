@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from autoclip.core import GroupState, History, ParameterInfo, State
+from autoclip.core import GroupState, History, ParameterInfo, Quantile, State
+from autoclip.core.adapter import GroupSettings
 from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError, _history, _rows
 
 LENGTH = 6
@@ -98,7 +99,8 @@ def test_a_state_dict_is_the_files_bytes(
     assert saved(state) == state
     # And it says what it should of the clipper.
     read = State.from_bytes(state["data"])
-    assert (read.rule, read.global_clipping, read.framework) == (rule, global_clipping, "torch")
+    mode = "global" if global_clipping else "parameter"
+    assert (read.rule, read.mode, read.framework) == (rule, mode, "torch")
     (group,) = read.groups
     assert [p.shape for p in group.parameters] == SHAPES
     expected = [2] if global_clipping else [2, 1, 2]
@@ -115,8 +117,8 @@ def test_names_shapes_and_settings_of_groups_are_in_it() -> None:
     )
     groups = clipper._export_state().groups
     assert [dict(group.settings) for group in groups] == [
-        {"quantile": 0.25, "history_length": 1000},
-        {"quantile": 0.9, "history_length": 7},
+        {**clipper.defaults, "quantile": 0.25},
+        {**clipper.defaults, "history_length": 7},
     ]
     assert groups[0].parameters == (ParameterInfo("weight", (2, 3)), ParameterInfo("bias", (2,)))
     assert groups[1].parameters == (
@@ -282,8 +284,8 @@ def test_other_settings_are_said_in_one_warning_at_the_callers_line(
     with pytest.warns(UserWarning, match="quantile=0.3 there and 0.4 here") as caught:
         other.load(tmp_path / "clipper") if how == "file" else other.load_state_dict(state)
     assert [warning.filename for warning in caught] == [__file__]
-    assert str(caught[0].message).count("history_length=6 there and 7 here") == len(groups)
-    assert other.defaults == {"quantile": 0.4, "history_length": 7}
+    assert str(caught[0].message).count("history_length=6 there and 7 here") == 1
+    assert (other.defaults["quantile"], other.defaults["history_length"]) == (0.4, 7)
 
 
 # -- what does not fit ---------------------------------------------------------------------------
@@ -314,7 +316,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "another mode": (
         lambda state: state_of(QuantileClip(named((3,), (4, 7)), global_clipping=True)),
-        ["global_clipping=True", "global_clipping=False"],
+        ["one history for all parameters", "global_clipping=True"],
     ),
     "more groups": (
         lambda state: state_of(
@@ -383,12 +385,12 @@ def test_a_file_that_does_not_fit_is_named(path: str, tmp_path: Path) -> None:
 def from_tensorflow(*shapes: tuple[int, ...]) -> dict[str, Any]:
     """What the TensorFlow clipper saves of variables with these shapes."""
     group = GroupState.from_windows(
-        {"quantile": 0.3, "history_length": LENGTH},
+        GroupSettings(Quantile(0.3), LENGTH).settings,
         [ParameterInfo(f"dense/{i}", shape) for i, shape in enumerate(shapes)],
         [np.float32([i + 1, i + 2]) for i in range(len(shapes))],
         [2] * len(shapes),
     )
-    return State("quantile", False, "tensorflow", (group,), "0.3.0").to_dict()
+    return State("quantile", "parameter", "tensorflow", (group,), "0.3.0").to_dict()
 
 
 def test_a_state_of_tensorflow_loads_with_its_kernels_transposed(path: str) -> None:
@@ -410,8 +412,6 @@ def test_a_state_of_tensorflow_with_other_numbers_of_elements_does_not(path: str
 
 
 def test_a_history_of_numpy_alone_loads_as_well() -> None:
-    from autoclip.core import Quantile
-
     history = History(2, Quantile(0.3), LENGTH)
     history.record([3.0, 4.0])
     clipper = RULES["quantile"](parameters([(5, 2), (2,)]))
@@ -477,9 +477,11 @@ def test_repr() -> None:
     )
     assert repr(clipper) == (
         "QuantileClip(\n"
-        "    group 0: 3 parameters, quantile=0.9, history_length=20\n"
-        "    group 1: 1 parameters, quantile=0.5, history_length=20\n"
-        "    global_clipping=False, on_nonfinite='zero'\n"
+        "    quantile=0.9, factor=1.0, history_length=20, on_nonfinite='zero'\n"
+        "    group 0: 3 parameters\n"
+        "    group 1: 1 parameter, quantile=0.5\n"
         ")"
     )
-    assert "deviations=2.0" in repr(StandardClip(parameters(), global_clipping=True))
+    other = repr(StandardClip(parameters(), global_clipping=True))
+    assert "deviations=2.0" in other
+    assert "global_clipping=True" in other
