@@ -12,16 +12,22 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.fsdp
 
-import autoclip.torch  # noqa: F401
+import autoclip.torch
 
 torch.set_num_threads(1)
 
 if importlib.util.find_spec("deepspeed") is not None:
     import deepspeed
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.zero.stage3
     from deepspeed.accelerator import get_accelerator
+
+    import autoclip.torch.deepspeed  # noqa: F401
 
     # It would compile its operations when it is first used, which takes minutes.
     for name in deepspeed.ops.__compatible_ops__:
