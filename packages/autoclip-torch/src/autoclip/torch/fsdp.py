@@ -1,0 +1,111 @@
+"""AutoClip under FSDP1: global clipping through `FullyShardedDataParallel.clip_grad_norm_`.
+
+`torch.distributed.fsdp.fully_shard` (FSDP2) needs none of this: attach a `Clipper` as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from autoclip.core import Quantile, Rule
+from autoclip.torch._attach import Attachment, check_optimizer
+from autoclip.torch._engine import EngineClipper
+from autoclip.torch._step import Pipeline, StepResult
+
+__all__ = ["EngineClipper", "attach"]
+
+
+def attach(
+    model: FullyShardedDataParallel,
+    optimizer: Optimizer,
+    rule: Rule | type[Rule] = Quantile,
+    history_length: int = 1000,
+    **settings: Any,
+) -> EngineClipper:
+    """Let an FSDP1 model clip to a threshold that follows the history of its gradients' norm.
+
+    Before each of the optimizer's steps, the model's `clip_grad_norm_` measures the norm of all
+    gradients together, over all processes, and clips to the threshold; then the norm is recorded,
+    so a norm is compared with the ones before it (`include_current=False`). FSDP1 multiplies by
+    `threshold / (norm + 1e-6)`. All processes must step together, and a step waits for the device.
+
+    The history travels in `optimizer.state_dict()["autoclip"]`. `FSDP.optim_state_dict` drops it:
+    save the clipper's own `state_dict()` beside that. It is the same on all processes.
+
+    Args:
+        model: the outermost FSDP1 module.
+        optimizer: over the model's parameters, made after the model was wrapped.
+        rule: how the window becomes a threshold; a class takes its settings from `settings`, as
+            `attach(model, optimizer, quantile=0.9)` does.
+        history_length: how many norms are kept, the newest ones.
+        settings: `max_norm`, `warmup_steps` and `record`; see `CommonSettings`.
+
+    Returns:
+        What holds the history, also as `optimizer.clipper`. Its `detach()` ends the clipping.
+
+    Raises:
+        TypeError: the model is not an FSDP1 module, the optimizer only wraps one, or a setting is
+            unknown or has a wrong type.
+        ValueError: the optimizer's parameters are not all the model's, or a setting has a wrong
+            value, or one that FSDP1 cannot do.
+        RuntimeError: the optimizer has a clipper already. At a step: the gradients are still
+            scaled by a loss scaler.
+    """
+    if not isinstance(model, FullyShardedDataParallel):
+        raise TypeError(
+            "attach takes a FullyShardedDataParallel module, but got "
+            f"{torch.typename(model)}. For anything else, fully_shard included, use "
+            "QuantileClip.as_optimizer(optimizer, ...)."
+        )
+    check_optimizer(optimizer, "attach")
+    clipper = EngineClipper("FSDP1", rule, {"history_length": history_length, **settings})
+    ours = {id(p) for p in model.parameters()}
+    theirs = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = sum(id(p) not in ours for p in theirs)
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the optimizer's {len(theirs)} parameters are not the model's. Make the "
+            "optimizer from model.parameters() after wrapping the model."
+        )
+    steps = cast(Pipeline, _Steps(model, clipper))
+    attachment = Attachment(steps, clipper, optimizer)
+    attachment.begin(optimizer)
+    clipper._attached_by(attachment.end)
+    return clipper
+
+
+class _Steps:
+    """What an `Attachment` calls at each step of the optimizer."""
+
+    def __init__(self, model: FullyShardedDataParallel, clipper: EngineClipper) -> None:
+        self._model = model
+        self._clipper = clipper
+        self.groups = self  # an engine knows its parameters itself
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """See `Groups.follow`."""
+
+    def release(self) -> None:
+        """See `Groups.release`."""
+
+    def step(
+        self,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        defers_skip: bool = False,
+    ) -> StepResult:
+        """See `Pipeline.step`."""
+        if scale is not None:
+            raise RuntimeError(
+                "A fused optimizer unscales the gradients itself, after FSDP1 has clipped them. "
+                "Call scaler.unscale_(optimizer) before scaler.step(optimizer)."
+            )
+        total = self._model.clip_grad_norm_(self._clipper.max_norm)
+        self._clipper.record(total)
+        return StepResult(total.float())
