@@ -413,6 +413,13 @@ def test_the_class_of_an_optimizer_is_not_an_optimizer() -> None:
         QuantileClip.as_optimizer(SGD)  # type: ignore[type-var]
 
 
+def test_as_optimizer_is_called_on_the_class() -> None:
+    """On an instance it would drop that one's settings."""
+    clipper = QuantileClip(parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"clipper\.attach\(optimizer\)"):
+        clipper.as_optimizer(SGD(parameters(), lr=0.1))
+
+
 class WithoutInit(SGD):
     def __init__(self, params: Any) -> None:
         self.param_groups = [{"params": list(params), "lr": 0.1}]

@@ -15,6 +15,7 @@ from autoclip.core.adapter import (
     ClipperSettings,
     ParamGroup,
     attached_message,
+    constructor,
     make_state,
     split_state,
     warn_user,
@@ -299,7 +300,7 @@ class Clipper(Saveable):
 
         return AttachmentHandle(detach)
 
-    @classmethod
+    @constructor
     def as_optimizer(
         cls,
         optimizer: OptimizerT,

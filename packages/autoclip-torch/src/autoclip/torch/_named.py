@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autoclip.core import Quantile, Standard
-from autoclip.core.adapter import ClipperSettings, warn_user
+from autoclip.core.adapter import ClipperSettings, constructor, warn_user
 from autoclip.torch._clipper import Clipper, OptimizerT
 from autoclip.torch._groups import ParamsT
 
@@ -68,7 +68,7 @@ class QuantileClip(Clipper):
         )
         self._start(made, parameters)
 
-    @classmethod
+    @constructor
     def as_optimizer(  # type: ignore[override]
         cls,
         optimizer: OptimizerT,
@@ -144,7 +144,7 @@ class StandardClip(Clipper):
         )
         self._start(made, parameters)
 
-    @classmethod
+    @constructor
     def as_optimizer(  # type: ignore[override]
         cls,
         optimizer: OptimizerT,

@@ -102,7 +102,7 @@ class CpuScaling:
             return
         for buffer in self._buffers:
             buffer[: len(coefficients)] = coefficients
-        is_tiny = coefficients.min() < _SMALLEST
+        is_tiny = ((coefficients > 0.0) & (coefficients < _SMALLEST)).any()
         tensors, factors = [], []
         for i in clipped:
             gradient, k = gradients[i], 0 if shared else i
@@ -219,7 +219,8 @@ class DeviceScaling:
         is_shared = len(coefficients) == 1
         # Below its smallest normal number a float32 factor may become zero, and the gradient too.
         # A norm is never that far above its threshold unless both are near the ends of float32.
-        narrow = coefficients.float().clamp(min=_SMALLEST)
+        # A coefficient of 0 stays: the gradient is to be zeroed.
+        narrow = torch.where(coefficients > 0, coefficients.float().clamp(min=_SMALLEST), 0.0)
         for dtype, (small, large, members) in self._plain.items():
             factor = coefficients.to(dtype) if dtype is torch.float64 else narrow
             if is_shared and dtype.itemsize >= 4:
