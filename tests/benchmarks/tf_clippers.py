@@ -1,75 +1,133 @@
-"""A step of AutoClip against clipping with a constant, on a ResNet-50's gradients in TensorFlow."""
+"""A step of `QuantileClip` against clipping with a constant in TensorFlow, in graphs and XLA.
+
+Parameter-wise clipping is compared with `tf.clip_by_norm` on each gradient, global clipping with
+`tf.clip_by_global_norm`. Histories are full and gradients are of another size at each step. The
+last two parts measure histories of other lengths, and how long tracing and the first call take.
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from measure import compare, factors, full_history, resnet50
+from measure import Timing, add_output_options, compare, factors, full_history, write_output
+from shapes import MODELS, Shapes
 
 from autoclip.tf import QuantileClip
 
+RIVALS: dict[bool, tuple[str, Callable[[Sequence[tf.Tensor]], Any]]] = {
+    False: ("clip_by_norm(1.0) on each", lambda g: [tf.clip_by_norm(x, 1.0) for x in g]),
+    True: ("clip_by_global_norm(1.0)", lambda g: tf.clip_by_global_norm(g, 1.0)[0]),
+}
+SMALL_MLP: Shapes = [(20, 64), (64,), (64, 64), (64,), (64, 10), (10,)]
+CASES = {
+    "small MLP": SMALL_MLP,
+    "ResNet-50": MODELS["ResNet-50"](),
+    "1000 x 256": [(256,)] * 1000,
+}
+HISTORY_LENGTHS = (100, 1_000, 10_000)
+
+
+class Gradients:
+    """Gradients of some shapes, and variables for them."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+        self.variables = [tf.Variable(tf.zeros(shape)) for shape in shapes]
+        self._source = [tf.random.normal(shape) for shape in shapes]
+        self._sizes = [float(tf.norm(tensor)) for tensor in self._source]
+        self._generator = np.random.default_rng(1)
+        self.renew()
+
+    def renew(self) -> None:
+        """Give each gradient another size."""
+        sizes = factors(self._generator, len(self.shapes))
+        self.current = [g * size for g, size in zip(self._source, sizes)]
+
+    def clipper(
+        self, global_clipping: bool, history_length: int
+    ) -> Callable[[Sequence[tf.Tensor]], Any]:
+        """Clip with a `QuantileClip` whose histories are full."""
+        clipper = QuantileClip(history_length=history_length, global_clipping=global_clipping)
+        clipper.build(self.variables)
+        clipper.load_state_dict(
+            full_history(self.shapes, "tensorflow", history_length, global_clipping, self._sizes)
+        )
+        return lambda g: [gradient for gradient, _ in clipper(zip(g, self.variables))]
+
+    def finished(
+        self, function: Callable[[Sequence[tf.Tensor]], Any], xla: bool
+    ) -> Callable[[], Any]:
+        """`function` of the current gradients, compiled, and waited for."""
+        compiled = tf.function(function, jit_compile=xla, autograph=False)
+        return lambda: compiled(self.current)[-1].numpy()
+
 
 def main() -> None:
-    """Print times and ratios to `tf.clip_by_global_norm`, in a graph and compiled by XLA."""
+    """Print times and their ratios to those of the rival."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--history-length", type=int, default=1000)
+    parser.add_argument("--repetitions", type=int, default=60)
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--compiler", choices=("graph", "XLA"), action="append", help="both")
+    add_output_options(parser)
     options = parser.parse_args()
-    shapes = resnet50()
-    generator = np.random.default_rng(1)
-    source = [tf.random.normal(shape) for shape in shapes]
-    variables = [tf.Variable(tf.zeros(shape)) for shape in shapes]
-    sizes = [float(tf.norm(tensor)) for tensor in source]
-    gradients = list(source)
-
-    def before() -> None:
-        """New gradients: each is another size at each step."""
-        gradients[:] = [g * f for g, f in zip(source, factors(generator, len(source)))]
-
-    for xla in (False, True):
-        functions = {
-            "clip_by_global_norm(1.0)": lambda g: tf.clip_by_global_norm(g, 1.0)[0],
-            "clip_by_norm(1.0), each on its own": lambda g: [tf.clip_by_norm(x, 1.0) for x in g],
-        }
-        for global_clipping in (False, True):
-            clipper = QuantileClip(
-                history_length=options.history_length, global_clipping=global_clipping
-            )
-            clipper.build(variables)
-            clipper.load_state_dict(
-                full_history(shapes, "tensorflow", options.history_length, global_clipping, sizes)
-            )
-            mode = "global" if global_clipping else "parameter-wise"
-            functions[f"QuantileClip, {mode}"] = lambda g, clipper=clipper: [
-                gradient for gradient, _ in clipper(zip(g, variables))
-            ]
-
-        def candidate(function, xla=xla):  # type: ignore[no-untyped-def]
-            compiled = tf.function(function, jit_compile=xla)
-            # What it returns is waited for by reading the smallest of the results.
-            return lambda: compiled(gradients)[-1].numpy()
-
-        print(f"TensorFlow {tf.__version__}, {'XLA' if xla else 'graph'}")
-        compare(
-            "clip_by_global_norm(1.0)",
-            {name: candidate(function) for name, function in functions.items()},
-            before,
+    compilers = options.compiler or ["graph", "XLA"]
+    print(f"TensorFlow {tf.__version__}")
+    timings: list[Timing] = []
+    for case in options.case or CASES:
+        data = Gradients(CASES[case])
+        for compiler in compilers:
+            for global_clipping, (rival, clip) in RIVALS.items():
+                mode = "global" if global_clipping else "parameter-wise"
+                ours = data.clipper(global_clipping, options.history_length)
+                functions = {rival: clip, f"QuantileClip, {mode}": ours}
+                timings += compare(
+                    rival,
+                    {name: data.finished(f, compiler == "XLA") for name, f in functions.items()},
+                    data.renew,
+                    f"{case}, {compiler}, {mode}",
+                    options.repetitions,
+                )
+    for compiler in compilers:
+        data = Gradients(CASES["ResNet-50"])
+        timings += compare(
+            "history_length=1,000",
+            {
+                f"history_length={length:,}": data.finished(
+                    data.clipper(False, length), compiler == "XLA"
+                )
+                for length in HISTORY_LENGTHS
+            },
+            data.renew,
+            f"ResNet-50, {compiler}, parameter-wise",
+            options.repetitions,
         )
+        print_tracing(compiler == "XLA")
+    write_output(options, timings, {"TensorFlow": tf.__version__})
 
-    print("Tracing a clipper of 1,000 variables")
-    for xla in (False, True):
-        many = [tf.Variable(tf.zeros(3)) for _ in range(1000)]
-        clipper = QuantileClip()
-        clipper.build(many)
-        step = tf.function(
-            lambda clipper=clipper, many=many: clipper([(tf.ones(3), v) for v in many])[0][0],
-            jit_compile=xla,
-        )
+
+def print_tracing(xla: bool) -> None:
+    """Print how long tracing 1,000 variables, and the first call after it, take."""
+    data = Gradients([(3,)] * 1000)
+    functions = dict(RIVALS.values())
+    functions["QuantileClip, parameter-wise"] = data.clipper(False, 1000)
+    functions["QuantileClip, global"] = data.clipper(True, 1000)
+    print(f"1,000 variables, {'XLA' if xla else 'graph'}: seconds to trace, and for the first call")
+    for name, function in functions.items():
+        if xla and name == RIVALS[False][0]:
+            continue  # takes minutes
+        compiled = tf.function(function, jit_compile=xla, autograph=False)
         start = time.perf_counter()
-        step.get_concrete_function()
-        print(f"  {'XLA' if xla else 'graph':<52}{(time.perf_counter() - start) * 1e3:9.0f} ms")
+        compiled.get_concrete_function(data.current)
+        traced = time.perf_counter()
+        compiled(data.current)[-1].numpy()
+        finished = time.perf_counter()
+        print(f"  {name:<44}{traced - start:8.2f}{finished - traced:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
