@@ -132,7 +132,7 @@ def test_only_rules_that_ask_for_quantiles_of_the_norms_keep_them_in_order() -> 
 
 
 def parameters(count: int = 3) -> list[Tensor]:
-    return [torch.zeros(4, requires_grad=True) for _ in range(count)]
+    return [torch.zeros(4, dtype=torch.float32, requires_grad=True) for _ in range(count)]
 
 
 def give(ours: Sequence[Tensor], sizes: Sequence[float | None]) -> None:

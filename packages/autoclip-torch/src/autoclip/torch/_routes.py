@@ -184,7 +184,7 @@ def _joint_norms(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _joint_norms_of(norms: Tensor) -> Tensor:
     """`_joint_norms` on a device."""
     largest = norms.amax(dim=1)
-    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
     return (norms / scale[:, None]).square().sum(dim=1).sqrt() * scale
 
 

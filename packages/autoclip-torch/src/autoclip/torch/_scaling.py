@@ -220,7 +220,9 @@ class DeviceScaling:
         # Below its smallest normal number a float32 factor may become zero, and the gradient too.
         # A norm is never that far above its threshold unless both are near the ends of float32.
         # A coefficient of 0 stays: the gradient is to be zeroed.
-        narrow = torch.where(coefficients > 0, coefficients.float().clamp(min=_SMALLEST), 0.0)
+        narrow = coefficients
+        if self._others or any(dtype is not torch.float64 for dtype in self._plain):
+            narrow = torch.where(coefficients > 0, coefficients.float().clamp(min=_SMALLEST), 0.0)
         for dtype, (small, large, members) in self._plain.items():
             factor = coefficients.to(dtype) if dtype is torch.float64 else narrow
             if is_shared and dtype.itemsize >= 4:

@@ -236,7 +236,7 @@ class Pipeline:
                 concerned = torch.where(choices.zeros_on(device), norms, 0.0)
                 if part is not None:
                     part.scaling.zero_nonfinite(gradients, concerned)  # type: ignore[arg-type]
-                measured[device] = torch.where(concerned.isfinite(), norms, 0.0)
+                measured[device] = torch.where(concerned < torch.inf, norms, 0.0)
 
     # -- the history -------------------------------------------------------------------------
 
