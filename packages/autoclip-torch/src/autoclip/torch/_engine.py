@@ -24,6 +24,9 @@ class EngineClipper(MaxNorm):
 
     Made by `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`.
 
+    Attributes:
+        is_saved_alone: whether trainers' checkpoints of the engine drop the history.
+
     Args:
         engine: what the engine is called, for messages.
         rule: how the window becomes a threshold, or the class of such a rule.
@@ -54,6 +57,12 @@ class EngineClipper(MaxNorm):
             )
         )
         self._handle: AttachmentHandle | None = None
+        self.is_saved_alone = False
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether there is a `last` step."""
+        return self._last is not None
 
     def detach(self) -> None:
         """Give the engine back its own clipping. The history stays; a second call does nothing."""

@@ -12,15 +12,16 @@ __all__ = ["refuse_unsupported"]
 
 _FSDP1 = (
     "FullyShardedDataParallel (FSDP1) leaves each process with pieces of flattened parameters, "
-    "and nothing on them tells which belong together. Use torch.distributed.fsdp.fully_shard"
+    "and nothing on them tells which belong together. Use autoclip.torch.fsdp.attach, which clips "
+    "globally, or torch.distributed.fsdp.fully_shard"
 )
 _DEEPSPEED = (
-    "DeepSpeed's ZeRO keeps gradients in partitions of its own. Use fully_shard, or DeepSpeed's "
-    "own gradient_clipping"
+    "DeepSpeed's ZeRO keeps gradients in partitions of its own. Use "
+    "autoclip.torch.deepspeed.attach, which clips globally, or fully_shard"
 )
 _MEGATRON = (
     "Megatron-LM splits parameters into plain tensors and keeps gradients in buffers of its own. "
-    "Use its own clip_grad"
+    "Give its config.clip_grad the max_norm of an autoclip.core.MaxNorm before each step"
 )
 # Attributes that these libraries set on the parameters that they manage.
 _MARKS = {

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from autoclip.core import Rule
+from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch._clipper import Clipper
+from autoclip.torch._engine import EngineClipper
 from autoclip.torch._named import QuantileClip, StandardClip
 
-__all__ = ["ClipperClass", "ClipperMaker"]
+__all__ = ["ClipperClass", "ClipperMaker", "deepspeed_engine", "is_fsdp1"]
 
 ClipperClass = type[QuantileClip] | type[StandardClip]
 
@@ -39,7 +43,7 @@ class ClipperMaker:
         self._class: type[Clipper] = clipper_class or QuantileClip if rule is None else Clipper
         self._settings = settings if rule is None else {"rule": rule, **settings}
         self._is_default = clipper_class is None and not self._settings
-        self._made: list[Clipper] = []
+        self._made: list[Clipper | EngineClipper] = []
         # A wrong setting is to be found here, not after the model has been loaded and moved.
         self._class([torch.zeros(1, requires_grad=True)], **self._settings)
 
@@ -50,11 +54,71 @@ class ClipperMaker:
             TypeError: it is not a torch optimizer.
             RuntimeError: it has a clipper already, and settings were given for another one.
         """
-        present = getattr(optimizer, "clipper", None)
-        if present is not None and (
-            self._is_default or any(present is clipper for clipper in self._made)
-        ):
+        present = self._present(optimizer)
+        if present is not None:
             return present  # type: ignore[no-any-return]
         clipper: Clipper = self._class.as_optimizer(optimizer, **self._settings).clipper  # type: ignore[attr-defined]
         self._made.append(clipper)
         return clipper
+
+    def attach_deepspeed(self, engine: Any) -> EngineClipper:
+        """The clipper of a DeepSpeed engine, which is attached now if it has none.
+
+        Raises:
+            ValueError: the settings ask for something else than global clipping.
+            RuntimeError: see `autoclip.torch.deepspeed.attach`.
+        """
+        from autoclip.torch import deepspeed
+
+        return self._attach_engine(deepspeed.attach, engine, owner=engine)
+
+    def attach_fsdp1(self, model: Any, optimizer: Optimizer) -> EngineClipper:
+        """The clipper of an FSDP1 model's optimizer, which is attached now if it has none.
+
+        Raises:
+            ValueError: the settings ask for something else than global clipping.
+        """
+        from autoclip.torch import fsdp
+
+        return self._attach_engine(fsdp.attach, model, optimizer, owner=optimizer)
+
+    def _present(self, owner: Any) -> Any:
+        # Not getattr: an engine passes on the attributes of its module.
+        present = vars(owner).get("clipper")
+        is_ours = self._is_default or any(present is clipper for clipper in self._made)
+        return present if is_ours else None
+
+    def _attach_engine(
+        self, attach: Callable[..., EngineClipper], *targets: Any, owner: Any
+    ) -> EngineClipper:
+        present = self._present(owner)
+        if present is not None:
+            return present  # type: ignore[no-any-return]
+        settings = {"global_clipping": False, **self._settings}
+        if issubclass(self._class, (QuantileClip, StandardClip)):
+            settings["rule"] = Quantile if issubclass(self._class, QuantileClip) else Standard
+        clipper = attach(*targets, **settings)
+        self._made.append(clipper)
+        return clipper
+
+
+def is_fsdp1(model: Any) -> bool:
+    """Whether it is wrapped in FSDP1, without importing that."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(model, module.FullyShardedDataParallel)
+
+
+def deepspeed_engine(model: Any) -> Any:
+    """The DeepSpeed engine around a model; None if there is none.
+
+    The Hugging Face Trainer gives its callbacks the model alone, and nothing on that leads to the
+    engine, so this looks through all objects, once.
+    """
+    module = sys.modules.get("deepspeed.runtime.engine")
+    if module is None:
+        return None
+    if isinstance(model, module.DeepSpeedEngine):
+        return model
+    engines = [each for each in gc.get_objects() if issubclass(type(each), module.DeepSpeedEngine)]
+    found = [engine for engine in engines if engine.module is model]
+    return found[-1] if found else None

@@ -76,6 +76,7 @@ def attach(
     attachment = Attachment(steps, clipper, optimizer)
     attachment.begin(optimizer)
     clipper._attached_by(attachment.end)
+    clipper.is_saved_alone = True
     return clipper
 
 

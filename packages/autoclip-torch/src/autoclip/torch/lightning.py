@@ -15,8 +15,9 @@ except ModuleNotFoundError as error:
 from autoclip.core import Rule
 from autoclip.core.adapter import warn_user
 from autoclip.torch._clipper import Clipper
+from autoclip.torch._engine import EngineClipper
 from autoclip.torch._private import is_logging_step
-from autoclip.torch._trainers import ClipperClass, ClipperMaker
+from autoclip.torch._trainers import ClipperClass, ClipperMaker, deepspeed_engine, is_fsdp1
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
@@ -32,6 +33,10 @@ class AutoClipCallback(Callback):
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
     then only logs.
+
+    Under `DeepSpeedStrategy` and `FSDPStrategy` (FSDP1) the gradients are clipped by these, all
+    together: `global_clipping=True` is needed, and a norm is compared with the ones before it. See
+    `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`.
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
@@ -56,17 +61,47 @@ class AutoClipCallback(Callback):
         **settings: Any,
     ) -> None:
         self._maker = ClipperMaker(clipper_class, rule, settings)
-        self._clippers: list[Clipper] = []
+        self._clippers: list[Clipper | EngineClipper] = []
+        self._restored: list[dict[str, Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the optimizers exist, and their states are restored only after this."""
-        self._clippers = [self._maker.attach(optimizer) for optimizer in trainer.optimizers]
+        model = trainer.strategy.model
+        engine = deepspeed_engine(model)
+        if engine is not None:
+            self._clippers = [self._maker.attach_deepspeed(engine)]
+        elif is_fsdp1(model):
+            self._clippers = [self._maker.attach_fsdp1(model, each) for each in trainer.optimizers]
+        else:
+            self._clippers = [self._maker.attach(optimizer) for optimizer in trainer.optimizers]
+        self._restore()
         if trainer.gradient_clip_val:
             warn_user(
                 f"Lightning clips the gradients to gradient_clip_val={trainer.gradient_clip_val} "
                 "before AutoClip sees them, so that the history holds norms that are clipped "
                 "already. Leave gradient_clip_val out of the Trainer."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The histories, where the optimizers' states in a checkpoint have no place for them."""
+        return {
+            "clippers": [
+                clipper.state_dict()
+                for clipper in self._clippers
+                if isinstance(clipper, EngineClipper) and clipper.is_saved_alone
+            ]
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, now or when fitting starts."""
+        self._restored = list(state_dict.get("clippers", []))
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._clippers:
+            for clipper, saved in zip(self._clippers, self._restored):
+                clipper.load_state_dict(saved)
+            self._restored = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the last step, if this is a step that Lightning logs."""

@@ -7,18 +7,20 @@ import torch
 from autoclip import core
 from autoclip.core import Report
 from autoclip.torch._clipper import Clipper
+from autoclip.torch._engine import EngineClipper
 
 __all__ = ["log_values"]
 
 
-def log_values(clipper: Clipper) -> dict[str, float]:
+def log_values(clipper: Clipper | EngineClipper) -> dict[str, float]:
     """The last step in three numbers.
 
     The callbacks for Lightning and for the Hugging Face Trainer log these. In a loop of your own,
     call it on the steps that you log: it waits for the device, once.
 
     Args:
-        clipper: a clipper that has made a step, `optimizer.clipper` if it is attached.
+        clipper: a clipper that has made a step, `optimizer.clipper` if it is attached, or what
+            `attach` of `autoclip.torch.deepspeed` or `autoclip.torch.fsdp` returned.
 
     Returns:
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
@@ -39,6 +41,8 @@ def log_values(clipper: Clipper) -> dict[str, float]:
     >>> log_values(clipper)
     {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
     """
+    if isinstance(clipper, EngineClipper):
+        return core.log_values(clipper.last) if clipper.has_stepped else {}
     if not clipper._pipeline.reports:
         return {}
     last = clipper.last

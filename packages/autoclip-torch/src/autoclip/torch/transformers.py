@@ -22,7 +22,8 @@ from autoclip.core import Rule
 from autoclip.core.adapter import warn_user
 from autoclip.torch._attach import STATE_KEY
 from autoclip.torch._clipper import Clipper
-from autoclip.torch._trainers import ClipperClass, ClipperMaker
+from autoclip.torch._engine import EngineClipper
+from autoclip.torch._trainers import ClipperClass, ClipperMaker, deepspeed_engine, is_fsdp1
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
@@ -47,6 +48,11 @@ class AutoClipCallback(TrainerCallback):
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
     then only logs.
+
+    Under DeepSpeed and FSDP1 the gradients are clipped by these, all together:
+    `global_clipping=True` is needed, and a norm is compared with the ones before it. See
+    `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`. Their checkpoints hold the
+    history as `autoclip.safetensors` too.
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
@@ -76,7 +82,7 @@ class AutoClipCallback(TrainerCallback):
     ) -> None:
         self._maker = ClipperMaker(clipper_class, rule, settings)
         self._checkpoint = resume_from_checkpoint
-        self._clipper: Clipper | None = None
+        self._clipper: Clipper | EngineClipper | None = None
         self._max_grad_norm: float | None = None
 
     def add_to(self, trainer: Trainer) -> None:
@@ -96,7 +102,14 @@ class AutoClipCallback(TrainerCallback):
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         had_clipper = hasattr(optimizer, "clipper")
-        self._clipper = self._maker.attach(optimizer)
+        engine = deepspeed_engine(kwargs.get("model"))
+        if engine is not None:
+            had_clipper = False  # the trainer has loaded the engine's checkpoint already
+            self._clipper = self._maker.attach_deepspeed(engine)
+        elif is_fsdp1(kwargs.get("model")):
+            self._clipper = self._maker.attach_fsdp1(kwargs.get("model"), optimizer)
+        else:
+            self._clipper = self._maker.attach(optimizer)
         if state.global_step:
             self._resume(self._clipper, had_clipper, args, state)
         if args.max_grad_norm:  # the trainer reads it at each step
@@ -150,7 +163,11 @@ class AutoClipCallback(TrainerCallback):
             self._max_grad_norm = None
 
     def _resume(
-        self, clipper: Clipper, was_attached: bool, args: Arguments, state: TrainerState
+        self,
+        clipper: Clipper | EngineClipper,
+        was_attached: bool,
+        args: Arguments,
+        state: TrainerState,
     ) -> None:
         folders = [_checkpoint_folder(args, state)]
         if isinstance(args.resume_from_checkpoint, str):
@@ -173,7 +190,7 @@ class AutoClipCallback(TrainerCallback):
             )
 
 
-def _load_from_optimizer_file(clipper: Clipper, path: str) -> None:
+def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> None:
     reason = f"There is no {path}"
     if os.path.isfile(path):
         # Mapped, since the optimizer's own tensors in it are not needed.

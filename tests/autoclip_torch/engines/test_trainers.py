@@ -1,0 +1,242 @@
+"""Trainers with DeepSpeed and FSDP1: the callbacks attach, log, save and resume by themselves.
+
+Accelerate and Lightning take up these engines on accelerators only, and refuse a CPU by its name or
+fall back to DDP. So the tests get around that one check; all else is the trainers' own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from training import (
+    LEARNING_RATE,
+    QUANTILE,
+    WIDTH,
+    Reference,
+    assert_equal_reports,
+    assert_same_everywhere,
+    batches,
+    make_model,
+    own_part,
+)
+
+STEPS = 6
+NAMES = {"autoclip/total_norm", "autoclip/threshold", "autoclip/clipped"}
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+GLOBAL = {"quantile": QUANTILE, "global_clipping": True}
+
+
+def config(stage: int) -> dict[str, Any]:
+    return {**CONFIG, "zero_optimization": {"stage": stage}}
+
+
+# -- the Hugging Face Trainer --------------------------------------------------------------------
+
+
+class Regression(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_model()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        output = self.net(x)
+        return {"loss": (output - labels).square().mean(), "logits": output}
+
+
+class Examples(torch.utils.data.Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(WIDTH, generator=generator)
+        return {"x": x, "labels": torch.randn(3, generator=generator) * (1 + i % 5)}
+
+
+def make_trainer(engine: str, folder: Path, **settings: Any) -> Any:
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+    from transformers import Trainer, TrainingArguments
+
+    from autoclip.torch.transformers import AutoClipCallback
+
+    AcceleratorState._reset_state(True)
+    stage = int(engine[-1]) if engine.startswith("ZeRO") else None
+    model = Regression()
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        save_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        optim="adamw_torch",
+        max_grad_norm=0,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+        deepspeed=None if stage is None else config(stage),
+    )
+    callback = AutoClipCallback(**(settings or GLOBAL))
+    trainer = Trainer(model, args, train_dataset=Examples(), callbacks=[callback])
+    if stage is None:
+        for state in (PartialState(), trainer.accelerator.state):
+            state.distributed_type = DistributedType.FSDP
+        trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=1,
+            auto_wrap_policy="NO_WRAP",
+            cpu_ram_efficient_loading=False,
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        trainer.is_fsdp_enabled = True
+    return trainer
+
+
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("engine", ["ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP1"])
+def test_the_hugging_face_trainer_resumes_as_never_stopping(engine, tmp_path):
+    if engine != "FSDP1":
+        pytest.importorskip("deepspeed")
+    whole = make_trainer(engine, Path(tmp_path))
+    whole.train()
+    expected = whole.callback_handler.callbacks[-1]._clipper
+    assert int(expected._history.recorded[0]) == STEPS
+    assert_same_everywhere(expected)
+    logged = [log for log in whole.state.log_history if "loss" in log]
+    assert len(logged) == STEPS
+    assert all(log.keys() >= NAMES for log in logged)
+    checkpoint = Path(tmp_path) / "checkpoint-3"
+    assert (checkpoint / "autoclip.safetensors").exists()
+
+    rest = make_trainer(engine, Path(tmp_path))
+    rest.train(resume_from_checkpoint=str(checkpoint))
+    assert rest.callback_handler.callbacks[-1]._clipper.state_dict() == expected.state_dict()
+
+    parameter_wise = make_trainer(engine, Path(tmp_path), quantile=0.5)
+    with pytest.raises(ValueError, match="global_clipping=True"):
+        parameter_wise.train()
+
+
+# -- Accelerate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accelerate_with_a_deepspeed_plugin(stage):
+    pytest.importorskip("deepspeed")
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    from autoclip.torch.deepspeed import attach
+
+    accelerator = Accelerator(
+        cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config={**config(stage)})
+    )
+    model, reference = make_model(), Reference()
+    engine, optimizer = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    )
+    clipper = attach(engine, quantile=QUANTILE)
+    for step, batch in enumerate(batches(4)):
+        loss = engine(own_part(batch)).square().mean() * (1 + step)
+        accelerator.backward(loss)
+        optimizer.step()
+        reference.train(batch, 1 + step)
+        assert_equal_reports(clipper, reference.clipper, 1e-5)
+    assert_same_everywhere(clipper)
+
+
+# -- Lightning -----------------------------------------------------------------------------------
+
+
+def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **settings: Any) -> Any:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ParallelStrategy
+
+    from autoclip.torch.lightning import AutoClipCallback
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_model()
+
+        def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+            return (self.net(batch["x"]) - batch["labels"]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.trainer.model.parameters(), lr=1e-2)
+
+    class OnCpuDeepSpeed(DeepSpeedStrategy):
+        def setup_environment(self) -> None:
+            ParallelStrategy.setup_environment(self)
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+
+    class OnCpuFSDP(FSDPStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            log.append(dict(metrics))
+
+    strategy = (
+        OnCpuFSDP(process_group_backend="gloo", state_dict_type="sharded")
+        if engine == "FSDP1"
+        else OnCpuDeepSpeed(config=config(int(engine[-1])), process_group_backend="gloo")
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_steps=STEPS,
+        log_every_n_steps=1,
+        logger=Logger(),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            AutoClipCallback(**(settings or GLOBAL)),
+            ModelCheckpoint(str(folder), filename="{step}", every_n_train_steps=3, save_top_k=-1),
+        ],
+    )
+    loader = torch.utils.data.DataLoader(Examples(), batch_size=4)
+    return trainer, Module(), loader
+
+
+@pytest.mark.processes(1)
+@pytest.mark.parametrize("engine", ["ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP1"])
+def test_lightning_resumes_as_never_stopping(engine, tmp_path):
+    if engine != "FSDP1":
+        pytest.importorskip("deepspeed")
+    log: list[dict[str, Any]] = []
+    trainer, module, loader = make_lightning(engine, Path(tmp_path), log)
+    trainer.fit(module, loader)
+    (expected,) = trainer.callbacks[0]._clippers
+    assert int(expected._history.recorded[0]) == STEPS
+    assert sum(metrics.keys() >= NAMES for metrics in log) == STEPS
+    if engine == "FSDP1":
+        assert isinstance(trainer.strategy.model, FSDP)
+    saved = expected.state_dict()
+
+    trainer, module, loader = make_lightning(engine, Path(tmp_path), log)
+    trainer.fit(module, loader, ckpt_path=str(Path(tmp_path) / "step=3.ckpt"))
+    (restored,) = trainer.callbacks[0]._clippers
+    assert restored.state_dict() == saved
+
+    trainer, module, loader = make_lightning(engine, Path(tmp_path), log, quantile=0.5)
+    with pytest.raises(ValueError, match="global_clipping=True"):
+        trainer.fit(module, loader)
