@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoclip.core import History, Quantile, Rule, Standard, StateError, register_rule, setting
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import Clipper, QuantileClip, StandardClip
+from autoclip.torch import Clipper, QuantileClip, StandardClip, _rows
 from autoclip.torch._history import TensorHistory
 
 CPU = torch.device("cpu")
@@ -478,6 +479,44 @@ def test_many_groups_are_arranged_in_one_go(path: str, monkeypatch: pytest.Monke
     give(ours, [1.0] * 300)
     optimizer.step()
     assert len(made) == 1
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# They read a number, or how many there are, from the device; or write numbers of the host to it.
+WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fresh", "equal"}
+
+
+@each_rule
+@pytest.mark.parametrize("mode", [{}, {"group_clipping": True}, {"global_clipping": True}])
+@pytest.mark.parametrize("choice", [{}, {"on_nonfinite": "zero", "on_spike": "zero"}])
+def test_a_step_on_a_device_waits_for_nothing(
+    mode: dict[str, Any], choice: dict[str, Any], rule: Rule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_rows, "uses_numpy", lambda device: False)
+    ours = parameters(4)
+    groups = [{"params": ours[:1], "max_norm": 3.0}, {"params": ours[1:]}]
+    if mode.get("global_clipping"):
+        groups = [{"params": ours}]
+    clipper = Clipper(groups, rule, 5, warmup_steps=2, **mode, **choice)
+    for size in (1.0, 2.0):
+        give(ours, [size] * 4)
+        clipper.step()
+    give(ours, [3.0] * 4)
+    with Operations() as seen:
+        clipper.step()
+    assert seen.names
+    assert not WAITING & set(seen.names)
 
 
 def test_a_step_without_gradients_is_float32_whatever_the_default() -> None:

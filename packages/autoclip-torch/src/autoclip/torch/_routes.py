@@ -26,6 +26,8 @@ Norms: TypeAlias = npt.NDArray[np.float64] | Tensor
 
 # A sum of squares between these has lost nothing that counts at either end of float64's range.
 _SMALLEST, _LARGEST = 1e-280, 1e300
+# Up to so many numbers Python is quicker than NumPy.
+_FEW = 64
 
 
 class Route:
@@ -165,6 +167,8 @@ def total_norm(measured: Mapping[torch.device, Norms], home: torch.device | None
     norms = merged(measured, home)
     if not isinstance(norms, np.ndarray):
         return _joint_norms_of(norms[None])[0]
+    if len(norms) <= _FEW:
+        return math.hypot(*norms.tolist())
     with np.errstate(over="ignore"):
         square = float(norms.dot(norms))
     if _SMALLEST < square < _LARGEST:
