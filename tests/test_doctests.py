@@ -37,7 +37,10 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # examples may write files
-    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    if name == "autoclip.torch.deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not part of this environment")
+    with patch.dict(RULES):  # some examples register one
+        results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert results.failed == 0
 
 
@@ -46,7 +49,9 @@ def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text("utf-8"), re.M | re.S)
     assert blocks
-    namespace: dict[str, object] = {}
+    namespace: dict[str, object] = {"__name__": "example"}
     with patch.dict(RULES):  # docs/rules.md adds some
         for _, block in blocks:  # later ones use what earlier ones made, as a reader would
-            exec(textwrap.dedent(block), namespace)
+            # Without the imports from the future that this file has.
+            code = compile(textwrap.dedent(block), str(page), "exec", dont_inherit=True)
+            exec(code, namespace)

@@ -116,10 +116,8 @@ def filled(factor: float) -> History:
 
 
 def test_two_rules_are_built_in() -> None:
-    assert {name: rule for name, rule in RULES.items() if "autoclip" in rule.__module__} == {
-        "quantile": Quantile,
-        "standard": Standard,
-    }
+    ours = [rule for rule in RULES.values() if rule.__module__.startswith("autoclip.core._")]
+    assert ours == [Quantile, Standard]
 
 
 @pytest.mark.parametrize(

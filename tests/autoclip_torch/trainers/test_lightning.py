@@ -262,7 +262,7 @@ def test_an_optimizer_that_is_attached_already(tmp_path: Path) -> None:
     """Without arguments the callback only logs; with them, it contradicts the module."""
     trainer = make_trainer(tmp_path, AutoClipCallback(), max_epochs=1)
     clipper = fit(Module(), trainer)
-    assert clipper.defaults == SETTINGS
+    assert SETTINGS.items() <= clipper.defaults.items()
     assert trainer.logged_metrics.keys() | trainer.callback_metrics.keys() >= NAMES
     with pytest.raises(RuntimeError, match="has a clipper already"):
         fit(Module(), make_trainer(tmp_path, AutoClipCallback(quantile=0.5)))

@@ -189,7 +189,7 @@ def test_an_optimizer_that_is_attached_already(tmp_path: Path) -> None:
     """Without settings the callback only logs; with them, it contradicts the optimizer."""
     trainer = make_trainer(tmp_path, "optimizers", [AutoClipCallback()])
     clipper = train(trainer)
-    assert clipper.defaults == SETTINGS
+    assert SETTINGS.items() <= clipper.defaults.items()
     assert trainer.state.log_history[0].keys() >= NAMES
     with pytest.raises(RuntimeError, match="has a clipper already"):
         train(make_trainer(tmp_path, "optimizers", [AutoClipCallback(quantile=0.5)]))

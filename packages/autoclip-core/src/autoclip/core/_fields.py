@@ -138,6 +138,10 @@ def setting(
     >>> @dataclass(frozen=True)
     ... class Median(Rule):
     ...     factor: float = setting(2.0, gt=0)
+    ...
+    ...     @staticmethod
+    ...     def threshold(window, factor):
+    ...         return factor * window.quantile(0.5)
     >>> Median(factor=-1)
     Traceback (most recent call last):
     ...

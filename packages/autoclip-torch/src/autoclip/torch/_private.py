@@ -5,12 +5,16 @@ If a new release of either breaks this package, it is most likely here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo as disable_dynamo  # torch.optim's own, imports lazily
+from torch._compile import _disable_dynamo  # torch.optim's own, imports lazily
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 __all__ = [
     "assert_async",
@@ -24,6 +28,23 @@ __all__ = [
     "negated_view",
     "root_mesh",
 ]
+
+
+def disable_dynamo(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep a function out of what `torch.compile` compiles: it costs one graph break.
+
+    Outside of compiled code the call is direct. torch's own wrapper imports hundreds of modules at
+    its first call, and at each call takes as long as the norms of a small model.
+    """
+    disabled = _disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> Sequence[Tensor]:
