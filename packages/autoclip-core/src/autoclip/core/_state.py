@@ -6,6 +6,7 @@ The format is described for implementers in the documentation, under "The state 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -294,9 +295,11 @@ class State:
         """Match this saved state to the clipper that loads it, and keep what matches.
 
         In the mode "parameter" rows are matched by the names of their parameters, in whatever
-        groups and order, if their shapes can be the same parameter's. In the other modes groups
-        are matched by position, if their parameters have the same numbers of elements in any
-        order. All other rows start empty; one warning says which, and which settings differ.
+        groups and order, if their shapes can be the same parameter's. Names that differ only in
+        what Keras adds, a layer's number or the model's name, match in order, if there are as many
+        on both sides. In the other modes groups are matched by position, if their parameters have
+        the same numbers of elements in any order. All other rows start empty; one warning says
+        which, and which settings differ.
 
         Args:
             current: the state of the clipper as it is now.
@@ -338,6 +341,7 @@ class State:
 
     def _match_parameters(self, current: State) -> _Matched:
         names = Counter(p.name for group in self.groups for p in group.parameters)
+        renamed = self._renamed(current)
         saved: dict[str | None, _Row] = {
             parameter.name: (i, parameter, window, recorded)
             for i, group in enumerate(self.groups)
@@ -354,9 +358,10 @@ class State:
             windows: list[npt.NDArray[np.float32]] = []
             recorded: list[int] = []
             for parameter in ours.parameters:
-                row = saved.get(parameter.name)
+                name = renamed.get(parameter.name, parameter.name)
+                row = saved.get(name)
                 if row is not None and row[1].fits(parameter, same_framework):
-                    del saved[parameter.name]
+                    del saved[name]
                     pairs[row[0], j] = j, self.groups[row[0]], ours
                     windows.append(row[2])
                     recorded.append(int(row[3]))
@@ -373,6 +378,26 @@ class State:
             if parameter.name is None or names[parameter.name] > 1
         ]
         return groups, list(pairs.values()), empty, unused
+
+    def _renamed(self, current: State) -> dict[str | None, str]:
+        """Saved names by the clipper's names that stand for the same variables under other paths.
+
+        Keras numbers layers without a name through a whole process, and a Sequential model's own
+        name is part of its variables' paths only until it is loaded: what one process saved as
+        `sequential/dense/kernel` is `dense_7/kernel` in another.
+        """
+        theirs = [p.name for group in self.groups for p in group.parameters if p.name is not None]
+        mine = [p.name for group in current.groups for p in group.parameters if p.name is not None]
+        both = {*theirs} & {*mine}
+        found, wanted = (
+            _by_plain_name(name for name in names if name not in both) for names in (theirs, mine)
+        )
+        return {
+            new: old
+            for plain, names in wanted.items()
+            if len(names) == len(found.get(plain, ()))
+            for new, old in zip(names, found[plain])
+        }
 
     def _match_groups(self, current: State) -> _Matched:
         groups: list[GroupState] = []
@@ -506,7 +531,17 @@ def _settings_that_differ(pairs: Sequence[_Pair]) -> str:
     return f"was saved with other settings, and the clipper's own are used: {_some(differences)}."
 
 
+def _by_plain_name(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by their last two components, without numbers: `dense/kernel`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        plain = "/".join(_NUMBER.sub("", part) for part in name.split("/")[-2:])
+        found.setdefault(plain, []).append(name)
+    return found
+
+
 _ABSENT = object()
+_NUMBER = re.compile(r"_\d+$")
 
 
 def _shown(setting: object) -> str:
