@@ -354,4 +354,5 @@ def _withheld(parameters: Sequence[Tensor], places: Sequence[int]) -> list[tuple
 def _float32(total: Tensor | float) -> Tensor:
     if isinstance(total, Tensor):
         return total.float()
-    return torch.scalar_tensor(total, dtype=torch.float32, device=_CPU)
+    # Not scalar_tensor, which refuses what is beyond float32.
+    return torch.tensor(total, dtype=torch.float32, device=_CPU)
