@@ -168,7 +168,9 @@ def total_norm(measured: Mapping[torch.device, Norms], home: torch.device | None
     if not isinstance(norms, np.ndarray):
         return _joint_norms_of(norms[None])[0]
     if len(norms) <= _FEW:
-        return math.hypot(*norms.tolist())
+        total = math.hypot(*norms.tolist())
+        if total < math.inf:  # beside an infinity, hypot overlooks a NaN
+            return total
     with np.errstate(over="ignore"):
         square = float(norms.dot(norms))
     if _SMALLEST < square < _LARGEST:
