@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from training import (
     LEARNING_RATE,
+    NEEDS_DEEPSPEED,
     QUANTILE,
     WIDTH,
     Reference,
@@ -26,6 +27,7 @@ from training import (
 )
 
 STEPS = 6
+ZERO = [pytest.param(f"ZeRO {stage}", marks=NEEDS_DEEPSPEED) for stage in range(4)]
 NAMES = {"autoclip/total_norm", "autoclip/threshold", "autoclip/clipped"}
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -117,10 +119,8 @@ def clipper_of(trainer: Any) -> Any:
 
 
 @pytest.mark.processes(2)
-@pytest.mark.parametrize("engine", ["ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP1"])
+@pytest.mark.parametrize("engine", [*ZERO, "FSDP1"])
 def test_the_hugging_face_trainer_resumes_as_never_stopping(engine, tmp_path):
-    if engine != "FSDP1":
-        pytest.importorskip("deepspeed")
     whole = make_trainer(engine, Path(tmp_path))
     whole.train()
     expected = clipper_of(whole)
@@ -148,10 +148,10 @@ def test_the_hugging_face_trainer_resumes_as_never_stopping(engine, tmp_path):
 # -- Accelerate ----------------------------------------------------------------------------------
 
 
+@NEEDS_DEEPSPEED
 @pytest.mark.processes(2)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_accelerate_with_a_deepspeed_plugin(stage):
-    pytest.importorskip("deepspeed")
     from accelerate import Accelerator, DeepSpeedPlugin
 
     from autoclip.torch.deepspeed import attach
@@ -237,10 +237,8 @@ def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **setti
 
 
 @pytest.mark.processes(1)
-@pytest.mark.parametrize("engine", ["ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP1"])
+@pytest.mark.parametrize("engine", [*ZERO[1:], "FSDP1"])
 def test_lightning_resumes_as_never_stopping(engine, tmp_path):
-    if engine != "FSDP1":
-        pytest.importorskip("deepspeed")
     log: list[dict[str, Any]] = []
     trainer, module, loader = make_lightning(engine, Path(tmp_path), log)
     trainer.fit(module, loader)
