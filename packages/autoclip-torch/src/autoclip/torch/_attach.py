@@ -97,12 +97,12 @@ class Attachment:
         # Parameters that this step leaves out, and their gradients, until it is over.
         self._withheld: Sequence[tuple[Tensor, Tensor]] = ()
         self._set_found_inf = False
+        self._cleans_up = False
 
     def begin(self, optimizer: Optimizer) -> None:
         """Attach; see `Clipper.attach`."""
         hooks: list[tuple[str, Callable[..., Any]]] = [
             ("register_step_pre_hook", self._before_step),
-            ("register_step_post_hook", self._after_step),
             ("register_state_dict_post_hook", self._after_state_dict),
             ("register_load_state_dict_pre_hook", self._before_load),
             ("register_load_state_dict_post_hook", self._after_load),
@@ -183,6 +183,11 @@ class Attachment:
                 optimizer.__dict__.pop("found_inf", None)
             raise
         self._withheld = result.skipped
+        if (result.skipped or result.skips_update is not None) and not self._cleans_up:
+            # Only now: under torch.compile each hook costs a graph break. torch looks for these
+            # hooks after the update, so this one is called at the end of this very step.
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+            self._cleans_up = True
         if result.skips_update is not None:
             verdict = result.skips_update.float()
             if found_inf is not None:  # not in place: the scaler would lower its scale
