@@ -19,10 +19,11 @@ from autoclip.core.adapter import RULES
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted((ROOT / "packages").iterdir())
 PAGES = [
+    ROOT / "README.md",
     *(package / "README.md" for package in PACKAGES),
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("core", "rules", "state-format", "torch", "tensorflow")
+        for name in ("core", "recipes", "rules", "state-format", "torch", "tensorflow", "trainers")
     ),
 ]
 

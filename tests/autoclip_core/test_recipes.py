@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from autoclip.core import History, Quantile, Report, Standard
+from autoclip.core import History, Quantile, Report, Rule, Standard, setting
 from autoclip.core._settings import GroupSettings
 
 Norms = npt.NDArray[np.float64]
@@ -60,19 +60,29 @@ def test_autoclip_0_2_1_quantile(length: int) -> None:
     assert found == expected
 
 
+@dataclass(frozen=True)
+class Deviations(Rule):
+    """What `StandardClip` of autoclip 0.2.1 computes: deviations of the sample, without the mean."""
+
+    deviations: float = setting(2.0, ge=0)  # noqa: RUF009
+    name: ClassVar[str] = "deviations"
+    defaults: ClassVar[dict[str, Any]] = {"include_current": False, "warmup_steps": 2}
+
+    @staticmethod
+    def threshold(window: Any, deviations: Any) -> Any:
+        """See `Rule.threshold`."""
+        squares = window.sum((window.norms - window.mean()) ** 2)
+        return deviations * (squares / (window.count - 1)) ** 0.5
+
+
 def test_autoclip_0_2_1_standard() -> None:
-    """Mean and `torch.std`, the sample's deviation (n - 1), where ours is the population's (n)."""
+    """`deviations * torch.std(history)` of the norms before; of a single one that is NaN."""
     norms, length = stream(), 50
-    found, expected = [], []
-    reports = run(norms, Standard(2.0), length, warmup_steps=2)
-    for step, (norm, report) in enumerate(zip(norms, reports)):
+    expected = [1.0, 1.0]
+    for step, norm in enumerate(norms[2:], start=2):
         past = norms[max(0, step - length) : step]
-        if len(past) >= 2:
-            # The same deviation in the original's convention.
-            factor = np.sqrt((len(past) - 1) / len(past))
-            limit = np.mean(past) + 2.0 * factor * np.std(past, ddof=1)
-            found.append(float(report.coefficients[0]))
-            expected.append(min(1.0, limit / norm))
+        expected.append(min(1.0, 2.0 * np.std(past, ddof=1) / norm))
+    found = coefficients(run(norms, Deviations(2.0), length))
     assert largest_deviation(found, expected) < 1e-13
 
 
@@ -110,18 +120,30 @@ def test_a_multiple_of_the_median(c: float) -> None:
 
 
 @pytest.mark.parametrize("sigma", [3.0, 6.0])
-def test_skipped_steps_of_levanter_and_olmo(sigma: float) -> None:
-    """A step is dropped if its norm exceeds mean + sigma · std of the last 128, once 64 are known.
+def test_skipped_steps_of_levanter(sigma: float) -> None:
+    """A norm above mean + sigma · std of the last 129, once 64 are known; the population's std."""
+    norms, expected = stream(), []
+    for step, norm in enumerate(norms):
+        past = norms[max(0, step - 129) : step]
+        skipped = step >= 64 and norm > np.mean(past) + sigma * np.std(past)
+        expected.append(float(not skipped))
+    reports = run(norms, Standard(sigma), 129, warmup_steps=64, on_spike="skip")
+    assert coefficients(reports) == expected
+    assert 0.0 in expected
 
-    OLMo-core takes the sample's deviation (n - 1), which the expectation here converts.
+
+@pytest.mark.parametrize("sigma", [3.0, 6.0])
+def test_skipped_steps_of_olmo_core(sigma: float) -> None:
+    """The same over 128 norms, once 63 are known, with the sample's deviation.
+
+    The original also skips norms that far *below* the mean, which a clipper has no reason to.
     """
     norms, expected = stream(), []
     for step, norm in enumerate(norms):
-        past = np.array(norms[max(0, step - 128) : step])
-        population = np.sqrt(np.mean((past - past.mean()) ** 2)) if step else np.inf
-        known = step >= 64
-        expected.append(float(not (known and norm > past.mean() + sigma * population)))
-    reports = run(norms, Standard(sigma), 128, warmup_steps=64, on_spike="skip")
+        past = norms[max(0, step - 128) : step]
+        skipped = step >= 63 and norm > np.mean(past) + sigma * np.std(past, ddof=1)
+        expected.append(float(not skipped))
+    reports = run(norms, Standard(sigma), 128, warmup_steps=63, on_spike="skip")
     assert coefficients(reports) == expected
     assert 0.0 in expected
 

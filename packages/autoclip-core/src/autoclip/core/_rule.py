@@ -108,6 +108,8 @@ class Rule(ABC):
     def track(cls, rules: Sequence[Any], ring: RingBuffer) -> Tracker | None:
         """An incremental NumPy evaluation with the same results as `threshold`; None for none.
 
+        Where `clip_to` returns anything but the threshold there must be none: it needs the windows.
+
         Args:
             rules: of this class, one a row, with equal `structure`.
             ring: the rows' windows, all empty.

@@ -231,7 +231,7 @@ class Clipper(KerasSaving):
                 are left out: those gradients are not clipped.
 
         Raises:
-            TypeError: one is no variable.
+            TypeError: an entry is not a variable.
             ValueError: there are none, one is there twice, the pattern of a group matches none,
                 the histories are larger than any memory, or the clipper was built with others.
             StateError: a state that was loaded before does not fit.

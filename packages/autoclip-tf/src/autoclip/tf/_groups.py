@@ -112,7 +112,7 @@ def check_variables(variables: Iterable[Variable], owner: str) -> list[Variable]
     """The variables that a clipper is given, as a list.
 
     Raises:
-        TypeError: one is no variable.
+        TypeError: an entry is not a variable.
         ValueError: there are none, or one is there twice.
     """
     variables = list(variables)

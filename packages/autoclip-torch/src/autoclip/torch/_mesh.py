@@ -199,7 +199,7 @@ class Mesh:
             ours /= torch.where(is_replicated, there.clamp(min=1.0), 1.0)
             there.clamp_(max=1.0)
         # The groups of the last dimension began with the same numbers, but each may have added
-        # them in an order of its own: what the first one got goes for all.
+        # them in an order of its own: broadcast one result so that they agree bit for bit.
         for group in self.groups[-2::-1]:
             dist.broadcast(vector, dist.get_global_rank(group, 0), group)
         return index[:-1], ours, vector[-1]
