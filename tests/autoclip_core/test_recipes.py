@@ -62,9 +62,9 @@ def test_autoclip_0_2_1_quantile(length: int) -> None:
 
 @dataclass(frozen=True)
 class Deviations(Rule):
-    """What `StandardClip` of autoclip 0.2.1 computes: deviations of the sample, without the mean."""
+    """`StandardClip` of autoclip 0.2.1: deviations of the sample, without the mean."""
 
-    deviations: float = setting(2.0, ge=0)  # noqa: RUF009
+    deviations: float = setting(2.0, ge=0)
     name: ClassVar[str] = "deviations"
     defaults: ClassVar[dict[str, Any]] = {"include_current": False, "warmup_steps": 2}
 
