@@ -24,6 +24,9 @@ __all__ = ["STATE_KEY", "Attachment", "check_optimizer"]
 STATE_KEY = "autoclip"
 """Where a clipper's state is in its optimizer's `state_dict()`."""
 
+# Methods by which the classes of the SAM family update weights without `step`.
+_SAM_STEPS = ("first_step", "second_step")
+
 
 class Stateful(Protocol):
     """What an attachment needs of a clipper to carry its state."""
@@ -102,11 +105,13 @@ class Attachment:
     def begin(self, optimizer: Optimizer) -> None:
         """Attach; see `Clipper.attach`."""
         hooks: list[tuple[str, Callable[..., Any]]] = [
-            ("register_step_pre_hook", self._before_step),
-            ("register_state_dict_post_hook", self._after_state_dict),
-            ("register_load_state_dict_pre_hook", self._before_load),
-            ("register_load_state_dict_post_hook", self._after_load),
+            ("register_step_pre_hook", self._before_step)
         ]
+        if type(optimizer).state_dict is Optimizer.state_dict:
+            hooks.append(("register_state_dict_post_hook", self._after_state_dict))
+        if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+            hooks.append(("register_load_state_dict_pre_hook", self._before_load))
+            hooks.append(("register_load_state_dict_post_hook", self._after_load))
         try:
             for register, hook in hooks:
                 self._hooks.append(getattr(optimizer, register)(hook))
@@ -116,7 +121,13 @@ class Attachment:
             if isinstance(error, AttributeError):
                 raise TypeError(_without_init(optimizer)) from error
             raise
+        # A class's own method need not call torch's, nor the hooks: bitsandbytes' does not.
+        if type(optimizer).state_dict is not Optimizer.state_dict:
+            optimizer.state_dict = self._state_dict  # type: ignore[method-assign]
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
         optimizer.clipper = self._clipper  # type: ignore[attr-defined]
+        _warn_of_other_steps(optimizer)
 
     def end(self) -> None:
         """Undo `begin`."""
@@ -124,7 +135,8 @@ class Attachment:
         self._pipeline.groups.release()
         optimizer = self._optimizer()
         if optimizer is not None:
-            optimizer.__dict__.pop("clipper", None)
+            for name in ("clipper", "state_dict", "load_state_dict"):
+                optimizer.__dict__.pop(name, None)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -218,6 +230,24 @@ class Attachment:
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict[STATE_KEY] = self._clipper.state_dict()
 
+    def _state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        optimizer = self._attached()
+        state_dict: dict[str, Any] = type(optimizer).state_dict(optimizer, *args, **kwargs)
+        self._after_state_dict(optimizer, state_dict)
+        return state_dict
+
+    def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        optimizer = self._attached()
+        replaced = self._before_load(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+        type(optimizer).load_state_dict(optimizer, state_dict, *args, **kwargs)
+        self._after_load(optimizer)
+
+    def _attached(self) -> Optimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None  # its own method has been called
+        return optimizer
+
     @disable_dynamo
     def _before_load(
         self, optimizer: Optimizer, state_dict: dict[str, Any]
@@ -243,6 +273,21 @@ class Attachment:
         if self._pending is not None:
             self._clipper.commit_state(self._pending)
             self._pending = None
+
+
+def _warn_of_other_steps(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if all(hasattr(optimizer, step) for step in _SAM_STEPS):
+        warn_user(
+            f"AutoClip clips in {name}.step(closure), but not in {name}.first_step and "
+            "second_step. If you call these yourself, call optimizer.clipper.step() after the "
+            "last backward pass, before the method that updates the weights."
+        )
+    if hasattr(optimizer, "fused_backward"):
+        warn_user(
+            f"{name}.fused_backward updates the weights during the backward pass, where AutoClip "
+            "cannot clip. Use an optimizer that updates them in step()."
+        )
 
 
 def _obeys_found_inf(optimizer: Optimizer) -> bool:
