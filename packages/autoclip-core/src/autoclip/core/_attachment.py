@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,21 +44,31 @@ if TYPE_CHECKING:
 else:
 
     class constructor(classmethod):
-        """A class method that makes a new clipper, and so is refused on an instance.
+        """A class method that makes a clipper from an optimizer and the constructor's settings.
 
-        On an instance it would drop that one's settings and history without a word.
+        Its signature is the constructor's, with `optimizer` in the place of the parameters. On an
+        instance, whose settings and history it would silently drop, it raises TypeError.
         """
 
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
-            """The bound method; called on an instance, it raises TypeError."""
-            if instance is None:
-                return super().__get__(instance, owner)
-            name = f"{type(instance).__name__}.{self.__func__.__name__}"
+            """The function, bound to the class."""
+            owner = owner or type(instance)
 
-            def refuse(*_: Any, **__: Any) -> Any:
+            @functools.wraps(self.__func__)
+            def make(*args: Any, **settings: Any) -> Any:
+                if instance is None:
+                    return self.__func__(owner, *args, **settings)
                 raise TypeError(
-                    f"{name} makes a new clipper and is called on the class. To use this clipper, "
-                    "with its settings and its history, call clipper.attach(optimizer)."
+                    f"{owner.__name__}.{make.__name__} makes a new clipper and is called on the "
+                    "class. To use this clipper, with its settings and its history, call "
+                    "clipper.attach(optimizer)."
                 )
 
-            return refuse
+            optimizer = inspect.signature(self.__func__).parameters["optimizer"]
+            settings = [
+                each
+                for name, each in inspect.signature(owner.__init__).parameters.items()
+                if name not in ("self", "parameters")
+            ]
+            make.__signature__ = inspect.Signature([optimizer, *settings])
+            return make

@@ -215,6 +215,20 @@ def rule_arguments(rules: Sequence[Rule]) -> dict[str, Any]:
     return arguments
 
 
+def rule_instance(rule: Rule) -> Rule:
+    """`rule`, unless it is a class.
+
+    Raises:
+        TypeError: it is a class. What is not a rule at all, `ClipperSettings.make` refuses.
+    """
+    if isinstance(rule, type):
+        raise TypeError(
+            f"rule takes a rule such as Quantile(0.9), but got the class {rule.__name__}. "
+            f"Make an instance: {rule.__name__}()."
+        )
+    return rule
+
+
 def needs_order(rule: Rule) -> bool:
     """Whether a rule asks for quantiles of the norms themselves, so that order is worth keeping."""
     probe = QuantileProbe()

@@ -9,7 +9,7 @@ from autoclip.core._attachment import AttachmentHandle, constructor
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
 from autoclip.core._ring import SMALLEST_NORM, is_recorded
 from autoclip.core._rows import make_state, row_names, split_state
-from autoclip.core._rule import RULES, needs_order, rule_arguments
+from autoclip.core._rule import RULES, needs_order, rule_arguments, rule_instance
 from autoclip.core._settings import (
     CLIPPER_SETTINGS,
     ClipperSettings,
@@ -50,6 +50,7 @@ __all__ = [
     "nonfinite_message",
     "row_names",
     "rule_arguments",
+    "rule_instance",
     "second_clipper_message",
     "split_state",
     "warn_user",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import keras
 import tensorflow as tf
@@ -16,6 +16,7 @@ from autoclip.core.adapter import (
     CommonSettings,
     ParamGroup,
     constructor,
+    rule_instance,
     warn_user,
 )
 from autoclip.tf._attach import attach
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Clipper"]
 
-ClipperT = TypeVar("ClipperT", bound="Clipper")
+P = ParamSpec("P")
 OptimizerT = TypeVar("OptimizerT")
 
 
@@ -94,13 +95,8 @@ class Clipper(KerasSaving):
         group_settings: Sequence[Mapping[str, Any]] | None = None,
         **settings: Unpack[CommonSettings],
     ) -> None:
-        if isinstance(rule, type):
-            raise TypeError(
-                f"rule takes a rule such as Quantile(0.9), but got the class {rule.__name__}. "
-                f"Make an instance: {rule.__name__}()."
-            )
         self._set_up(
-            rule,
+            rule_instance(rule),
             group_settings,
             history_length=history_length,
             global_clipping=global_clipping,
@@ -117,14 +113,7 @@ class Clipper(KerasSaving):
 
     @constructor
     def as_optimizer(
-        cls,
-        optimizer: OptimizerT,
-        rule: Rule,
-        history_length: int = 1000,
-        global_clipping: bool = False,
-        *,
-        group_settings: Sequence[Mapping[str, Any]] | None = None,
-        **settings: Unpack[CommonSettings],
+        cls: Callable[P, Clipper], optimizer: OptimizerT, *args: P.args, **settings: P.kwargs
     ) -> OptimizerT:
         """Attach a new clipper to `optimizer` and return that same optimizer.
 
@@ -133,11 +122,8 @@ class Clipper(KerasSaving):
 
         Args:
             optimizer: a Keras optimizer. Of a `LossScaleOptimizer` the inner one gets the clipper.
-            rule: see the class, as for the rest.
-            history_length: see the class.
-            global_clipping: see the class.
-            group_settings: see the class.
-            settings: see the class.
+            args: the class's arguments.
+            settings: the class's settings by keyword.
 
         Raises:
             TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers
@@ -145,13 +131,7 @@ class Clipper(KerasSaving):
             ValueError: a setting has the wrong value.
             RuntimeError: the optimizer has a clipper already.
         """
-        clipper = cls(
-            rule, history_length, global_clipping, group_settings=group_settings, **settings
-        )
-        return clipper._attached_to(optimizer)
-
-    def _attached_to(self, optimizer: OptimizerT) -> OptimizerT:
-        self.attach(optimizer)
+        cls(*args, **settings).attach(optimizer)
         return optimizer
 
     # -- settings and groups -----------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from autoclip.core import Quantile, Standard
-from autoclip.core.adapter import QuantileSettings, StandardSettings, constructor
-from autoclip.tf._clipper import Clipper, OptimizerT
+from autoclip.core.adapter import QuantileSettings, StandardSettings
+from autoclip.tf._clipper import Clipper
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,23 +65,6 @@ class QuantileClip(Clipper):
             **settings,
         )
 
-    @constructor
-    def as_optimizer(  # type: ignore[override]
-        cls,
-        optimizer: OptimizerT,
-        quantile: float = 0.9,
-        history_length: int = 1000,
-        global_clipping: bool = False,
-        *,
-        group_settings: Sequence[Mapping[str, Any]] | None = None,
-        **settings: Unpack[QuantileSettings],
-    ) -> OptimizerT:
-        """Attach a new clipper to `optimizer` and return it; see `Clipper.as_optimizer`."""
-        clipper = cls(
-            quantile, history_length, global_clipping, group_settings=group_settings, **settings
-        )
-        return clipper._attached_to(optimizer)
-
     def _rule_config(self, settings: dict[str, Any]) -> dict[str, Any]:
         return settings
 
@@ -131,23 +114,6 @@ class StandardClip(Clipper):
             global_clipping=global_clipping,
             **settings,
         )
-
-    @constructor
-    def as_optimizer(  # type: ignore[override]
-        cls,
-        optimizer: OptimizerT,
-        deviations: float = 2.0,
-        history_length: int = 1000,
-        global_clipping: bool = False,
-        *,
-        group_settings: Sequence[Mapping[str, Any]] | None = None,
-        **settings: Unpack[StandardSettings],
-    ) -> OptimizerT:
-        """Attach a new clipper to `optimizer` and return it; see `Clipper.as_optimizer`."""
-        clipper = cls(
-            deviations, history_length, global_clipping, group_settings=group_settings, **settings
-        )
-        return clipper._attached_to(optimizer)
 
     def _rule_config(self, settings: dict[str, Any]) -> dict[str, Any]:
         return settings

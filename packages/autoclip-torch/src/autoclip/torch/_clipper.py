@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from autoclip.core.adapter import (
     attached_message,
     constructor,
     make_state,
+    rule_instance,
     split_state,
     warn_user,
 )
 from autoclip.torch import _legacy
 from autoclip.torch._attach import Attachment, check_optimizer
-from autoclip.torch._groups import ParamsT, entries_of, overrides_of
+from autoclip.torch._groups import OptimizerGroups, ParamsT, entries_of, overrides_of
 from autoclip.torch._private import disable_dynamo
 from autoclip.torch._step import Pipeline
 
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
     from autoclip.core.adapter import CommonSettings
 
-__all__ = ["Clipper", "OptimizerT"]
+__all__ = ["Clipper"]
 
-ClipperT = TypeVar("ClipperT", bound="Clipper")
+P = ParamSpec("P")
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
@@ -96,28 +97,33 @@ class Clipper(Saveable):
         global_clipping: bool = False,
         **settings: Unpack[CommonSettings],
     ) -> None:
-        self._start(
-            ClipperSettings.make(
-                type(self).__name__,
-                _instance(rule),
-                history_length=history_length,
-                global_clipping=global_clipping,
-                **settings,
-            ),
+        self._set_up(
+            rule_instance(rule),
             parameters,
+            history_length=history_length,
+            global_clipping=global_clipping,
+            **settings,
         )
 
-    def _start(self, settings: ClipperSettings, parameters: ParamsT) -> None:
-        """What every constructor does once the settings are checked."""
-        self._pipeline = Pipeline(settings)
+    def _set_up(
+        self, rule: Rule | type[Rule], parameters: ParamsT | OptimizerGroups, **settings: Any
+    ) -> None:
+        """What all constructors do; `rule` may be a class, whose settings are then given too."""
+        made = ClipperSettings.make(type(self).__name__, rule, **settings)
+        self._pipeline = Pipeline(made)
         self._attachment: Attachment | None = None
-        for group in entries_of(parameters):
-            if not isinstance(group, dict):
+        if isinstance(parameters, OptimizerGroups):
+            for group in parameters.optimizer.param_groups:
+                own = made.taken_from(group)
+                self._pipeline.groups.add(group["params"], own, group.get("param_names"))
+            return
+        for entry in entries_of(parameters):
+            if not isinstance(entry, dict):
                 raise TypeError(
                     "A clipper takes groups or tensors, but after a group came "
-                    f"{torch.typename(group)}."
+                    f"{torch.typename(entry)}."
                 )
-            self.add_param_group(group)
+            self.add_param_group(entry)
 
     # -- settings and groups -----------------------------------------------------------------
 
@@ -302,12 +308,10 @@ class Clipper(Saveable):
 
     @constructor
     def as_optimizer(
-        cls,
+        cls: Callable[Concatenate[ParamsT, P], Clipper],
         optimizer: OptimizerT,
-        rule: Rule,
-        history_length: int = 1000,
-        global_clipping: bool = False,
-        **settings: Unpack[CommonSettings],
+        *args: P.args,
+        **settings: P.kwargs,
     ) -> OptimizerT:
         """Attach a new clipper to `optimizer` and return that same optimizer.
 
@@ -319,34 +323,17 @@ class Clipper(Saveable):
         Args:
             optimizer: a torch optimizer. One of its groups that names a setting of the clipper,
                 such as `"history_length"`, overrides it for that group.
-            rule: see the class, as for all that follow.
-            history_length: how many norms each history keeps.
-            global_clipping: one history for all parameters together.
-            settings: by keyword. `on_nonfinite` acts as `"keep"` while a loss scaler is at work.
+            args: the class's arguments after `parameters`.
+            settings: the class's settings by keyword. `on_nonfinite` acts as `"keep"` while a loss
+                scaler is at work.
 
         Raises:
             TypeError: it is not a torch optimizer, or a setting has the wrong type.
             ValueError: a setting has the wrong value.
             RuntimeError: the optimizer has a clipper already.
         """
-        made = ClipperSettings.make(
-            cls.__name__,
-            _instance(rule),
-            history_length=history_length,
-            global_clipping=global_clipping,
-            **settings,
-        )
-        return cls._attach_new(optimizer, made)
-
-    @classmethod
-    def _attach_new(cls, optimizer: OptimizerT, settings: ClipperSettings) -> OptimizerT:
-        """Attach a new clipper whose groups are the optimizer's, one to one."""
         check_optimizer(optimizer, "as_optimizer")
-        clipper = cls.__new__(cls)
-        clipper._pipeline, clipper._attachment = Pipeline(settings), None
-        for group in optimizer.param_groups:
-            own = settings.taken_from(group)
-            clipper._pipeline.groups.add(group["params"], own, group.get("param_names"))
+        clipper = cls(cast("Any", OptimizerGroups(optimizer)), *args, **settings)
         clipper.attach(optimizer)
         return optimizer
 
@@ -405,11 +392,3 @@ class Clipper(Saveable):
             (len(infos), settings, "")
             for infos, settings in zip(groups.by_group(), groups.group_settings())
         )
-
-
-def _instance(rule: Any) -> Rule:
-    if isinstance(rule, type):
-        raise TypeError(
-            f"rule takes an instance such as {rule.__name__}(), but got the class itself."
-        )
-    return rule  # type: ignore[no-any-return]

@@ -20,10 +20,17 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch._rows import Rows
 
-__all__ = ["Group", "Groups", "ParamsT", "entries_of", "overrides_of"]
+__all__ = ["Group", "Groups", "OptimizerGroups", "ParamsT", "entries_of", "overrides_of"]
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """What torch's optimizers take: tensors, named tensors, or group dicts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerGroups:
+    """The groups of an optimizer, as what a clipper's constructor takes from `as_optimizer`."""
+
+    optimizer: Optimizer
 
 
 class Group:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autoclip.core import Quantile, Standard
-from autoclip.core.adapter import ClipperSettings, constructor, warn_user
-from autoclip.torch._clipper import Clipper, OptimizerT
+from autoclip.core.adapter import warn_user
+from autoclip.torch._clipper import Clipper
 from autoclip.torch._groups import ParamsT
 
 if TYPE_CHECKING:
@@ -58,40 +58,14 @@ class QuantileClip(Clipper):
         global_threshold: bool | None = None,
         **settings: Unpack[QuantileSettings],
     ) -> None:
-        made = ClipperSettings.make(
-            type(self).__name__,
+        self._set_up(
             Quantile,
+            parameters,
             quantile=quantile,
             history_length=history_length,
             global_clipping=_renamed(global_clipping, global_threshold),
             **settings,
         )
-        self._start(made, parameters)
-
-    @constructor
-    def as_optimizer(  # type: ignore[override]
-        cls,
-        optimizer: OptimizerT,
-        quantile: float = 0.9,
-        history_length: int = 1000,
-        global_clipping: bool = False,
-        *,
-        global_threshold: bool | None = None,
-        **settings: Unpack[QuantileSettings],
-    ) -> OptimizerT:
-        """Attach a new clipper to `optimizer` and return that same optimizer.
-
-        See `Clipper.as_optimizer`, and the class for the settings.
-        """
-        made = ClipperSettings.make(
-            cls.__name__,
-            Quantile,
-            quantile=quantile,
-            history_length=history_length,
-            global_clipping=_renamed(global_clipping, global_threshold),
-            **settings,
-        )
-        return cls._attach_new(optimizer, made)
 
 
 class StandardClip(Clipper):
@@ -134,40 +108,14 @@ class StandardClip(Clipper):
         global_threshold: bool | None = None,
         **settings: Unpack[StandardSettings],
     ) -> None:
-        made = ClipperSettings.make(
-            type(self).__name__,
+        self._set_up(
             Standard,
+            parameters,
             deviations=deviations,
             history_length=history_length,
             global_clipping=_renamed(global_clipping, global_threshold),
             **settings,
         )
-        self._start(made, parameters)
-
-    @constructor
-    def as_optimizer(  # type: ignore[override]
-        cls,
-        optimizer: OptimizerT,
-        deviations: float = 2.0,
-        history_length: int = 1000,
-        global_clipping: bool = False,
-        *,
-        global_threshold: bool | None = None,
-        **settings: Unpack[StandardSettings],
-    ) -> OptimizerT:
-        """Attach a new clipper to `optimizer` and return that same optimizer.
-
-        See `Clipper.as_optimizer`, and the class for the settings.
-        """
-        made = ClipperSettings.make(
-            cls.__name__,
-            Standard,
-            deviations=deviations,
-            history_length=history_length,
-            global_clipping=_renamed(global_clipping, global_threshold),
-            **settings,
-        )
-        return cls._attach_new(optimizer, made)
 
 
 def _renamed(global_clipping: bool, global_threshold: bool | None) -> bool:
