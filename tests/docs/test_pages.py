@@ -1,0 +1,29 @@
+"""Every block of Python in the documentation and the READMEs runs, page by page, in order."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from pathlib import Path
+
+import pytest
+from pages import ROOT, blocks_of, pages, processes_of, run_page
+from processes import ForkServer
+
+RUNS = [
+    pytest.param(page, needs, id=f"{page.relative_to(ROOT)}{needs and '-'}{needs}")
+    for page in pages()
+    for needs in sorted({block.needs for block in blocks_of(page) if not block.not_run})
+]
+
+
+@pytest.mark.parametrize(("page", "needs"), RUNS)
+def test_blocks_run(server: ForkServer, page: Path, needs: str) -> None:
+    if needs and importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not part of this environment")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = {"path": page, "needs": needs}
+    for outcome in server.run(run_page, arguments, processes_of(page), port=port):
+        assert outcome.status == 0, str(outcome)
