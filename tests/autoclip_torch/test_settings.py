@@ -305,7 +305,7 @@ def test_a_rule_is_an_instance() -> None:
         lambda: Clipper(parameters(), Quantile),  # type: ignore[arg-type]
         lambda: Clipper.as_optimizer(SGD(parameters(), lr=0.1), Quantile),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"instance such as Quantile\(\)"):
+        with pytest.raises(TypeError, match=r"got the class Quantile. Make an instance: Quantile"):
             make()
     with pytest.raises(TypeError, match="rule takes a Rule"):
         Clipper(parameters(), 0.9)  # type: ignore[arg-type]
