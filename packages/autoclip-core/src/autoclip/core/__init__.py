@@ -15,6 +15,7 @@ from autoclip.core._installation import refuse_legacy_installation
 
 refuse_legacy_installation()
 
+from autoclip.core._diagnostics import RowSummary, Summary, summarize  # noqa: E402
 from autoclip.core._errors import StateError  # noqa: E402
 from autoclip.core._fields import setting  # noqa: E402
 from autoclip.core._files import MAX_FILE_BYTES  # noqa: E402
@@ -22,6 +23,7 @@ from autoclip.core._history import History, Report  # noqa: E402
 from autoclip.core._logging import log_values  # noqa: E402
 from autoclip.core._max_norm import MaxNorm  # noqa: E402
 from autoclip.core._quantile import Quantile  # noqa: E402
+from autoclip.core._reading import read_states  # noqa: E402
 from autoclip.core._ring import SMALLEST_NORM, RingBuffer  # noqa: E402
 from autoclip.core._rule import Rule, register_rule  # noqa: E402
 from autoclip.core._saving import Saveable  # noqa: E402
@@ -45,15 +47,19 @@ __all__ = [
     "Record",
     "Report",
     "RingBuffer",
+    "RowSummary",
     "Rule",
     "Saveable",
     "Standard",
     "State",
     "StateError",
+    "Summary",
     "Tracker",
     "Window",
     "__version__",
     "log_values",
+    "read_states",
     "register_rule",
     "setting",
+    "summarize",
 ]

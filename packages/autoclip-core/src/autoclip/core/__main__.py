@@ -1,0 +1,8 @@
+"""`python -m autoclip.core`: the command `autoclip`, where scripts are not on the path."""
+
+import sys
+
+from autoclip.core._command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

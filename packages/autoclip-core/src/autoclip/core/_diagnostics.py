@@ -1,0 +1,431 @@
+"""What a history says about clipping: which rows are clipped, how often and how hard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autoclip.core._errors import StateError
+from autoclip.core._files import PathLike
+from autoclip.core._history import History, Report
+from autoclip.core._logging import log_values
+from autoclip.core._reading import read_states
+from autoclip.core._replay import Replay, replay, shares_clipped
+from autoclip.core._rows import row_names
+from autoclip.core._rule import RULES
+from autoclip.core._saving import Saveable
+from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings, batches
+from autoclip.core._state import GroupState, State
+
+__all__ = ["CANDIDATES", "RowSummary", "Rows", "Source", "Summary", "rows_of", "summarize"]
+
+Source = Saveable | State | PathLike
+"""What holds a history: a clipper, a `State`, or the path of a file."""
+
+CANDIDATES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+"""The quantiles that are compared by default."""
+
+_MOST_NORMS = 10_000
+_MOST_NORMS_COMPARED = 2_000
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a state, in the order of its groups.
+
+    Attributes:
+        state: where they come from.
+        names: of each row.
+        groups: int[rows], the group that each row belongs to.
+        windows: float32[length] a row, oldest norm first.
+        recorded: int64[rows], how many norms each row has ever recorded.
+        settings: of each row; None if the rule is not registered in this process.
+    """
+
+    state: State
+    names: tuple[str, ...]
+    groups: list[int]
+    windows: list[npt.NDArray[np.float32]]
+    recorded: npt.NDArray[np.int64]
+    settings: list[GroupSettings] | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def shows_clipping(self) -> bool:
+        """Whether the norms say what was clipped: not if they were recorded after clipping."""
+        return self.settings is not None and all(each.record == "raw" for each in self.settings)
+
+    def only(self, row: int) -> Rows:
+        """One row alone."""
+        settings = None if self.settings is None else [self.settings[row]]
+        return Rows(
+            self.state,
+            (self.names[row],),
+            [self.groups[row]],
+            [self.windows[row]],
+            self.recorded[[row]],
+            settings,
+        )
+
+    def newest(self, count: int) -> list[npt.NDArray[np.float32]]:
+        """The newest norms of each window."""
+        return [window[-count:] for window in self.windows]
+
+    @cached_property
+    def thresholds(self) -> npt.NDArray[np.float64]:
+        """float64[rows]: the thresholds of the windows as they are; NaN if the rule is unknown."""
+        found = np.full(len(self), np.nan)
+        for rows in batches(self.settings or []).values():
+            history = History.of([self.settings[row] for row in rows])  # type: ignore[index]
+            history.write(
+                range(len(rows)), [self.windows[row] for row in rows], self.recorded[rows]
+            )
+            found[rows] = history.thresholds
+        return found
+
+    @cached_property
+    def replay(self) -> Replay | None:
+        """The steps in the windows, at most the newest 10000; None if the rule is unknown."""
+        if self.settings is None:
+            return None
+        return replay(self.settings, self.newest(_MOST_NORMS), self.recorded)
+
+    def index(self, row: int | str | None) -> int:
+        """The number of a row, by number or name; None for the one that is clipped hardest.
+
+        Raises:
+            KeyError: there is no such row.
+        """
+        if row is None:
+            return int(self.hardest_first()[0])
+        if isinstance(row, str) and row in self.names:
+            return self.names.index(row)
+        if isinstance(row, int) and -len(self) <= row < len(self):
+            return row % len(self)
+        raise KeyError(
+            f"There is no row {row!r}. The {len(self)} rows are {', '.join(self.names[:5])}"
+            f"{', …' if len(self) > 5 else ''}."
+        )
+
+    def hardest_first(self) -> npt.NDArray[np.int64]:
+        """int64[rows]: all rows, lowest mean coefficient first; empty windows come last."""
+        coefficients = np.full(len(self), np.nan)
+        if self.replay is not None and self.shows_clipping:
+            coefficients = self.replay.coefficients
+        return np.argsort(coefficients, kind="stable")  # NaN comes last
+
+
+def rows_of(source: Source) -> Rows:
+    """The rows of a clipper, a state, or a file with one history.
+
+    Raises:
+        StateError: the file is damaged, or holds no history or several.
+        OSError: it cannot be read.
+        TypeError: it is something else.
+    """
+    state = _state_of(source)
+    names = [
+        parameter.name if parameter.name is not None else f"group {i}, parameter {k}"
+        for i, group in enumerate(state.groups)
+        for k, parameter in enumerate(group.parameters)
+    ]
+    groups = [i for i, group in enumerate(state.groups) for _ in group.lengths]
+    by_group = [_settings_of(state.rule, group) for group in state.groups]
+    windows = [window for group in state.groups for window in group.windows()]
+    recorded = [np.empty(0, np.int64), *(group.recorded for group in state.groups)]
+    return Rows(
+        state,
+        row_names(state.mode, names, len(state.groups)),
+        groups,
+        windows,
+        np.concatenate(recorded),
+        None if None in by_group else [by_group[i] for i in groups],  # type: ignore[misc]
+    )
+
+
+def _state_of(source: Source) -> State:
+    if isinstance(source, State):
+        return source
+    if isinstance(source, Saveable):
+        return source._export_state()
+    states = read_states(source)
+    if len(states) > 1:
+        raise StateError(
+            f"{source} holds {len(states)} histories: {', '.join(map(repr, states))}. Choose one "
+            "of the states that read_states returns."
+        )
+    [state] = states.values()
+    return state
+
+
+def _settings_of(rule: str, group: GroupState) -> GroupSettings | None:
+    if rule not in RULES:
+        return None
+    own = {name: group.settings[name] for name in RULES[rule].setting_names()}
+    return GroupSettings(
+        RULES[rule].from_settings(own), **{name: group.settings[name] for name in CLIPPER_SETTINGS}
+    )
+
+
+@dataclass(frozen=True)
+class RowSummary:
+    """One row of a history: a parameter, a parameter group, or all parameters.
+
+    Attributes:
+        name: the parameter's name, or the group.
+        group: the number of its parameter group.
+        shape: the parameter's shape; None if it is unknown or the row stands for several.
+        length: how many norms the window holds.
+        recorded: how many norms the row has ever recorded.
+        newest: the norm that was recorded last; NaN if the window is empty.
+        median: the median of the window; NaN if it is empty.
+        threshold: of the window as it is; infinite if there is none yet, NaN if the rule is unknown
+            in this process.
+        clipped: the share of the norms in the window that were above their threshold, 0 … 1; see
+            `Summary`.
+        coefficient: the mean of what these gradients were multiplied by.
+    """
+
+    name: str
+    group: int
+    shape: tuple[int, ...] | None
+    length: int
+    recorded: int
+    newest: float
+    median: float
+    threshold: float
+    clipped: float
+    coefficient: float
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What `summarize` returns. Printed, it is a table.
+
+    The shares come from the windows: each norm in a window is compared with the threshold that the
+    norms before it give under the saved settings. Of a window that has lost its oldest norms, the
+    newer half is counted. Where norms are recorded after clipping (`record="clipped"`) or the rule
+    is unknown in this process, the shares are NaN.
+
+    Attributes:
+        state: the history.
+        rows: one summary a row, in the order of the parameter groups.
+        last: the values of `log_values` for the clipper's last step; empty if there is none.
+        last_coefficients: what each row's gradient was multiplied by in that step, by name.
+    """
+
+    state: State
+    rows: tuple[RowSummary, ...]
+    last: dict[str, float]
+    last_coefficients: dict[str, float]
+    _rows: Rows = field(repr=False)
+
+    def hardest(self, count: int = 10) -> list[RowSummary]:
+        """The rows that are clipped hardest: those with the lowest mean coefficient below 1."""
+        order = [self.rows[row] for row in self._rows.hardest_first()]
+        return [row for row in order if row.coefficient < 1.0][:count]
+
+    def clipped_at(
+        self, quantiles: Sequence[float] = CANDIDATES, max_rows: int = 200
+    ) -> dict[float, float]:
+        """The share of norms that would be clipped at other quantiles, all else as it is.
+
+        The same comparison as for `RowSummary.clipped`, over at most the newest 2000 norms of a
+        row. For a steady history it is 1 - q; a history that rises is clipped more, one that falls
+        less.
+
+        Args:
+            quantiles: in [0, 1].
+            max_rows: how many rows stand for all of them, evenly spaced; replaying more takes time.
+
+        Returns:
+            The mean over rows for each quantile; NaN where no row shows what is clipped.
+        """
+        rows = self._rows
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), max_rows)).astype(int))
+        if not rows.shows_clipping or rows.settings is None or not len(rows):
+            return dict.fromkeys(quantiles, math.nan)
+        windows = rows.newest(_MOST_NORMS_COMPARED)
+        shares = shares_clipped(
+            [rows.settings[row] for row in chosen],
+            [windows[row] for row in chosen],
+            rows.recorded[chosen],
+            quantiles,
+        )
+        shares = shares[~np.isnan(shares).any(1)]
+        means = shares.mean(0) if len(shares) else np.full(len(quantiles), np.nan)
+        return dict(zip(quantiles, means.tolist()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as JSON's types, None for what is NaN or infinite."""
+        state = self.state
+        return {
+            "rule": state.rule,
+            "mode": state.mode,
+            "framework": state.framework,
+            "library_version": state.library_version,
+            "groups": [
+                {"settings": dict(group.settings), "parameters": len(group.parameters)}
+                for group in state.groups
+            ],
+            "rows": [
+                {each.name: _json(getattr(row, each.name)) for each in fields(row)}
+                for row in self.rows
+            ],
+            "last": {name: _json(value) for name, value in self.last.items()},
+            "clipped_at": {f"{q:g}": _json(share) for q, share in self.clipped_at().items()},
+        }
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, max_rows: int | None = 30) -> str:
+        """The summary as text.
+
+        Args:
+            max_rows: if there are more rows, only so many of those that are clipped hardest are
+                in the table; None for all rows.
+        """
+        state = self.state
+        lines = [
+            f"rule {state.rule}, {_MODES[state.mode]}; saved by {state.framework}"
+            + (f", autoclip {state.library_version}" if state.library_version else "")
+        ]
+        for i, group in enumerate(state.groups):
+            known = _settings_of(state.rule, group)
+            by_name = group.settings if known is None else known.settings  # the rule's first
+            settings = ", ".join(f"{name}={value!r}" for name, value in by_name.items())
+            count = len(group.parameters)
+            lines.append(f"group {i}: {count} parameter{'s' * (count != 1)}, {settings}")
+        shown = list(self.rows)
+        title = f"{len(shown)} row{'s' * (len(shown) != 1)}"
+        if max_rows is not None and len(shown) > max_rows:
+            shown = [self.rows[row] for row in self._rows.hardest_first()[:max_rows]]
+            title += f", the {max_rows} clipped hardest"
+        lines += ["", f"{title}:", *_table(shown, state)]
+        if not self._rows.shows_clipping:
+            lines.append(
+                f"The rule {state.rule!r} is not registered in this process: no thresholds."
+                if self._rows.settings is None
+                else 'Norms are recorded after clipping (record="clipped"): no shares.'
+            )
+        else:
+            shares = ", ".join(f"{q:g}: {_percent(s)}" for q, s in self.clipped_at().items())
+            lines += ["", f"clipped at other quantiles  {shares}"]
+        if self.last:
+            values = ", ".join(
+                f"{name.removeprefix('autoclip/')} {value:.4g}" for name, value in self.last.items()
+            )
+            hardest = sorted(self.last_coefficients.items(), key=lambda each: each[1])
+            names = [f"{name} * {value:.3g}" for name, value in hardest if value < 1.0][:5]
+            lines += ["", f"last step  {values}"]
+            lines += [f"clipped hardest  {', '.join(names)}"] if names else []
+        return "\n".join(lines)
+
+
+def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
+    """Summarize a history: thresholds, shares clipped, and the rows that are clipped hardest.
+
+    Args:
+        source: a clipper of any framework, a `State`, or the path of a file that holds one history.
+        report: the clipper's last step, in NumPy's arrays. `autoclip.torch.logging.summarize` and
+            `autoclip.tf.logging.summarize` give it for you.
+
+    Raises:
+        StateError: the file is damaged, or holds no history or several.
+        OSError: it cannot be read.
+
+    >>> from autoclip.core import History, Quantile, summarize
+    >>> history = History(rows=1, rule=Quantile(0.5))
+    >>> for norm in (1.0, 2.0, 3.0, 12.0):
+    ...     report = history.record([norm])
+    >>> summary = summarize(history)
+    >>> summary.rows[0].threshold, summary.rows[0].clipped
+    (2.5, 0.75)
+    """
+    rows = rows_of(source)
+    shares = coefficients = np.full(len(rows), np.nan)
+    if rows.replay is not None and rows.shows_clipping:
+        shares, coefficients = rows.replay.shares, rows.replay.coefficients
+    shapes: list[tuple[int, ...] | None] = [None] * len(rows)
+    if rows.state.mode == "parameter":
+        shapes = [each.shape for group in rows.state.groups for each in group.parameters]
+    summaries = [
+        RowSummary(
+            name=rows.names[row],
+            group=rows.groups[row],
+            shape=shapes[row],
+            length=len(window),
+            recorded=int(rows.recorded[row]),
+            newest=float(window[-1]) if len(window) else math.nan,
+            median=float(np.median(window.astype(np.float64))) if len(window) else math.nan,
+            threshold=float(rows.thresholds[row]),
+            clipped=float(shares[row]),
+            coefficient=float(coefficients[row]),
+        )
+        for row, window in enumerate(rows.windows)
+    ]
+    last = {} if report is None else log_values(report)
+    by_name = {} if report is None else dict(zip(report.names, map(float, report.coefficients)))
+    return Summary(rows.state, tuple(summaries), last, by_name, rows)
+
+
+_MODES = {
+    "parameter": "a history for each parameter",
+    "group": "a history for each parameter group",
+    "global": "one history for all parameters",
+}
+_HEADINGS = (
+    *("row", "shape", "filled", "recorded"),
+    *("newest", "median", "threshold", "clipped", "coefficient"),
+)
+
+
+def _table(rows: Sequence[RowSummary], state: State) -> list[str]:
+    cells = [_HEADINGS]
+    for row in rows:
+        shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
+        length = state.groups[row.group].settings["history_length"]
+        cells.append(
+            (
+                row.name,
+                shape,
+                f"{row.length}/{length}",
+                str(row.recorded),
+                _number(row.newest),
+                _number(row.median),
+                _number(row.threshold),
+                _percent(row.clipped),
+                _number(row.coefficient),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return [
+        "  ".join(
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in cells
+    ]
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value
