@@ -115,7 +115,8 @@ def clipper_of(trainer: Any) -> Any:
     from autoclip.torch.transformers import AutoClipCallback
 
     callbacks = trainer.callback_handler.callbacks
-    return next(each._clipper for each in callbacks if isinstance(each, AutoClipCallback))
+    (clipper,) = next(each._clippers for each in callbacks if isinstance(each, AutoClipCallback))
+    return clipper
 
 
 @pytest.mark.processes(2)

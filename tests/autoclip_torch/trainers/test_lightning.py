@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import pickle
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +260,29 @@ def test_fitting_twice_with_one_callback(tmp_path: Path) -> None:
     for _ in range(2):
         clipper = fit(Module(attach=False), make_trainer(tmp_path, callback, max_epochs=1))
         assert lengths(clipper) == {BATCHES}
+
+
+def test_one_callback_keeps_no_model_alive(tmp_path: Path) -> None:
+    callback = AutoClipCallback(**SETTINGS)
+    references = []
+    for _ in range(2):
+        module = Module(attach=False)
+        clipper = fit(module, make_trainer(tmp_path, callback, max_epochs=1))
+        references += [weakref.ref(clipper), *map(weakref.ref, module.parameters())]
+        del module, clipper
+    # These are what Lightning leaves on each callback: methods of the last module.
+    callback.log = callback.log_dict = None
+    gc.collect()
+    assert [each() for each in references] == [None] * 10
+
+
+def test_a_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    """As strategies do that start processes."""
+    callback = AutoClipCallback(**SETTINGS)
+    clipper = fit(Module(attach=False), make_trainer(tmp_path, callback, max_epochs=1))
+    for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        again = fit(Module(attach=False), make_trainer(tmp_path, copied, max_epochs=1))
+        assert again.state_dict() == clipper.state_dict()
 
 
 def test_an_optimizer_that_is_attached_already(tmp_path: Path) -> None:

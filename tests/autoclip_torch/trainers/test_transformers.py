@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import pickle
 import shutil
 import warnings
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -234,6 +237,108 @@ def test_the_default_max_grad_norm_is_switched_off_and_put_back(tmp_path: Path) 
     assert torch.equal(weights(trainer), weights(expected))
     assert trainer.args.max_grad_norm == 1e-3
     assert TrainingArguments(output_dir=str(tmp_path)).max_grad_norm == 1.0  # so it is the default
+
+
+class Interrupt(TrainerCallback):
+    """Raises in the forward or the backward pass of the third step, as Ctrl-C may."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        if state.global_step == 2:
+            model = kwargs["model"]
+            if self.where == "forward":
+                model.register_forward_hook(interrupt)
+            else:
+                next(model.parameters()).register_hook(interrupt)
+
+
+@pytest.mark.filterwarnings("ignore:TrainingArguments")
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_interrupted_training_leaves_the_arguments_as_they_were(
+    tmp_path: Path, where: str
+) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[Interrupt(where)], max_grad_norm=0.5)
+    before = dict(vars(trainer))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.args.max_grad_norm == 0.5
+    assert "training_step" not in vars(trainer) and "training_step" not in before
+
+
+@pytest.mark.filterwarnings("ignore:TrainingArguments")
+def test_checkpoints_hold_the_arguments_as_they_were(tmp_path: Path) -> None:
+    class Raise(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                raise OSError("the disk is full")
+
+    trainer = make_trainer(
+        tmp_path, callbacks=[Raise()], max_grad_norm=0.5, save_strategy="steps", save_steps=3
+    )
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
+    assert trainer.args.max_grad_norm == 0.5
+    saved = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert saved.max_grad_norm == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:TrainingArguments")
+def test_a_training_step_of_the_users_own_stays(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_grad_norm=1e-3, gradient_accumulation_steps=2)
+    training_step, calls = trainer.training_step, []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(trainer.args.max_grad_norm)
+        return training_step(*args, **kwargs)
+
+    trainer.training_step = own  # type: ignore[method-assign]
+    clipper = train(trainer)
+    assert trainer.training_step is own
+    assert calls == [0.0] * 2 * STEPS
+    expected = train(make_trainer(tmp_path, max_grad_norm=0, gradient_accumulation_steps=2))
+    assert clipper.state_dict() == expected.state_dict()
+
+
+# -- several models ----------------------------------------------------------------------------
+
+
+def test_one_callback_keeps_no_model_alive(tmp_path: Path) -> None:
+    callback = AutoClipCallback(**SETTINGS)
+    models, clippers = [], []
+    for fold in range(2):
+        trainer = make_trainer(tmp_path / str(fold), "none", [callback], max_steps=1)
+        clippers.append(weakref.ref(train(trainer)))
+        models.append(weakref.ref(trainer.model))
+        assert lengths(clippers[-1]()) == {1}
+        del trainer
+    gc.collect()
+    assert [each() for each in (*models, *clippers)] == [None] * 4
+
+
+def test_a_new_model_in_the_same_trainer_gets_a_new_history(tmp_path: Path) -> None:
+    """As `hyperparameter_search` makes them for its trials."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    first, model = weakref.ref(train(trainer)), weakref.ref(trainer.model)
+    trainer.accelerator.free_memory()
+    trainer.model_wrapped = trainer.model = make_model()
+    trainer.optimizer = trainer.lr_scheduler = None
+    assert lengths(train(trainer)) == {1}
+    gc.collect()
+    assert first() is model() is None
+
+
+def test_a_callback_can_be_pickled(tmp_path: Path) -> None:
+    callback = AutoClipCallback(**SETTINGS)
+    clipper = train(make_trainer(tmp_path, "none", [callback], max_steps=1))
+    copied = pickle.loads(pickle.dumps(callback))
+    again = train(make_trainer(tmp_path, "none", [copied], max_steps=1))
+    assert again.state_dict() == clipper.state_dict()
 
 
 def test_as_optimizer_alone_records_what_max_grad_norm_leaves(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,39 @@ from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._named import QuantileClip, StandardClip
 
-__all__ = ["ClipperClass", "ClipperMaker", "deepspeed_engine", "is_fsdp1"]
+__all__ = ["ClipperClass", "ClipperMaker", "Clippers", "deepspeed_engine", "is_fsdp1"]
 
 ClipperClass = type[QuantileClip] | type[StandardClip]
+
+
+class Clippers:
+    """Clippers that live as long as their optimizers or engines.
+
+    A callback may be used for several models in turn, and a clipper holds its parameters. Copies
+    of a callback, and what other processes get of it, have no clippers.
+
+    Args:
+        clippers: the first ones.
+    """
+
+    def __init__(self, clippers: Iterable[Clipper | EngineClipper] = ()) -> None:
+        self._references = [weakref.ref(clipper) for clipper in clippers]
+
+    def append(self, clipper: Clipper | EngineClipper) -> None:
+        """Add a clipper."""
+        self._references = [weakref.ref(each) for each in (*self, clipper)]
+
+    def __iter__(self) -> Iterator[Clipper | EngineClipper]:
+        for reference in self._references:
+            clipper = reference()
+            if clipper is not None:
+                yield clipper
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __reduce__(self) -> tuple[type[Clippers], tuple[()]]:
+        return Clippers, ()
 
 
 class ClipperMaker:
@@ -43,7 +74,7 @@ class ClipperMaker:
         self._class: type[Clipper] = clipper_class or QuantileClip if rule is None else Clipper
         self._settings = settings if rule is None else {"rule": rule, **settings}
         self._is_default = clipper_class is None and not self._settings
-        self._made: list[Clipper | EngineClipper] = []
+        self._made = Clippers()
         # A wrong setting is to be found here, not after the model has been loaded and moved.
         self._class([torch.zeros(1, requires_grad=True)], **self._settings)
 

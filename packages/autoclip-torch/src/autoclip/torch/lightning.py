@@ -14,10 +14,15 @@ except ModuleNotFoundError as error:
 
 from autoclip.core import Rule
 from autoclip.core.adapter import warn_user
-from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._private import is_logging_step
-from autoclip.torch._trainers import ClipperClass, ClipperMaker, deepspeed_engine, is_fsdp1
+from autoclip.torch._trainers import (
+    ClipperClass,
+    ClipperMaker,
+    Clippers,
+    deepspeed_engine,
+    is_fsdp1,
+)
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
@@ -61,7 +66,7 @@ class AutoClipCallback(Callback):
         **settings: Any,
     ) -> None:
         self._maker = ClipperMaker(clipper_class, rule, settings)
-        self._clippers: list[Clipper | EngineClipper] = []
+        self._clippers = Clippers()
         self._restored: list[dict[str, Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,11 +74,13 @@ class AutoClipCallback(Callback):
         model = trainer.strategy.model
         engine = deepspeed_engine(model)
         if engine is not None:
-            self._clippers = [self._maker.attach_deepspeed(engine)]
+            self._clippers = Clippers([self._maker.attach_deepspeed(engine)])
         elif is_fsdp1(model):
-            self._clippers = [self._maker.attach_fsdp1(model, each) for each in trainer.optimizers]
+            self._clippers = Clippers(
+                self._maker.attach_fsdp1(model, each) for each in trainer.optimizers
+            )
         else:
-            self._clippers = [self._maker.attach(optimizer) for optimizer in trainer.optimizers]
+            self._clippers = Clippers(self._maker.attach(each) for each in trainer.optimizers)
         self._restore()
         if trainer.gradient_clip_val:
             warn_user(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import weakref
+from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +27,13 @@ from autoclip.core.adapter import warn_user
 from autoclip.torch._attach import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
-from autoclip.torch._trainers import ClipperClass, ClipperMaker, deepspeed_engine, is_fsdp1
+from autoclip.torch._trainers import (
+    ClipperClass,
+    ClipperMaker,
+    Clippers,
+    deepspeed_engine,
+    is_fsdp1,
+)
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
@@ -43,8 +53,8 @@ class AutoClipCallback(TrainerCallback):
     as `autoclip.safetensors`.
 
     At each step that the trainer logs, the three values of `autoclip.torch.logging.log_values` are
-    logged with the trainer's own. While training runs, `args.max_grad_norm` is 0: clipped to its
-    default of 1, the gradients would leave a history of ones.
+    logged with the trainer's own. While a step computes its gradients, `args.max_grad_norm` is 0:
+    clipped to its default of 1, the gradients would leave a history of ones.
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
     then only logs.
@@ -82,8 +92,9 @@ class AutoClipCallback(TrainerCallback):
     ) -> None:
         self._maker = ClipperMaker(clipper_class, rule, settings)
         self._checkpoint = resume_from_checkpoint
-        self._clipper: Clipper | EngineClipper | None = None
-        self._max_grad_norm: float | None = None
+        self._clippers = Clippers()
+        self._trainer: weakref.ref[Trainer] | None = None
+        self._restore = ExitStack()
 
     def add_to(self, trainer: Trainer) -> None:
         """Add this callback in front of all others.
@@ -105,22 +116,44 @@ class AutoClipCallback(TrainerCallback):
         engine = deepspeed_engine(kwargs.get("model"))
         if engine is not None:
             had_clipper = False  # the trainer has loaded the engine's checkpoint already
-            self._clipper = self._maker.attach_deepspeed(engine)
+            clipper: Clipper | EngineClipper = self._maker.attach_deepspeed(engine)
         elif is_fsdp1(kwargs.get("model")):
-            self._clipper = self._maker.attach_fsdp1(kwargs.get("model"), optimizer)
+            clipper = self._maker.attach_fsdp1(kwargs.get("model"), optimizer)
         else:
-            self._clipper = self._maker.attach(optimizer)
+            clipper = self._maker.attach(optimizer)
+        self._clippers = Clippers([clipper])
         if state.global_step:
-            self._resume(self._clipper, had_clipper, args, state)
-        if args.max_grad_norm:  # the trainer reads it at each step
+            self._resume(clipper, had_clipper, args, state)
+        trainer = _calling_trainer()
+        self._trainer = None if trainer is None else weakref.ref(trainer)
+        self._restore.close()  # after a training that was interrupted
+        if args.max_grad_norm:
             warn_user(
                 f"TrainingArguments(max_grad_norm={args.max_grad_norm}) would clip the gradients "
                 "before AutoClip sees them, and the history would hold norms that are clipped "
-                "already. It is set to 0 until the end of training. Set max_grad_norm=0 to "
-                "silence this."
+                "already. It is taken for 0 at each step. Set max_grad_norm=0 to silence this."
             )
-            self._max_grad_norm = args.max_grad_norm
+
+    def on_step_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the trainer from clipping the gradients of this step.
+
+        Not of the whole training: after an interruption `args.max_grad_norm` would stay 0, and
+        checkpoints, which hold the arguments, would say 0.
+        """
+        if args.max_grad_norm:
+            self._restore.callback(setattr, args, "max_grad_norm", args.max_grad_norm)
             args.max_grad_norm = 0.0
+            trainer = None if self._trainer is None else self._trainer()
+            if trainer is not None:
+                _close_on_error(self._restore, trainer)
+
+    def on_pre_optimizer_step(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put `args.max_grad_norm` back: the trainer has read it."""
+        self._restore.close()
 
     def on_log(
         self,
@@ -132,13 +165,14 @@ class AutoClipCallback(TrainerCallback):
     ) -> None:
         """Add the last step's values to what the trainer logs about training."""
         # Evaluations, and the summary at the end, are logged here too, with other names.
-        if self._clipper is None or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
-        values = log_values(self._clipper)
-        logs.update(values)
-        # What is saved with the checkpoints is a copy that was made before.
-        if state.log_history:
-            state.log_history[-1].update(values)
+        for clipper in self._clippers:
+            values = log_values(clipper)
+            logs.update(values)
+            # What is saved with the checkpoints is a copy that was made before.
+            if state.log_history:
+                state.log_history[-1].update(values)
 
     def on_save(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,21 +180,19 @@ class AutoClipCallback(TrainerCallback):
         """Save the history, if the checkpoint that has just been written lacks it."""
         folder = _checkpoint_folder(args, state)
         if (
-            self._clipper is not None
-            and args.should_save  # on one process; the histories are the same on all
+            args.should_save  # on one process; the histories are the same on all
             and not args.save_only_model
             and os.path.isdir(folder)
             and not os.path.isfile(os.path.join(folder, OPTIMIZER_FILE))
         ):
-            self._clipper.save(os.path.join(folder, OWN_FILE))
+            for clipper in self._clippers:
+                clipper.save(os.path.join(folder, OWN_FILE))
 
     def on_train_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put `args.max_grad_norm` back."""
-        if self._max_grad_norm is not None:
-            args.max_grad_norm = self._max_grad_norm
-            self._max_grad_norm = None
+        """Forget the trainer."""
+        self._trainer = None
 
     def _resume(
         self,
@@ -188,6 +220,36 @@ class AutoClipCallback(TrainerCallback):
                 f"{' nor '.join(folders)}. Say where it is: "
                 "AutoClipCallback(resume_from_checkpoint=...)."
             )
+
+
+def _close_on_error(stack: ExitStack, trainer: Trainer) -> None:
+    """Until `stack` is closed, close it if a forward or backward pass of the trainer raises."""
+    own = vars(trainer).get("training_step")
+    training_step = trainer.training_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return training_step(*args, **kwargs)
+        except BaseException:
+            stack.close()
+            raise
+
+    trainer.training_step = step  # type: ignore[method-assign]
+    if own is None:
+        stack.callback(delattr, trainer, "training_step")
+    else:
+        stack.callback(setattr, trainer, "training_step", own)
+
+
+def _calling_trainer() -> Trainer | None:
+    """The trainer that calls the callbacks: they are given everything but that."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            return trainer
+        frame = frame.f_back
+    return None
 
 
 def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> None:
