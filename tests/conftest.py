@@ -62,9 +62,12 @@ def multiply_examples(items: list[pytest.Item], factor: int) -> None:
         for item in items
         if isinstance(item, pytest.Function) and item.get_closest_marker("hypothesis")
     ]
-    # Each access binds a method anew; the function under it carries the settings.
+    # Each access binds a method anew; the function under it carries the settings, unless the test
+    # runs a state machine, whose settings are its own.
     for function in {getattr(function, "__func__", function) for function in functions}:
-        own = function._hypothesis_internal_use_settings
+        own = getattr(function, "_hypothesis_internal_use_settings", None)
+        if own is None:
+            continue
         function._hypothesis_internal_use_settings = settings(
             own, max_examples=factor * own.max_examples
         )
