@@ -9,7 +9,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import NoReturn
 
@@ -131,8 +132,27 @@ def _quantiles(text: str) -> tuple[float, ...]:
     return values
 
 
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Keep frameworks, which write to the file descriptor while they load, from being heard."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _read(name: str) -> dict[str, State]:
+    with _no_stderr():
+        return read_states(name)
+
+
 def _chosen_states(arguments: argparse.Namespace) -> dict[str, State]:
-    states = read_states(arguments.file)
+    states = _read(arguments.file)
     if arguments.history is None:
         return states
     if arguments.history not in states:
@@ -191,7 +211,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _checked(name: str) -> dict[str, object]:
     try:
-        states = read_states(name)
+        states = _read(name)
     except (StateError, OSError) as error:
         return {"ok": False, "error": " ".join(str(error).split())}
     rows = sum(len(group.lengths) for each in states.values() for group in each.groups)

@@ -374,7 +374,9 @@ def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
         for row, window in enumerate(rows.windows)
     ]
     last = {} if report is None else log_values(report)
-    by_name = {} if report is None else dict(zip(report.names, map(float, report.coefficients)))
+    by_name = {}
+    if report is not None:
+        by_name = dict(zip(report.names, np.asarray(report.coefficients, np.float64).tolist()))
     return Summary(rows.state, tuple(summaries), last, by_name, rows)
 
 

@@ -7,6 +7,8 @@ coefficients; its settings, rules, states and messages come from here.
 
 from autoclip.core._attachment import AttachmentHandle, constructor
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
+from autoclip.core._files import write_file
+from autoclip.core._logging import check_parameters
 from autoclip.core._ring import SMALLEST_NORM, is_recorded
 from autoclip.core._rows import make_state, row_names, split_state
 from autoclip.core._rule import RULES, needs_order, rule_arguments, rule_instance
@@ -43,6 +45,7 @@ __all__ = [
     "Window",
     "attached_message",
     "batches",
+    "check_parameters",
     "constructor",
     "is_recorded",
     "make_state",
@@ -54,4 +57,5 @@ __all__ = [
     "second_clipper_message",
     "split_state",
     "warn_user",
+    "write_file",
 ]

@@ -1,21 +1,26 @@
-"""What to log about a clipper's last step: three numbers, under the same names everywhere."""
+"""What to log about a clipper, and a summary of its history."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from autoclip import core
+from autoclip.core import Report, Summary
 from autoclip.tf._clipper import Clipper
 
-__all__ = ["log_values"]
+__all__ = ["log_values", "summarize"]
 
 
-def log_values(clipper: Clipper) -> dict[str, float]:
-    """The last step in three numbers.
+def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, float]:
+    """The last step in three numbers and, on request, two for each variable.
 
-    `AutoClipCallback` logs these at the end of each epoch. In a loop of your own, call it outside
-    of any `tf.function`, on the steps that you log: it waits for the device.
+    `AutoClipCallback` logs these in `fit`. In a loop of your own, call it outside of any
+    `tf.function`, on the steps that you log: it waits for the device.
 
     Args:
         clipper: a clipper, `optimizer.clipper` if it is attached.
+        parameters: whether to add values for each variable; under group clipping, for each group.
+            A string is a regular expression that is searched in their names.
 
     Returns:
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
@@ -23,9 +28,14 @@ def log_values(clipper: Clipper) -> dict[str, float]:
           this step; with global clipping, the threshold.
         * `"autoclip/clipped"`: of these rows, the share whose norm was above its threshold, 0 … 1:
           the gradients that were clipped or zeroed.
+        * `"autoclip/norm/NAME"` and `"autoclip/threshold/NAME"` for each variable that recorded a
+          norm, on request; none with global clipping.
 
         Only the first one if no row recorded a norm; nothing before the first step, or if the last
         step had no gradient at all.
+
+    Raises:
+        TypeError, ValueError: `parameters` is neither a bool nor a regular expression.
 
     >>> import tensorflow as tf
     >>> from autoclip.tf import QuantileClip
@@ -38,4 +48,29 @@ def log_values(clipper: Clipper) -> dict[str, float]:
     {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
     """
     report = clipper._report
-    return {} if report is None else core.log_values(report)
+    return {} if report is None else core.log_values(report, parameters)
+
+
+def summarize(clipper: Clipper) -> Summary:
+    """Summarize a clipper's history and its last step; `print` shows a table.
+
+    See `autoclip.core.summarize`. It waits for the device and reads all histories.
+
+    Args:
+        clipper: a clipper that knows its variables, `optimizer.clipper` if it is attached.
+
+    Raises:
+        ValueError: the clipper does not know its variables yet.
+
+    >>> import tensorflow as tf
+    >>> from autoclip.tf import QuantileClip
+    >>> from autoclip.tf.logging import summarize
+    >>> weight = tf.Variable(tf.zeros(4), name="weight")
+    >>> clipper = QuantileClip(quantile=0.5)
+    >>> for size in (1.0, 2.0, 9.0):
+    ...     pairs = clipper([(tf.fill([4], size / 2), weight)])  # a norm of 1, 2, 9
+    >>> [row.name for row in summarize(clipper).hardest()]
+    ['weight']
+    """
+    report: Report[Any] | None = clipper._report
+    return core.summarize(clipper, report)
