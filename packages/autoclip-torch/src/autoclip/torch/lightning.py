@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from autoclip.core import Rule
-from autoclip.core.adapter import warn_user
+from autoclip.core.adapter import check_parameters, warn_user
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._private import is_logging_step
 from autoclip.torch._trainers import (
@@ -46,6 +46,8 @@ class AutoClipCallback(Callback):
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
         rule: another rule, for a plain `Clipper`, in the place of a class.
+        log_parameters: whether to log values for each parameter too; a string is a regular
+            expression that is searched in their names. See `log_values`.
         settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.
 
     Raises:
@@ -63,8 +65,11 @@ class AutoClipCallback(Callback):
         clipper_class: ClipperClass | None = None,
         *,
         rule: Rule | None = None,
+        log_parameters: bool | str = False,
         **settings: Any,
     ) -> None:
+        check_parameters(log_parameters)
+        self._log_parameters = log_parameters
         self._maker = ClipperMaker(clipper_class, rule, settings)
         self._clippers = Clippers()
         self._restored: list[dict[str, Any]] = []
@@ -119,5 +124,8 @@ class AutoClipCallback(Callback):
             return
         for i, clipper in enumerate(self._clippers):
             suffix = f"/{i}" if len(self._clippers) > 1 else ""
-            values = {name + suffix: value for name, value in log_values(clipper).items()}
+            values = {
+                name + suffix: value
+                for name, value in log_values(clipper, self._log_parameters).items()
+            }
             pl_module.log_dict(values, on_step=True, on_epoch=False)

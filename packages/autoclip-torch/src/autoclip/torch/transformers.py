@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from autoclip.core import Rule
-from autoclip.core.adapter import warn_user
+from autoclip.core.adapter import check_parameters, warn_user
 from autoclip.torch._attach import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
@@ -67,6 +67,8 @@ class AutoClipCallback(TrainerCallback):
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
         rule: another rule, for a plain `Clipper`, in the place of a class.
+        log_parameters: whether to log values for each parameter too; a string is a regular
+            expression that is searched in their names. See `log_values`.
         resume_from_checkpoint: the folder that is given to `trainer.train`, which tells no
             callback about it. It is only needed where that is not `args.resume_from_checkpoint`
             and not a checkpoint in `args.output_dir`.
@@ -87,9 +89,12 @@ class AutoClipCallback(TrainerCallback):
         clipper_class: ClipperClass | None = None,
         *,
         rule: Rule | None = None,
+        log_parameters: bool | str = False,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
+        check_parameters(log_parameters)
+        self._log_parameters = log_parameters
         self._maker = ClipperMaker(clipper_class, rule, settings)
         self._checkpoint = resume_from_checkpoint
         self._clippers = Clippers()
@@ -168,7 +173,7 @@ class AutoClipCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         for clipper in self._clippers:
-            values = log_values(clipper)
+            values = log_values(clipper, self._log_parameters)
             logs.update(values)
             # What is saved with the checkpoints is a copy that was made before.
             if state.log_history:
