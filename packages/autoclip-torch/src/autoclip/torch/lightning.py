@@ -124,8 +124,6 @@ class AutoClipCallback(Callback):
             return
         for i, clipper in enumerate(self._clippers):
             suffix = f"/{i}" if len(self._clippers) > 1 else ""
-            values = {
-                name + suffix: value
-                for name, value in log_values(clipper, self._log_parameters).items()
-            }
+            values = log_values(clipper, self._log_parameters, model=pl_module)
+            values = {name + suffix: value for name, value in values.items()}
             pl_module.log_dict(values, on_step=True, on_epoch=False)

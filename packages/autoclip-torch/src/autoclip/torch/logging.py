@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from autoclip import core
-from autoclip.core import Report, Summary
+from autoclip.core import Report, State, Summary
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
 
@@ -15,7 +17,10 @@ __all__ = ["log_values", "summarize"]
 
 
 def log_values(
-    clipper: Clipper | EngineClipper, parameters: bool | str = False
+    clipper: Clipper | EngineClipper,
+    parameters: bool | str = False,
+    *,
+    model: nn.Module | None = None,
 ) -> dict[str, float]:
     """The last step in three numbers and, on request, two for each parameter.
 
@@ -27,6 +32,8 @@ def log_values(
             `attach` of `autoclip.torch.deepspeed` or `autoclip.torch.fsdp` returned.
         parameters: whether to add values for each parameter; under group clipping, for each group.
             A string is a regular expression that is searched in their names.
+        model: gives their names to parameters that the clipper got without names, as from
+            `torch.optim.Adam(model.parameters())`.
 
     Returns:
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
@@ -54,17 +61,18 @@ def log_values(
     >>> log_values(clipper, parameters=r"weight$")["autoclip/norm/weight"]
     9.0
     """
-    report = _report(clipper)
+    report = _report(clipper, None if parameters is False else model)
     return {} if report is None else core.log_values(report, parameters)
 
 
-def summarize(clipper: Clipper | EngineClipper) -> Summary:
+def summarize(clipper: Clipper | EngineClipper, *, model: nn.Module | None = None) -> Summary:
     """Summarize a clipper's history and its last step; `print` shows a table.
 
     See `autoclip.core.summarize`. It waits for the device and reads all histories.
 
     Args:
         clipper: as for `log_values`.
+        model: as for `log_values`.
 
     >>> import torch
     >>> from autoclip.torch import QuantileClip
@@ -77,10 +85,13 @@ def summarize(clipper: Clipper | EngineClipper) -> Summary:
     >>> [row.name for row in summarize(clipper).hardest()]
     ['weight']
     """
-    return core.summarize(clipper, _report(clipper))
+    state = clipper._export_state()
+    if model is not None and isinstance(clipper, Clipper) and state.mode == "parameter":
+        state = _with_names(state, _names(clipper, model))
+    return core.summarize(state, _report(clipper, model))
 
 
-def _report(clipper: Clipper | EngineClipper) -> Report[Any] | None:
+def _report(clipper: Clipper | EngineClipper, model: nn.Module | None) -> Report[Any] | None:
     """The last step in NumPy's arrays."""
     if isinstance(clipper, EngineClipper):
         return clipper.last if clipper.has_stepped else None
@@ -90,4 +101,27 @@ def _report(clipper: Clipper | EngineClipper) -> Report[Any] | None:
     # One transfer for all three.
     together = torch.stack([last.norms, last.thresholds, last.coefficients])
     norms, thresholds, coefficients = together.cpu().numpy()
-    return Report(norms, thresholds, coefficients, last.names)
+    names = last.names
+    if model is not None and not (clipper.global_clipping or clipper.group_clipping):
+        given = _names(clipper, model)
+        names = tuple(new or old for new, old in zip(given, names))
+    return Report(norms, thresholds, coefficients, names)
+
+
+def _names(clipper: Clipper, model: nn.Module) -> list[str | None]:
+    """The names of the clipper's parameters, from itself or from the model."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: list[str | None] = []
+    for group in clipper.param_groups:
+        own = group.get("param_names")
+        names += own or [known.get(id(parameter)) for parameter in group["params"]]
+    return names
+
+
+def _with_names(state: State, names: list[str | None]) -> State:
+    remaining = iter(names)
+    groups = [
+        replace(group, parameters=tuple(replace(p, name=next(remaining)) for p in group.parameters))
+        for group in state.groups
+    ]
+    return replace(state, groups=tuple(groups))

@@ -173,7 +173,7 @@ class AutoClipCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         for clipper in self._clippers:
-            values = log_values(clipper, self._log_parameters)
+            values = log_values(clipper, self._log_parameters, model=kwargs.get("model"))
             logs.update(values)
             # What is saved with the checkpoints is a copy that was made before.
             if state.log_history:
