@@ -575,19 +575,19 @@ def test_rows_do_not_leak_into_one_another(
     """Each row is as if it were alone, whichever rows record and in whatever order they are."""
     order = data.draw(st.permutations(range(rows)))
     stream = make_stream(kind, seed, 60, rows, bad)
-    together, shuffled = (History(rows, rule, length, **past) for _ in range(2))
-    alone = [History(1, rule, length, **past) for _ in range(rows)]
-    # Sums may be added up in another order where other rows stand beside them.
-    tolerance = 0.0 if isinstance(rule, Quantile) else 1e-14
+    together, shuffled, *alone = (History(rows, rule, length, **past) for _ in range(2 + rows))
+    nothing = np.full((rows, rows), np.nan)
+    np.fill_diagonal(nothing, 0.0)
     for norms in stream:
         report, other = together.record(norms), shuffled.record(norms[order])
         assert report.thresholds[order].tolist() == other.thresholds.tolist()
-        single = [history.record([norm]).thresholds[0] for history, norm in zip(alone, norms)]
-        assert report.thresholds.tolist() == pytest.approx(single, rel=tolerance, abs=0)
+        for row, history in enumerate(alone):
+            single = history.record(norms + nothing[row]).thresholds[row]
+            assert single == report.thresholds[row]
     for row, history in enumerate(alone):
         (window,), (recorded,) = together.read([row])
         assert window.tolist() == usable(stream[:, row])[-length:].tolist()
-        assert (len(window), recorded) == (history.lengths[0], history.recorded[0])
+        assert (len(window), recorded) == (history.lengths[row], history.recorded[row])
         assert (len(window), recorded) == (together.lengths[row], together.recorded[row])
 
 

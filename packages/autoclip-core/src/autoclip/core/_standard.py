@@ -138,9 +138,10 @@ class _BlockTracker(Tracker):
         self._deviations = np.array([rule.deviations for rule in rules], np.float64)
         self._factors = np.array([rule.factor for rule in rules], np.float64)
         self._length = _block_length(ring.history_length)
-        self._counts = np.zeros((len(rules), 0))
-        self._means = np.zeros((len(rules), 0))
-        self._squares = np.zeros((len(rules), 0))
+        # [blocks, rows]
+        self._counts = np.zeros((0, len(rules)))
+        self._means = np.zeros((0, len(rules)))
+        self._squares = np.zeros((0, len(rules)))
 
     def update(
         self, rows: Rows, entered: npt.NDArray[np.float32], left: npt.NDArray[np.float32]
@@ -149,7 +150,7 @@ class _BlockTracker(Tracker):
         newest = self.ring.newest(index)
         self._reserve(int(newest.max()))
         self._summarize(index, newest // self._length)
-        self._combine(index)
+        self._combine(rows)
         growing = np.isnan(left)
         if growing.any():
             self.rebuild(self.ring.renumbered(index, growing))
@@ -158,14 +159,14 @@ class _BlockTracker(Tracker):
         if not len(rows):
             return
         self._reserve(int(self.ring.lengths[rows].max()) - 1)
-        for block in range(self._counts.shape[1]):
+        for block in range(len(self._counts)):
             self._summarize(rows, np.full(len(rows), block))
         self._combine(rows)
 
     def _reserve(self, place: int) -> None:
-        missing = place // self._length + 1 - self._counts.shape[1]
+        missing = place // self._length + 1 - len(self._counts)
         if missing > 0:
-            more = ((0, 0), (0, missing))
+            more = ((0, missing), (0, 0))
             self._counts = np.pad(self._counts, more)
             self._means = np.pad(self._means, more)
             self._squares = np.pad(self._squares, more)
@@ -177,19 +178,34 @@ class _BlockTracker(Tracker):
         counts = valid.sum(axis=1)
         means = values.sum(axis=1) / np.maximum(counts, 1)
         squares = np.where(valid, (values - means[:, None]) ** 2, 0.0).sum(axis=1)
-        self._counts[rows, blocks] = counts
-        self._means[rows, blocks] = means
-        self._squares[rows, blocks] = squares
+        self._counts[blocks, rows] = counts
+        self._means[blocks, rows] = means
+        self._squares[blocks, rows] = squares
 
-    def _combine(self, rows: npt.NDArray[np.int64]) -> None:
-        counts, means = self._counts[rows], self._means[rows]
+    def _combine(self, rows: Rows) -> None:
+        counts, means, squares = self._counts, self._means, self._squares
+        if not isinstance(rows, slice):
+            # Not by indexing: that may lay columns out one after the other, see `_total`.
+            counts, means, squares = (each.take(rows, axis=1) for each in (counts, means, squares))
         lengths = self.ring.lengths[rows]
-        mean = (counts * means).sum(axis=1) / lengths
-        between = (counts * (means - mean[:, None]) ** 2).sum(axis=1)
-        variance = (self._squares[rows].sum(axis=1) + between) / lengths
+        mean = _total(counts * means) / lengths
+        between = _total(counts * (means - mean) ** 2)
+        variance = (_total(squares) + between) / lengths
         self.thresholds[rows] = self._factors[rows] * (
             mean + self._deviations[rows] * np.sqrt(variance)
         )
+
+
+def _total(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The sum over blocks, one after the other; [blocks, rows], in C order.
+
+    So blocks that only other rows have, which are empty at the end, change no bit. NumPy adds up a
+    single column, which is contiguous, in another order.
+    """
+    if values.shape[1] == 1:
+        return np.cumsum(values, axis=0)[-1]  # type: ignore[no-any-return]
+    total: npt.NDArray[np.float64] = values.sum(axis=0)
+    return total
 
 
 class _FewBlocksTracker(FewRowsTracker):
