@@ -533,6 +533,40 @@ def test_a_step_without_gradients_is_float32_whatever_the_default() -> None:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"global_clipping": True}, {"group_clipping": True}, {"on_nonfinite": "zero"}],
+    ids=str,
+)
+def test_the_default_device_has_no_say(path: str, settings: dict[str, Any]) -> None:
+    """Parameters elsewhere, as when some are offloaded: nothing goes to the default device."""
+
+    def run(device: str | None) -> list[Tensor]:
+        ours = parameters(3)
+        # Large, 16-bit and complex gradients each have a way of their own.
+        dtypes = (torch.float32, torch.bfloat16, torch.complex64)
+        ours += [torch.zeros(2**17, dtype=dtype, requires_grad=True) for dtype in dtypes]
+        torch.set_default_device(device)
+        try:
+            clipper = QuantileClip(ours, 0.0, **settings)
+            with pytest.warns(UserWarning, match="no gradient"):
+                results = [clipper.step()]
+            for size in (1.0, 3.0, math.inf, 2.0):
+                for parameter in ours:
+                    parameter.grad = torch.full_like(parameter, size)
+                results.append(clipper.step())
+            clipper.load_state_dict(clipper.state_dict())
+            last = clipper.last
+            results += [last.norms, last.thresholds, last.coefficients, clipper.thresholds]
+            return results + [p.grad for p in ours if p.grad is not None]
+        finally:
+            torch.set_default_device(None)
+
+    for ours, theirs in zip(run("meta"), run(None), strict=True):
+        assert ours.device.type == "cpu"
+        assert torch.equal(ours, theirs)
+
+
 def test_fake_tensors_pass() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

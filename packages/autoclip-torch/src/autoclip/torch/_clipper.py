@@ -25,6 +25,7 @@ from autoclip.torch import _legacy
 from autoclip.torch._attach import Attachment, check_optimizer
 from autoclip.torch._groups import OptimizerGroups, ParamsT, entries_of, overrides_of
 from autoclip.torch._private import disable_dynamo
+from autoclip.torch._rows import as_tensor
 from autoclip.torch._step import Pipeline
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class Clipper(Saveable):
 
     def _by_row(self, parts: list[tuple[list[int], Any]], fill: float) -> Tensor:
         """One tensor over all rows from those of batches, on the device of the first."""
-        tensors = [torch.as_tensor(values) for _, values in parts]
+        tensors = [as_tensor(values) for _, values in parts]
         device = tensors[0].device if tensors else None
         rows = len(self._pipeline.rows)
         result = torch.full((rows,), fill, dtype=torch.float32, device=device)

@@ -101,7 +101,7 @@ def _settings(group: Mapping[str, Any], rule: str) -> dict[str, Any]:
 
 
 def _clean(history: Any) -> npt.NDArray[np.float32]:
-    norms = torch.as_tensor(history, dtype=torch.float32).detach().cpu().reshape(-1).numpy()
+    norms = torch.as_tensor(history, dtype=torch.float32, device="cpu").detach().reshape(-1).numpy()
     kept: npt.NDArray[np.float32] = norms[is_recorded(norms)]
     return kept
 

@@ -186,8 +186,8 @@ class Mesh:
         if self._tensors is None:
             masks = [[x is not None and x[j] < _SHARDED for x in self.layouts] for j in self._axes]
             self._tensors = (
-                torch.tensor([*self.rows, len(squares)]).to(self.device),
-                [torch.tensor(mask).to(self.device) for mask in masks],
+                torch.tensor([*self.rows, len(squares)], device=self.device),
+                [torch.tensor(mask, device=self.device) for mask in masks],
             )
         index, replicated = self._tensors
         count = len(self.rows)

@@ -149,7 +149,7 @@ def merged(measured: Mapping[torch.device, Norms], device: torch.device) -> Norm
 def _moved(norms: Norms, device: torch.device) -> Norms:
     if _rows.uses_numpy(device):
         return norms if isinstance(norms, np.ndarray) else norms.cpu().double().numpy()
-    return torch.as_tensor(norms).to(device, norm_dtype(device))
+    return _rows.as_tensor(norms).to(device, norm_dtype(device))
 
 
 def total_norm(measured: Mapping[torch.device, Norms], home: torch.device | None) -> Tensor | float:

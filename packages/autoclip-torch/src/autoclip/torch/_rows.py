@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from autoclip.core import History
 from autoclip.core.adapter import GroupSettings, batches
 from autoclip.torch._history import TensorHistory
 
-__all__ = ["RowBatch", "Rows", "uses_numpy"]
+__all__ = ["RowBatch", "Rows", "as_tensor", "uses_numpy"]
 
 
 def uses_numpy(device: torch.device) -> bool:
@@ -22,6 +24,14 @@ def uses_numpy(device: torch.device) -> bool:
     On the CPU that needs no copy, and nothing is asynchronous there that could be waited for.
     """
     return device.type == "cpu"
+
+
+def as_tensor(values: npt.NDArray[Any] | Tensor) -> Tensor:
+    """The values of a history as a tensor, where they are.
+
+    `torch.as_tensor` would move them to the device of `torch.set_default_device`.
+    """
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
 
 
 @dataclass(eq=False)

@@ -22,6 +22,7 @@ from autoclip.core.adapter import Mode
 from autoclip.torch._mesh import Mesh, is_nonzero, process_groups
 from autoclip.torch._private import assert_async
 from autoclip.torch._refused import refuse_unsupported
+from autoclip.torch._rows import as_tensor
 
 __all__ = ["Sharding", "called_by_loss_scaler", "sharding_of"]
 
@@ -210,7 +211,7 @@ class Sharding:
             mesh.add_up(counted)
         norms = torch.zeros(len(counted), dtype=torch.float64, device=self._device)
         for some in local_norms(counted).values():
-            norms += torch.as_tensor(some).to(norms)
+            norms += as_tensor(some).to(norms)
         # What is finite here stays finite when it is squared and added up.
         squares = torch.where(norms.isfinite(), norms.clamp(max=_LARGEST), norms).square()
         present = self._on_device([part is not None for part in counted] + [fault is not None])
@@ -259,7 +260,7 @@ class Sharding:
 
     def _on_device(self, flags: list[bool]) -> Tensor:
         if self._present is None or self._present[0] != flags:
-            self._present = flags, torch.tensor(flags, dtype=torch.float64).to(self._device)
+            self._present = flags, torch.tensor(flags, dtype=torch.float64, device=self._device)
         return self._present[1]
 
     def _at(self, device: torch.device, norms: Tensor) -> Tensor:
@@ -267,6 +268,6 @@ class Sharding:
         if all(other == device for other in self.devices):
             return norms.to(device)
         if device not in self._are_at:
-            mask = torch.tensor([other == device for other in self.devices])
-            self._are_at[device] = mask.to(self._device)
+            mask = [other == device for other in self.devices]
+            self._are_at[device] = torch.tensor(mask, device=self._device)
         return torch.where(self._are_at[device], norms, 0.0).to(device)

@@ -76,7 +76,7 @@ class ClipperMaker:
         self._is_default = clipper_class is None and not self._settings
         self._made = Clippers()
         # A wrong setting is to be found here, not after the model has been loaded and moved.
-        self._class([torch.zeros(1, requires_grad=True)], **self._settings)
+        self._class([torch.zeros(1, device="cpu", requires_grad=True)], **self._settings)
 
     def attach(self, optimizer: Optimizer) -> Clipper:
         """The optimizer's clipper, which is attached now if the optimizer has none.
