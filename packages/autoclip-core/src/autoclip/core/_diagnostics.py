@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from autoclip.core._state import GroupState, State
 
 __all__ = ["CANDIDATES", "RowSummary", "Rows", "Source", "Summary", "rows_of", "summarize"]
 
-Source = Saveable | State | PathLike
-"""What holds a history: a clipper, a `State`, or the path of a file."""
+Source = Union[Saveable, State, "Summary", PathLike]
+"""What holds a history: a clipper, a `State`, a `Summary`, or the path of a file."""
 
 CANDIDATES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 """The quantiles that are compared by default."""
@@ -152,6 +152,8 @@ def rows_of(source: Source) -> Rows:
 
 
 def _state_of(source: Source) -> State:
+    if isinstance(source, Summary):
+        return source.state
     if isinstance(source, State):
         return source
     if isinstance(source, Saveable):

@@ -1,8 +1,8 @@
 """Pictures of a history: norms over time, their distribution, and the parameters clipped most.
 
 They need matplotlib: `pip install "autoclip-core[plot]"`. Each function takes a clipper of any
-framework, a `State`, or the path of a file that `autoclip.core.read_states` reads, and returns a
-matplotlib figure:
+framework, a `State`, a `Summary`, or the path of a file that `autoclip.core.read_states` reads, and
+returns a matplotlib figure:
 
 >>> from autoclip.core import History, Quantile, plot
 >>> history = History(rows=1, rule=Quantile(0.9))
@@ -44,7 +44,7 @@ def norms(source: Source, row: int | str | None = None, *, ax: Axes | None = Non
     training. Nor does a history know of settings that changed during training.
 
     Args:
-        source: a clipper, a `State`, or the path of a file.
+        source: a clipper, a `State`, a `Summary`, or the path of a file.
         row: the name or the number of the row, such as `"layer1.weight"`; None for the one that is
             clipped hardest.
         ax: where to draw; None for a new figure.
@@ -72,7 +72,7 @@ def distribution(
     It helps to choose `quantile`: what lies to the right of a mark would be clipped to it.
 
     Args:
-        source: a clipper, a `State`, or the path of a file.
+        source: a clipper, a `State`, a `Summary`, or the path of a file.
         row: the name or the number of the row; None for the one that is clipped hardest.
         quantiles: which to mark, in [0, 1].
         ax: where to draw; None for a new figure.
@@ -94,7 +94,7 @@ def clipped(source: Source, *, max_rows: int = 40, ax: Axes | None = None) -> Fi
     The shares are those of `autoclip.core.Summary`.
 
     Args:
-        source: a clipper, a `State`, or the path of a file.
+        source: a clipper, a `State`, a `Summary`, or the path of a file.
         max_rows: how many rows to draw at most.
         ax: where to draw; None for a new figure whose height follows the number of rows.
 
@@ -117,7 +117,7 @@ def overview(
     """Draw `norms` and `distribution` of one row above each other, and `clipped` beside them.
 
     Args:
-        source: a clipper, a `State`, or the path of a file.
+        source: a clipper, a `State`, a `Summary`, or the path of a file.
         row: the name or the number of the row; None for the one that is clipped hardest.
         quantiles: which to mark, in [0, 1].
 
