@@ -134,3 +134,23 @@ def test_a_wheel_built_from_the_sdist_is_the_same(
     assert {file: rebuilt.read(file) for file in rebuilt.namelist()} == {
         file: built.read(file) for file in built.namelist()
     }
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_an_sdist_can_be_tested(name: str, distributions: Path, tmp_path: Path) -> None:
+    with sdist(distributions, name) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = next(tmp_path.iterdir())
+    own = f"tests/{name.replace('-', '_')}"
+    shipped = {path.relative_to(unpacked).as_posix() for path in unpacked.glob("tests/**/*.py")}
+    tracked = {
+        path.relative_to(REPOSITORY).as_posix()
+        for folder in (own, "tests/harness", "tests/conformance")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    }
+    assert shipped == {*tracked, "tests/conftest.py"}
+    if name == "autoclip-core":  # the others' tests import a framework first
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", f"{own}/test_attachment.py"]
+        done = subprocess.run(command, cwd=unpacked, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert " passed" in done.stdout.splitlines()[-1]
