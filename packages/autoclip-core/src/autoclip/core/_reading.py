@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -61,18 +61,20 @@ def read_states(path: PathLike) -> dict[str, State]:
     elif kind in _OWN_SUFFIXES or _begins_like_a_state(name):
         return {"": State.from_bytes(read_file(name), name)}
     readers = entry_points(group=READERS)
-    chosen: Iterable[EntryPoint] = [each for each in readers if each.name == kind]
-    if not chosen and kind != "folder":
-        chosen = {each.value: each for each in readers if each.name != "folder"}.values()
     states: dict[str, State] = {}
-    for reader in chosen:
+    of_this_kind = [each for each in readers if each.name == kind]
+    for reader in of_this_kind:
         states.update(_read(reader, name))
+    if not of_this_kind and kind != "folder":
+        for reader in {each.value: each for each in readers if each.name != "folder"}.values():
+            with suppress(StateError):  # to most readers this is not one of their files
+                states.update(_read(reader, name))
     if not states:
-        advice = "autoclip-torch reads PyTorch's files, autoclip-tf those of Keras and TensorFlow"
         raise StateError(
             f"{name} holds no history of AutoClip."
-            if chosen
-            else f"{name} is not a state file, and nothing that is installed reads it: {advice}."
+            if of_this_kind
+            else f"{name} is not a state file, and no installed package finds a history in it: "
+            "autoclip-torch reads files of PyTorch, autoclip-tf those of Keras and TensorFlow."
         )
     return states
 

@@ -1,0 +1,336 @@
+"""The command `autoclip`: what it prints, its exit codes, and one line for each error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import autoclip.core
+from autoclip.core import GroupState, History, ParameterInfo, Quantile, State, StateError
+from autoclip.core import _command as command
+from autoclip.core import _reading as reading
+from autoclip.core.adapter import GroupSettings
+
+SETTINGS = GroupSettings(Quantile(0.5)).settings
+
+
+def make(rule: str = "quantile", rows: int = 2, name: str = "encoder.weight") -> State:
+    infos = [ParameterInfo(f"{name}.{row}", (2, 2)) for row in range(rows)]
+    windows = [[1.0 + row, 3.0, 2.0] for row in range(rows)]
+    chosen = SETTINGS if rule == "quantile" else {**SETTINGS, "strength": 2}
+    group = GroupState.from_windows(chosen, infos, windows, [3] * rows)
+    return State(rule, "parameter", "torch", (group,), "0.3.0")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.autoclip"
+    path.write_bytes(make().to_bytes())
+    return path
+
+
+def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "autoclip.core", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def main(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    try:
+        code = command.main(list(map(str, arguments)))
+    except SystemExit as stop:  # argparse's
+        code = stop.code  # type: ignore[assignment]
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+class TestAsAProcess:
+    def test_the_script_is_installed_and_shows(self, file: Path) -> None:
+        script = Path(sys.executable).with_name("autoclip")
+        found = subprocess.run([script, "show", file], capture_output=True, text=True)
+        assert (found.returncode, found.stderr) == (0, "")
+        assert "rule quantile, a history for each parameter; saved by torch" in found.stdout
+        assert "encoder.weight.1" in found.stdout
+
+    def test_it_needs_no_framework(self, file: Path) -> None:
+        code = (
+            "import sys; from autoclip.core._command import main; main();"
+            "print(*sys.modules, file=sys.stderr)"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", code, "show", file], capture_output=True, text=True
+        )
+        assert not {"torch", "tensorflow", "matplotlib"} & set(found.stderr.split())
+
+    def test_a_picture(self, file: Path, tmp_path: Path) -> None:
+        environment = {**os.environ, "DISPLAY": "", "MPLBACKEND": "TkAgg"}
+        found = run("plot", file, "-o", tmp_path / "run.png", env=environment)
+        assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+        assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_damaged_file(self, file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        data[-40] ^= 1
+        file.write_bytes(data)
+        found = run("check", file)
+        assert (found.returncode, found.stdout) == (1, "")
+        assert found.stderr.startswith(f"autoclip: {file}")
+        assert found.stderr.count("\n") == 1
+
+    def test_a_reader_that_has_seen_enough(self, tmp_path: Path) -> None:
+        path = tmp_path / "large.autoclip"
+        path.write_bytes(make(rows=3000).to_bytes())
+        with subprocess.Popen(
+            [sys.executable, "-m", "autoclip.core", "show", "--all", path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode == 0
+
+
+class TestShow:
+    def test_json(self, file: Path, capsys: Any) -> None:
+        code, out, err = main(capsys, "show", "--json", file)
+        found = json.loads(out)[""]
+        assert (code, err) == (0, "")
+        assert found["rule"] == "quantile"
+        assert found["groups"] == [{"settings": SETTINGS, "parameters": 2}]
+        assert [row["threshold"] for row in found["rows"]] == [2.0, 2.0]
+        assert found["rows"][0]["shape"] == [2, 2]
+        assert set(found["clipped_at"]) == {"0.1", "0.25", "0.5", "0.75", "0.9", "0.95", "0.99"}
+
+    def test_all_rows(self, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / "run.autoclip"
+        path.write_bytes(make(rows=40).to_bytes())
+        assert "40 rows, the 30 clipped hardest" in main(capsys, "show", path)[1]
+        _, out, _ = main(capsys, "show", "--all", path)
+        assert out.count("encoder.weight.") == 40
+
+    def test_a_rule_of_the_users(self, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / "run.autoclip"
+        path.write_bytes(make("somebodys").to_bytes())
+        code, out, _ = main(capsys, "show", path)
+        assert code == 0
+        assert "strength=2" in out
+        assert "'somebodys' is not registered in this process: no thresholds" in out
+        assert main(capsys, "plot", path, "-o", tmp_path / "run.png")[0] == 0
+
+
+class TestPlot:
+    @pytest.mark.parametrize("kind", ["overview", "norms", "distribution", "clipped"])
+    def test_kinds(self, kind: str, file: Path, capsys: Any) -> None:
+        output = file.with_suffix(".svg")
+        arguments = ("--row", "encoder.weight.0", "--quantiles", "0.5,0.9")
+        assert main(capsys, "plot", file, "-o", output, "--kind", kind, *arguments)[0] == 0
+        assert "</svg>" in output.read_text()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--row", "decoder"), "There is no row 'decoder'"),
+            (("--quantiles", "0.5,2"), "quantiles lie between 0 and 1"),
+            (("--quantiles", "x"), "invalid _quantiles value: 'x'"),
+            (("--kind", "pie"), "invalid choice: 'pie'"),
+        ],
+    )
+    def test_wrong_arguments(
+        self, arguments: tuple[str, ...], message: str, file: Path, capsys: Any
+    ) -> None:
+        code, out, err = main(capsys, "plot", file, "-o", file.with_suffix(".png"), *arguments)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+
+    def test_a_format_that_matplotlib_does_not_know(self, file: Path, capsys: Any) -> None:
+        code, _, err = main(capsys, "plot", file, "-o", file.with_suffix(".xyz"))
+        assert code == 2
+        assert "Format 'xyz' is not supported" in err
+        assert err.count("\n") == 1
+
+
+class TestCheck:
+    def test_several_files(self, file: Path, capsys: Any) -> None:
+        other = file.with_name("other.autoclip")
+        other.write_bytes(file.read_bytes()[:-1])
+        assert main(capsys, "check", file) == (0, f"{file}: ok, 2 rows\n", "")
+        code, out, err = main(capsys, "check", file, other)
+        assert (code, out) == (1, f"{file}: ok, 2 rows\n")
+        assert err.startswith(f"autoclip: {other}")
+        code, out, _ = main(capsys, "check", "--json", file, other)
+        found = json.loads(out)
+        assert code == 1
+        assert found[str(file)] == {"ok": True, "histories": 1, "rows": 2}
+        assert not found[str(other)]["ok"]
+
+    @settings(max_examples=50)
+    @given(st.data())
+    def test_no_damage_ends_in_a_traceback(self, data: st.DataObject) -> None:
+        whole = make().to_bytes()
+        damaged = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+        if damaged:
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(0, 255))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "run.autoclip"
+            path.write_bytes(damaged)
+            assert command.main(["check", str(path)]) == (0 if bytes(damaged) == whole else 1)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("subcommand", ["show", "check", "plot"])
+    def test_a_file_that_is_not_there(self, subcommand: str, tmp_path: Path, capsys: Any) -> None:
+        missing = tmp_path / "missing.autoclip"
+        output = ("-o", tmp_path / "run.png") if subcommand == "plot" else ()
+        code, out, err = main(capsys, subcommand, missing, *output)
+        assert (code, out) == (1 if subcommand == "check" else 2, "")
+        assert str(missing) in err
+        assert "No such file" in err
+        assert err.count("\n") == 1
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path, capsys: Any) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        code, _, err = main(capsys, "show", tmp_path / "pipe")
+        assert code == 1
+        assert "is not a regular file" in err
+
+    @pytest.mark.parametrize("arguments", [(), ("pain",), ("show",), ("show", "a", "b")])
+    def test_wrong_arguments(self, arguments: tuple[str, ...], capsys: Any) -> None:
+        code, out, err = main(capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("autoclip")
+        assert err.count("\n") == 1
+
+    def test_help_and_version(self, capsys: Any) -> None:
+        code, out, _ = main(capsys, "--version")
+        assert (code, out) == (0, f"autoclip {autoclip.core.__version__}\n")
+        code, out, _ = main(capsys, "-h")
+        assert code == 0
+        assert all(name in out for name in ("show", "plot", "check", "FILE"))
+
+
+class TestExtensions:
+    """Packages of others add readers and commands."""
+
+    @pytest.fixture(autouse=True)
+    def installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "extension", sys.modules[__name__])
+        entries = EntryPoints(
+            [
+                EntryPoint("jax", "extension:read", reading.READERS),
+                EntryPoint("folder", "extension:read_folder", reading.READERS),
+                EntryPoint("broken", "extension:read_nothing", reading.READERS),
+                EntryPoint("count", "extension:add_count", command.COMMANDS),
+            ]
+        )
+        for module in (reading, command):
+            monkeypatch.setattr(module, "entry_points", entries.select)
+
+    @pytest.mark.parametrize("suffix", ["jax", "unknown", ""])
+    def test_a_reader(self, suffix: str, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / f"checkpoint.{suffix}"
+        path.write_text("two histories")
+        code, out, _ = main(capsys, "show", path)
+        assert code == 0
+        assert f"{path} at first\n" in out
+        assert f"{path} at second\n" in out
+        code, out, _ = main(capsys, "show", "--json", "--history", "second", path)
+        assert list(json.loads(out)) == ["second"]
+        code, _, err = main(capsys, "show", "--history", "third", path)
+        assert code == 1
+        assert "It has 'first', 'second'" in err
+        code, _, err = main(capsys, "plot", path, "-o", tmp_path / "run.png")
+        assert code == 2
+        assert "Choose one with --history: first, second" in err
+        assert main(capsys, "check", path)[1] == f"{path}: ok, 3 rows\n"
+        with pytest.raises(StateError, match="holds 2 histories: 'first', 'second'"):
+            autoclip.core.summarize(path)
+
+    def test_a_folder(self, tmp_path: Path, capsys: Any) -> None:
+        assert "first" in main(capsys, "show", tmp_path)[1]
+        (tmp_path / "autoclip.safetensors").write_bytes(make(name="decoder").to_bytes())
+        assert "decoder.0" in main(capsys, "show", tmp_path)[1]  # ours, without asking
+
+    def test_a_file_without_a_history(self, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / "checkpoint.jax"
+        path.write_text("nothing")
+        assert main(capsys, "show", path) == (
+            1,
+            "",
+            f"autoclip: {path} holds no history of AutoClip.\n",
+        )
+
+    def test_a_reader_that_fails(self, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / "checkpoint.broken"
+        path.write_text("anything")
+        code, _, err = main(capsys, "show", path)
+        assert code == 1
+        assert f"{path} cannot be read by extension:read_nothing: ZeroDivisionError" in err
+
+    def test_a_command(self, file: Path, capsys: Any) -> None:
+        assert main(capsys, "count", file, "--times", "3") == (7, "6\n", "")
+        assert "count" in main(capsys, "-h")[1]
+        assert "--times" in main(capsys, "count", "-h")[1]
+
+    def test_without_any(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    ) -> None:
+        for module in (reading, command):
+            monkeypatch.setattr(module, "entry_points", EntryPoints([]).select)
+        path = tmp_path / "checkpoint.pt"
+        path.write_text("two histories")
+        code, _, err = main(capsys, "show", path)
+        assert code == 1
+        assert (
+            "no installed package finds a history in it: autoclip-torch reads files of PyTorch"
+            in err
+        )
+
+
+def read(path: str) -> dict[str, State]:
+    if Path(path).read_text() == "nothing":
+        return {}
+    return {"first": make(), "second": make(rows=1)}
+
+
+def read_folder(path: str) -> dict[str, State]:
+    return {"first": make()}
+
+
+def read_nothing(path: str) -> dict[str, State]:
+    raise ZeroDivisionError
+
+
+def add_count(parser: Any) -> None:
+    parser.add_argument("file")
+    parser.add_argument("--times", type=int)
+
+    def count(arguments: Any) -> int:
+        [state] = reading.read_states(arguments.file).values()
+        print(arguments.times * len(state.groups[0].parameters))
+        return 7
+
+    parser.set_defaults(run=count)
+
+
+def test_a_history_of_the_cores(tmp_path: Path, capsys: Any) -> None:
+    history = History(rows=1, rule=Quantile(0.5))
+    history.record([1.0])
+    history.save(tmp_path / "any_name")
+    assert "group 0, parameter 0" in main(capsys, "show", tmp_path / "any_name")[1]
