@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import keras
@@ -113,16 +114,19 @@ class TestAttaching:
         clipper = QuantileClip(0.5)
         clipper.build(other.trainable_variables)
         before = snapshot(optimizer)
-        with pytest.raises(ValueError, match="was built with 4 variables and now gets 4"):
+        with pytest.raises(ValueError, match="was built with 4 variables and now gets 4 others"):
             clipper.attach(optimizer)
         assert snapshot(optimizer) == before
         clipper.attach(unbuilt := keras.optimizers.SGD(1e-2))
         with pytest.raises(ValueError, match="was built with 4 variables"):
             unbuilt.build(ours.trainable_variables)
-        # The same ones in another order are the same ones.
+        # The same ones in another order are the same ones. So are fewer: rows may stay as they are.
         mine = QuantileClip(0.5)
         mine.build(ours.trainable_variables[::-1])
+        mine.build(ours.trainable_variables[:2])
         mine.attach(optimizer)
+        optimizer.build(ours.trainable_variables[:2])
+        optimizer.build(other.trainable_variables)  # Keras does nothing then
         ours.compile(optimizer=optimizer, loss="mse")
         fit(ours)
         assert [len(window) for window in windows(mine)] == [4] * 4
@@ -219,6 +223,15 @@ class TestWhatAKerasUserExpects:
         config = optimizer.get_config()
         del config["autoclip"]
         assert config == {**make().get_config(), "name": config["name"]}
+
+    def test_a_config_for_an_optimizer_without_a_clipper(self):
+        config = attached().get_config()
+        with pytest.raises(
+            ValueError, match=r'without a clipper, delete config\["autoclip"\] first'
+        ):
+            keras.optimizers.Adam.from_config(config)
+        del config["autoclip"]
+        assert type(keras.optimizers.Adam.from_config(config)) is keras.optimizers.Adam
 
     def test_config_with_loss_scaling(self):
         optimizer = QuantileClip.as_optimizer(
@@ -330,6 +343,27 @@ class TestUsersOptimizers:
         assert optimizer.clipper._export_state().groups[0].recorded.tolist() == [4] * 4
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"on_nonfinite": "raise"},
+        {"group_settings": [{"match": "kernel", "on_nonfinite": "raise"}]},
+    ],
+    ids=["all", "a group"],
+)
+def test_on_a_gpu_an_error_needs_the_callback(settings, monkeypatch):
+    """There, Keras compiles with XLA by default, where no step can raise."""
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind] * (kind == "GPU"))
+    with pytest.warns(UserWarning, match="On a GPU.*Add AutoClipCallback to fit") as said:
+        attached(**settings)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached(on_nonfinite="zero")
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+        attached(**settings)
+
+
 class TestRemove:
     @pytest.mark.parametrize("built", [False, True])
     @pytest.mark.parametrize("make", [keras.optimizers.Adam, Momentum])
@@ -359,6 +393,14 @@ class TestRemove:
             ours.compile(optimizer=optimizer, loss="mse", jit_compile=False)
             fit(ours)
             assert [len(window) for window in windows(clipper)] == [expected] * 4
+
+    def test_once_its_optimizer_is_gone_it_can_be_attached_again(self):
+        optimizer = attached()
+        clipper = optimizer.clipper
+        del optimizer
+        gc.collect()
+        clipper.attach(other := keras.optimizers.SGD())
+        assert other.clipper is clipper
 
     def test_a_handle_removes_only_its_own(self):
         optimizer = keras.optimizers.Adam()

@@ -380,7 +380,7 @@ class TestErrors:
         assert not clipper.built
         clipper.build([a])
         clipper.build([a])  # the same ones, as Keras may do
-        with pytest.raises(ValueError, match="was built with 1 variables and now gets 2"):
+        with pytest.raises(ValueError, match="with 1 variables and now gets 1 others, such as 'b'"):
             clipper.build([a, b])
         with pytest.raises(ValueError, match="'b' is not among the 1 variables"):
             clipper([(tf.constant([1.0]), b)])

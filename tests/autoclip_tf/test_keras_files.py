@@ -7,11 +7,13 @@ import os
 import pickle
 import signal
 import warnings
+import zipfile
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.saving import saving_lib
 from processes import execute
 
 from autoclip.tf import QuantileClip, StandardClip, StateError
@@ -536,22 +538,38 @@ class TestFrozenLayers:
 
 
 @pytest.mark.filterwarnings("ignore:A total of", "ignore:Skipping variable loading")
-@pytest.mark.parametrize("attach", [QuantileClip.as_optimizer, StandardClip.as_optimizer])
-def test_skip_mismatch_is_decided_when_loading(attach, tmp_path):
+@pytest.mark.parametrize("kind", [QuantileClip, StandardClip])
+def test_skip_mismatch_is_decided_when_loading(kind, tmp_path):
     """Another last layer, and perhaps another rule: the first fit does not raise."""
     file = tmp_path / "first.weights.h5"
     fit(make_model(QuantileClip.as_optimizer(keras.optimizers.Adam()))).save_weights(file)
     inputs = keras.Input((4,))
     hidden = keras.layers.Dense(8, activation="relu", name="hidden")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(3, name="out")(hidden))
-    model.compile(attach(keras.optimizers.Adam()), loss="mse")
+    model.compile(kind.as_optimizer(keras.optimizers.Adam()), loss="mse")
     model.load_weights(file, skip_mismatch=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which histories start empty is said once tracing knows
         fit(model)
-    same = attach == QuantileClip.as_optimizer
     recorded = clipper_of(model)._export_state().groups[0].recorded.tolist()
-    assert recorded == ([16, 16, 8, 8] if same else [8] * 4)
+    assert recorded == ([16, 16, 8, 8] if kind is QuantileClip else [8] * 4)
+
+
+@pytest.mark.skipif(
+    not hasattr(saving_lib, "_save_assets_to_dict"), reason="this Keras saves no files with Orbax"
+)
+def test_what_keras_gives_to_orbax(tmp_path):
+    """The values of the variables that it knows, and files: `OrbaxCheckpoint`, `load_model`."""
+    model, other = fit(make_model(adam())), make_model(adam())
+    files = saving_lib._save_assets_to_dict(model)
+    saving_lib._load_assets_from_dict(other, files)
+    other.optimizer.build(other.trainable_variables)
+    assert clipper_of(other).state_dict() == clipper_of(model).state_dict()
+    # Elsewhere the state is among the weights, and no file repeats it.
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        assert not [name for name in archive.namelist() if "autoclip" in name]
+    saving_lib._load_assets_from_dict(make_model(keras.optimizers.Adam()), files)
 
 
 @pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")

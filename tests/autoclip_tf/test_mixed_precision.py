@@ -55,11 +55,12 @@ def test_the_inner_optimizer_is_attached_and_the_outer_one_returned():
     optimizer, inner = scaled(True)
     assert type(optimizer) is keras.optimizers.LossScaleOptimizer
     assert isinstance(inner.clipper, QuantileClip)
+    assert optimizer.clipper is inner.clipper
     with pytest.raises(RuntimeError, match="has a clipper already"):
         QuantileClip.as_optimizer(optimizer)
     optimizer, inner = scaled(False)
     QuantileClip().attach(optimizer).remove()
-    assert not hasattr(inner, "clipper")
+    assert not hasattr(inner, "clipper") and not hasattr(optimizer, "clipper")
 
 
 def test_in_float32_powers_of_two_change_nothing(model, growing, fit, by_hand, how):
@@ -85,6 +86,7 @@ def test_keras_wraps_the_optimizer_of_a_mixed_float16_model(growing, by_hand):
         keras.config.set_dtype_policy("float32")
     assert isinstance(ours.optimizer, keras.optimizers.LossScaleOptimizer)
     assert ours.optimizer.inner_optimizer is optimizer
+    assert ours.optimizer.clipper is optimizer.clipper
     ours.fit(*small, 16, shuffle=False, verbose=0)
 
     expected = by_hand(half_model(), keras.optimizers.SGD(1e-2), Quantile(0.5))

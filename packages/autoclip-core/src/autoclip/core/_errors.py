@@ -37,5 +37,6 @@ def attached_message(clipper: object) -> str:
     """What is said when a `clipper` that is attached is to be attached again."""
     return (
         f"This {type(clipper).__name__} is attached to an optimizer already. Detach it first, with "
-        "the handle that attach returned, or make another one."
+        "the handle that attach returned, or make another one and let it load the state_dict() of "
+        "this one."
     )

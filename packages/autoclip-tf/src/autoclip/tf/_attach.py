@@ -15,7 +15,7 @@ from autoclip.core.adapter import (
     second_clipper_message,
     warn_user,
 )
-from autoclip.tf._private import REDUCE_METHOD, check_reduce_method
+from autoclip.tf._private import REDUCE_METHOD, check_reduce_method, check_strategy
 
 __all__ = [
     "AttachableClipper",
@@ -43,6 +43,8 @@ class AttachableClipper(Protocol):
 
     def build(self, variables: Iterable[Any]) -> None: ...
 
+    def _warn_without_history(self, path: str) -> None: ...
+
     def _clip(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]: ...
 
 
@@ -62,12 +64,24 @@ def optimizers_in(optimizer: Any) -> list[Any]:
     return [each for one in inner.optimizers for each in optimizers_in(one)]
 
 
+# Keras puts the optimizer of a mixed_float16 model into one of these by itself, and tells nobody.
+setattr(  # noqa: B010 (no attribute that type checkers know)
+    keras.optimizers.LossScaleOptimizer,
+    "clipper",
+    property(
+        lambda optimizer: optimizer_with_updates(optimizer).clipper,
+        doc="The clipper of the inner optimizer.",
+    ),
+)
+
+
 def check_optimizer(optimizer: Any) -> Any:
     """Refuse what cannot be attached to; return the optimizer that is meant.
 
     Raises:
         TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers inside.
-        RuntimeError: it has a clipper already.
+        RuntimeError: it has a clipper already, or belongs to a strategy without one gradient a
+            step.
     """
     optimizers = keras.optimizers
     if keras.config.backend() != "tensorflow":
@@ -98,6 +112,7 @@ def check_optimizer(optimizer: Any) -> Any:
     if hasattr(optimizer, "clipper"):
         raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
     check_reduce_method(type(optimizer))
+    check_strategy(optimizer._distribution_strategy)
     return optimizer
 
 
@@ -117,10 +132,15 @@ def attach(clipper: AttachableClipper, optimizer: Any) -> AttachmentHandle:
             )
     optimizer.__class__ = _attached_class(optimizer.__class__)
     optimizer.clipper = clipper
-    attached = weakref.ref(optimizer)  # the optimizer holds the clipper already
+
+    def forget(_: Any = None) -> None:
+        clipper._handle = None
+
+    # The optimizer holds the clipper already. Once it is gone, another one can have the clipper.
+    attached = weakref.ref(optimizer, forget)
 
     def detach() -> None:
-        clipper._handle = None
+        forget()
         optimizer = attached()
         if optimizer is not None:
             del optimizer.clipper
@@ -135,13 +155,15 @@ class _Attached:
     """What an optimizer with a clipper does differently; the first base of its class."""
 
     clipper: AttachableClipper
+    built: bool
     _plain_class: type
 
     def build(self, variables: Iterable[Any]) -> None:
         variables = list(variables)
         # First the clipper, which can refuse. With nothing to train there is nothing to clip;
-        # Keras also builds with no variables where it loads its legacy HDF5 files.
-        if variables:
+        # Keras also builds with no variables where it loads its legacy HDF5 files. A second call
+        # does nothing, whatever the variables.
+        if variables and not self.built:
             self.clipper.build(variables)
         super().build(variables)  # type: ignore[misc]
 
@@ -162,12 +184,18 @@ class _Attached:
         self.clipper._updates += 1
         return self.clipper._clip(list(getattr(super(), REDUCE_METHOD)(grads_and_vars)))
 
+    def _checkpoint_adapter(self, path: str) -> Any:
+        # TensorFlow asks every object that a checkpoint has values for, before it restores them.
+        self.clipper._warn_without_history(path)
+        return super()._checkpoint_adapter(path)  # type: ignore[misc]
+
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()  # type: ignore[misc]
         config[CONFIG_KEY] = {
             # Words for the error of a plain class that gets this configuration.
-            "note": "This optimizer has a clipper. Import autoclip.tf and load the configuration "
-            "with keras.optimizers.deserialize, or with from_config of the optimizer's own class.",
+            "note": "This optimizer has a clipper. Import autoclip.tf and call type(optimizer)"
+            ".from_config(config), or serialize and deserialize of keras.optimizers. For an "
+            'optimizer without a clipper, delete config["autoclip"] first.',
             "optimizer": _reference(self._plain_class),
             "clipper": keras.saving.serialize_keras_object(self.clipper),
         }

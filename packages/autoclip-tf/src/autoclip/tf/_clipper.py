@@ -32,6 +32,7 @@ from autoclip.tf._keras_saving import KerasSaving
 from autoclip.tf._norms import Gradient
 from autoclip.tf._private import (
     build_scope,
+    name_of,
     overwritten_by_gradient,
     variable_key,
 )
@@ -213,7 +214,9 @@ class Clipper(KerasSaving):
         Raises:
             TypeError: an entry is not a variable.
             ValueError: there are none, one is there twice, the pattern of a group matches none,
-                the histories are larger than any memory, or the clipper was built with others.
+                the histories are larger than any memory, or the clipper was built without one of
+                them.
+            RuntimeError: the strategy that is in force has no one gradient a step.
             StateError: a state that was loaded before does not fit.
 
         If it raises, the clipper is as it was.
@@ -222,13 +225,13 @@ class Clipper(KerasSaving):
         variables = check_variables(variables, owner)
         variables = [each for each in variables if not overwritten_by_gradient(each)]
         if self._pipeline is not None:
-            known = self._pipeline.index.keys()
-            keys = {variable_key(variable) for variable in variables}
-            if keys != known:
+            known = self._pipeline.index
+            new = [each for each in variables if variable_key(each) not in known]
+            if new:
                 raise ValueError(
-                    f"This {owner} was built with {len(known)} variables and now gets {len(keys)} "
-                    "that are not all the same. A history belongs to its variable: make a new "
-                    "clipper for new variables."
+                    f"This {owner} was built with {len(known)} variables and now gets {len(new)} "
+                    f"others, such as {name_of(new[0])!r}. A history belongs to its variable: make "
+                    "a new clipper for new variables."
                 )
             return
         groups = assign_variables(variables, self._patterns, self._settings.default)
@@ -357,8 +360,9 @@ class Clipper(KerasSaving):
 
         Raises:
             TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers inside.
-            ValueError: it and the clipper are built with different variables.
-            RuntimeError: it has a clipper already, or the clipper is attached already.
+            ValueError: it has variables that the clipper was built without.
+            RuntimeError: it has a clipper already, the clipper is attached already, or the
+                optimizer's `tf.distribute` strategy has no one gradient a step.
         """
         handle = attach(self, optimizer)
         policies = [self._settings.default, *(each.settings for each in self._patterns)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from autoclip.tf._private import (
     KerasSaveable,
     Trackable,
     name_of,
+    saving_assets_alone,
     saving_for_inference,
     tf_variable,
 )
@@ -35,6 +37,8 @@ __all__ = ["KerasSaving", "PendingState"]
 SavedT = TypeVar("SavedT", bound="KerasSaving")
 
 _STATE = "state"
+_KEY = f"/.ATTRIBUTES/{_STATE}"
+_ASSET = "history.autoclip"
 
 
 class PendingState(NamedTuple):
@@ -58,13 +62,13 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     _pipeline: Pipeline | None
     _pending: PendingState | None
     _handle: AttachmentHandle | None
-    _warned = False
+    _warned: bool
 
     def _start(self, settings: ClipperSettings, overrides: list[GroupPattern]) -> None:
         """Begin without variables and without a history."""
         self._settings, self._patterns = settings, overrides
         self._pipeline = self._pending = self._handle = None
-        self._updates, self._unseen = 0, False
+        self._updates, self._unseen, self._warned = 0, False, False
 
     # -- state -------------------------------------------------------------------------------
 
@@ -155,14 +159,42 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         if _STATE in store.keys():  # noqa: SIM118 (a store has no `in`)
             data = np.asarray(store[_STATE], np.uint8).tobytes()
             self._load_bytes(data, "the Keras checkpoint", by_name=True)
-        elif not self._warned:
+        else:
+            self._warn("The Keras checkpoint")
+
+    def save_assets(self, folder: str) -> None:
+        """Write the state into a folder of Keras; Keras calls this.
+
+        Orbax gets no other values than those of the variables that Keras knows, and these files.
+        """
+        if saving_assets_alone():
+            Path(folder, _ASSET).write_bytes(self._bytes())
+
+    def load_assets(self, folder: str | None) -> None:
+        """Take over the state from a folder of Keras, if it is there; Keras calls this.
+
+        Raises:
+            StateError: as for `load_own_variables`.
+        """
+        if folder is not None and Path(folder, _ASSET).exists():
+            data = Path(folder, _ASSET).read_bytes()
+            self._load_bytes(data, "the Orbax checkpoint", by_name=True)
+
+    def _warn(self, source: str) -> None:
+        """Warn, once, of a checkpoint without a history."""
+        if not self._warned:
             self._warned = True
             warn_user(
-                "The Keras checkpoint holds no history of AutoClip: it was saved without. The "
-                "clipper keeps the history that it has."
+                f"{source} holds no history of AutoClip: it was saved without. The clipper keeps "
+                "the history that it has."
             )
 
     # tf.train.Checkpoint.
+
+    def _warn_without_history(self, path: str) -> None:
+        """Warn if the `tf.train.Checkpoint` at `path` has no clipper's state."""
+        if not any(name.endswith(_KEY) for name, _ in tf.train.list_variables(path)):
+            self._warn(f"The tf.train.Checkpoint {path}")
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         if saving_for_inference():

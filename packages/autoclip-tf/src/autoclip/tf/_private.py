@@ -5,6 +5,7 @@ When a new version of either breaks something, it is here.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,9 +22,11 @@ __all__ = [
     "Trackable",
     "build_scope",
     "check_reduce_method",
+    "check_strategy",
     "compiled_by_xla",
     "name_of",
     "overwritten_by_gradient",
+    "saving_assets_alone",
     "saving_for_inference",
     "tf_variable",
     "variable_key",
@@ -55,6 +58,35 @@ def check_reduce_method(optimizer_class: type) -> None:
     )
 
 
+def check_strategy(strategy: Any) -> None:
+    """Make sure that a step under this strategy has one gradient, which all replicas see.
+
+    Raises:
+        RuntimeError: it has not, or nobody has tried.
+    """
+    distribute = tf.distribute
+    name = type(strategy).__name__
+    if isinstance(strategy, distribute.ParameterServerStrategy):
+        raise RuntimeError(
+            f"AutoClip does not run under {name}: its workers update the variables one by one, "
+            "without waiting for each other, so no step has a gradient of all of them. Use "
+            "MirroredStrategy or MultiWorkerMirroredStrategy."
+        )
+    known = (
+        distribute.MirroredStrategy,
+        distribute.MultiWorkerMirroredStrategy,
+        distribute.experimental.CentralStorageStrategy,
+    )
+    several = strategy.num_replicas_in_sync > 1
+    if isinstance(strategy, distribute.TPUStrategy) or (
+        several and not isinstance(strategy, known)
+    ):
+        raise RuntimeError(
+            f"AutoClip has not been tested under {name}. Use MirroredStrategy or "
+            "MultiWorkerMirroredStrategy."
+        )
+
+
 def compiled_by_xla() -> bool:
     """Whether the operations that are made now are traced for XLA: `jit_compile=True`."""
     return not tf.executing_eagerly() and bool(
@@ -65,6 +97,16 @@ def compiled_by_xla() -> bool:
 def saving_for_inference() -> bool:
     """Whether `tf.saved_model.save` is at work, which traces how its objects are saved."""
     return bool(in_save_context())
+
+
+def saving_assets_alone() -> bool:
+    """Whether Keras writes a checkpoint for Orbax: the variables that it knows, and assets."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "_save_assets_to_dict":
+            return True
+    return False
 
 
 def tf_variable(variable: Any) -> Any:
@@ -102,10 +144,15 @@ def build_scope(variables: Sequence[Any]) -> AbstractContextManager[Any]:
 
     Variables that are made outside of it would not be mirrored: each replica would record its norms
     in the same one.
+
+    Raises:
+        RuntimeError: the clipper cannot work under this strategy.
     """
     strategy = (
         getattr(tf_variable(variables[0]), "distribute_strategy", None) if variables else None
     )
     if strategy is None or tf.distribute.has_strategy():
+        check_strategy(tf.distribute.get_strategy())
         return nullcontext()
+    check_strategy(strategy)
     return strategy.scope()
