@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -238,6 +238,43 @@ def test_a_rule_of_ones_own_is_saved_and_loaded(rule: Rule, rows: int, tmp_path:
 
 
 @pytest.mark.usefixtures("registered")
+@dataclass(frozen=True)
+class DoubleQuantile(Quantile):
+    """Another threshold than that which Quantile's trackers compute."""
+
+    name: ClassVar[str] = "double_quantile"
+
+    @staticmethod
+    def threshold(window: Any, quantile: Any, factor: Any) -> Any:
+        return 2.0 * Quantile.threshold(window, quantile, factor)
+
+
+@dataclass(frozen=True)
+class HalfQuantile(Quantile):
+    """Another target than the threshold, which needs the windows."""
+
+    name: ClassVar[str] = "half_quantile"
+
+    @staticmethod
+    def clip_to(window: Any, norm: Any, threshold: Any, quantile: Any, factor: Any) -> Any:
+        return threshold / 2.0
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_subclass_does_not_inherit_a_tracker_for_other_thresholds(rows: int) -> None:
+    norms = [[1.0] * rows, [3.0] * rows, [8.0] * rows]
+
+    def last(rule: Rule) -> Any:
+        history = History(rows, rule, include_current=False)
+        return [history.record(each) for each in norms][-1]
+
+    plain, double, half = (last(rule(0.5)) for rule in (Quantile, DoubleQuantile, HalfQuantile))
+    np.testing.assert_array_equal(plain.thresholds, 2.0)
+    np.testing.assert_array_equal(double.thresholds, 4.0)
+    np.testing.assert_array_equal(half.thresholds, 2.0)
+    np.testing.assert_array_equal(half.coefficients, 1.0 / 8.0)
+
+
 def test_a_rule_with_a_tracker_of_its_own(tmp_path: Path) -> None:
     history = filled(0.5)
     assert history.thresholds.tolist() == [0.75, 3.0]
@@ -338,6 +375,22 @@ class Taken(NotFrozen):
     name: ClassVar[str] = "taken"
 
 
+LongName = make_dataclass(
+    "LongName",
+    [("factor", float, setting(1.0))],
+    bases=(NotFrozen,),
+    namespace={"name": "n" * 101},
+    frozen=True,
+)
+LongSetting = make_dataclass(
+    "LongSetting",
+    [("s" * 101, float, setting(1.0))],
+    bases=(NotFrozen,),
+    namespace={"name": "long_setting"},
+    frozen=True,
+)
+
+
 @pytest.mark.parametrize(
     ("rule", "error", "says"),
     [
@@ -347,6 +400,8 @@ class Taken(NotFrozen):
         (Mad(), TypeError, "a subclass of Rule that is a frozen dataclass"),
         (Nameless, TypeError, "Nameless has no name"),
         (Taken, ValueError, "Taken has the setting 'max_norm', which is one of every clipper"),
+        (LongName, ValueError, "LongName uses the name nnnnnnnnnnnnnnnnnnnn... of 101 characters"),
+        (LongSetting, ValueError, r"ssss\.\.\. of 101 characters, but a saved state takes 100"),
     ],
 )
 def test_what_is_not_registered(rule: Any, error: type[Exception], says: str) -> None:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from autoclip.core._ring import RingBuffer
     from autoclip.core._tracker import Tracker
 
-__all__ = ["RULES", "Rule", "needs_order", "register_rule", "rule_arguments"]
+__all__ = ["MAX_NAME", "RULES", "Rule", "needs_order", "register_rule", "rule_arguments"]
+
+MAX_NAME = 100
+"""How many characters a saved state takes in the names of rules and settings."""
 
 
 class Rule(ABC):
@@ -59,6 +62,13 @@ class Rule(ABC):
 
     name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Drop an inherited tracker if the subclass changes what it computes."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "track" not in own and ("threshold" in own or "clip_to" in own):
+            cls.track = vars(Rule)["track"]  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -170,7 +180,8 @@ def register_rule(rule: type[RuleT]) -> type[RuleT]:
 
     Raises:
         TypeError: it is not a frozen dataclass derived from `Rule` with a `name`.
-        ValueError: another rule has the name, or a setting is called like one of the clippers'.
+        ValueError: another rule has the name, or a setting is called like one of the clippers', or
+            a name is too long for a saved state.
     """
     from autoclip.core._settings import CLIPPER_SETTINGS  # it knows rules, rules need not know it
 
@@ -190,6 +201,12 @@ def register_rule(rule: type[RuleT]) -> type[RuleT]:
             f"{rule.__name__} has the setting {taken[0]!r}, which is one of every clipper. Call it "
             "something else."
         )
+    for name in (rule.name, *rule.setting_names()):
+        if len(name) > MAX_NAME:
+            raise ValueError(
+                f"{rule.__name__} uses the name {name[:20]}... of {len(name)} characters, but a "
+                f"saved state takes {MAX_NAME}. Choose a shorter one."
+            )
     known = RULES.get(rule.name, rule)
     if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
         raise ValueError(

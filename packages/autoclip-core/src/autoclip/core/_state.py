@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from autoclip.core._errors import StateError
 from autoclip.core._ring import SMALLEST_NORM
+from autoclip.core._rule import MAX_NAME
 from autoclip.core._safetensors import SealedTensors, brief_repr, check_size
 from autoclip.core._settings import Mode, check_saved_settings
 from autoclip.core._warnings import warn_user
@@ -28,9 +29,8 @@ VERSION = 1
 MAX_RECORDED = 2**62  # room to go on counting in int64
 _MAX_RANK = 64
 _MAX_SETTINGS = 100
-_MAX_WORD = 100
 _MAX_SETTING_TEXT = 1000
-_WORD = f"a string of at most {_MAX_WORD} characters"
+_WORD = f"a string of at most {MAX_NAME} characters"
 _METADATA_KEYS = frozenset(
     {"format", "version", "rule", "mode", "framework", "library_version", "groups"}
 )
@@ -582,7 +582,7 @@ def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
         yield f"its metadata has the keys {brief_repr(set(metadata))}, not {sorted(_METADATA_KEYS)}"
     for name in ("rule", "framework", "library_version"):
         value = metadata[name]
-        if not isinstance(value, str) or len(value) > _MAX_WORD:
+        if not isinstance(value, str) or len(value) > MAX_NAME:
             yield f"{name} is {brief_repr(value)}, not {_WORD}"
     if metadata["mode"] not in get_args(Mode):
         yield f"mode is {brief_repr(metadata['mode'])}, not one of {get_args(Mode)}"
@@ -618,7 +618,7 @@ def _settings_fault(
     if len(settings) > _MAX_SETTINGS:
         return f"it has {len(settings)} settings; {_MAX_SETTINGS} are the most"
     for name, value in settings.items():
-        if not isinstance(name, str) or len(name) > _MAX_WORD:
+        if not isinstance(name, str) or len(name) > MAX_NAME:
             return f"a setting is called {brief_repr(name)}, not {_WORD}"
         if not (
             value is None
