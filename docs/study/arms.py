@@ -1,0 +1,87 @@
+"""What the study compares: ways to clip, by name, in either framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+# The same five for every task, as one would choose who knows nothing of a task's gradients.
+CONSTANTS = (0.01, 0.1, 1.0, 10.0, 100.0)
+
+# A clipper's class, which autoclip.torch and autoclip.tf share by name, and its settings.
+CLIPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quantile 0.1, global": ("QuantileClip", {"quantile": 0.1, "global_clipping": True}),
+    "quantile 0.5, global": ("QuantileClip", {"quantile": 0.5, "global_clipping": True}),
+    "quantile 0.9, global": ("QuantileClip", {"quantile": 0.9, "global_clipping": True}),
+    "quantile 0.1": ("QuantileClip", {"quantile": 0.1}),
+    "quantile 0.5": ("QuantileClip", {"quantile": 0.5}),
+    "quantile 0.9 (default)": ("QuantileClip", {}),
+    "quantile 0.9, last 100": ("QuantileClip", {"history_length": 100}),
+    "StandardClip": ("StandardClip", {}),
+    # As docs/recipes.md has them.
+    "ZClip": (
+        "StandardClip",
+        {
+            "deviations": 2.5,
+            "decay": 0.97,
+            "shrink": True,
+            "record": "clipped",
+            "global_clipping": True,
+        },
+    ),
+    "AdaGC": (
+        "StandardClip",
+        {
+            "deviations": 0,
+            "decay": 0.98,
+            "factor": 1.04,
+            "record": "clipped",
+            "warmup_steps": 100,
+        },
+    ),
+    "percentile 5": ("QuantileClip", {"quantile": 5 / 99, "history_length": 100}),
+}
+
+NONE, TUNED, DEFAULT = "none", "tuned constant", "quantile 0.9 (default)"
+ARMS = (NONE, TUNED, *CLIPPERS)
+
+
+def clipped_torch_optimizer(optimizer: Any, arm: str, constant: float | None) -> Any:
+    """The optimizer that clips as the arm does before each step."""
+    from torch import nn
+
+    from autoclip import torch as autoclip
+
+    if constant is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def clip(*_: Any) -> None:
+            nn.utils.clip_grad_norm_(parameters, constant)
+
+        optimizer.register_step_pre_hook(clip)
+    elif arm != NONE:
+        name, settings = CLIPPERS[arm]
+        getattr(autoclip, name).as_optimizer(optimizer, **settings)
+    return optimizer
+
+
+def clipped_keras_optimizer(optimizer: Any, arm: str, constant: float | None) -> Any:
+    """The same for an optimizer of Keras."""
+    from autoclip import tf as autoclip
+
+    if constant is not None:
+        optimizer.global_clipnorm = constant
+    elif arm != NONE:
+        name, settings = CLIPPERS[arm]
+        optimizer = getattr(autoclip, name).as_optimizer(optimizer, **settings)
+    return optimizer
+
+
+def select(names: Iterable[str] | None) -> tuple[str, ...]:
+    """The arms of these names, in the study's order; all of them for None."""
+    if names is None:
+        return ARMS
+    chosen = set(names)
+    if unknown := chosen - set(ARMS):
+        raise ValueError(f"unknown arms {sorted(unknown)}; there are {list(ARMS)}")
+    return tuple(arm for arm in ARMS if arm in chosen)

@@ -1,0 +1,127 @@
+"""The study's design: tasks, conditions, metrics, seeds. Arms are in `arms.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What all arms of a comparison share.
+
+    The constant is tuned once for each `family`: for every loss and optimizer, at the learning
+    rate ×1, and kept when the learning rate changes.
+    """
+
+    name: str
+    family: str
+    optimizer: str
+    learning_rate: float
+    loss: str = ""
+    factor: int = 1
+
+    @property
+    def base(self) -> bool:
+        return self.factor == 1
+
+
+def condition(optimizer: str, learning_rate: float, factor: int = 1) -> Condition:
+    name = optimizer if factor == 1 else f"{optimizer}, lr ×{factor}"
+    return Condition(name, optimizer, optimizer, factor * learning_rate, factor=factor)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and how it is measured.
+
+    `floor` is the metric of a model that guesses, and stands for a run whose weights are not
+    finite. A run that is not better than `failed` counts as diverged. `seconds` is about what a
+    run takes on one core.
+    """
+
+    title: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+    floor: float
+    failed: float
+    seeds: int
+    seconds: float
+    conditions: tuple[Condition, ...]
+
+    def score(self, finite: bool, value: float | None) -> float:
+        return value if finite and value is not None else self.floor
+
+    def diverged(self, score: float) -> bool:
+        return score <= self.failed if self.higher_is_better else score >= self.failed
+
+
+# In the order in which they run: the slowest last.
+TASKS = {
+    "digits": Task(
+        title="Pixel-by-pixel digits, GRU (PyTorch)",
+        metric="test accuracy",
+        unit="%",
+        higher_is_better=True,
+        floor=10.0,
+        failed=20.0,
+        seeds=5,
+        seconds=7.0,
+        conditions=(
+            condition("Adam", 1e-2),
+            condition("Adam", 1e-2, factor=3),
+            condition("SGD", 0.2),
+            condition("SGD", 0.2, factor=3),
+        ),
+    ),
+    "characters": Task(
+        title="Characters of Python's sources, transformer (PyTorch)",
+        metric="test loss",
+        unit="bits per character",
+        higher_is_better=False,
+        # Guessing among 128 characters; knowing nothing but how frequent each of them is.
+        floor=7.0,
+        failed=4.4,
+        seeds=5,
+        seconds=11.0,
+        conditions=(
+            condition("Adam", 2e-3),
+            condition("Adam", 2e-3, factor=3),
+            condition("Adam", 2e-3, factor=10),
+        ),
+    ),
+    "images": Task(
+        title="Digits with wrong labels, convolutional network (Keras)",
+        metric="test accuracy",
+        unit="%",
+        higher_is_better=True,
+        floor=10.0,
+        failed=20.0,
+        seeds=5,
+        seconds=6.0,
+        conditions=(
+            condition("Adam", 3e-3),
+            condition("Adam", 3e-3, factor=10),
+            condition("SGD", 0.03),
+            condition("SGD", 0.03, factor=10),
+        ),
+    ),
+    "separation": Task(
+        title="Speech separation, bidirectional LSTM (PyTorch)",
+        metric="SI-SDR improvement",
+        unit="dB",
+        higher_is_better=True,
+        # The mixture itself, taken for both voices, improves by nothing.
+        floor=0.0,
+        failed=0.0,
+        seeds=3,
+        seconds=25.0,
+        conditions=(
+            Condition("deep clustering", "deep clustering", "Adam", 3e-3, loss="clustering"),
+            Condition("mask inference", "mask inference", "Adam", 3e-3, loss="masks"),
+            Condition("SNR", "SNR", "Adam", 3e-3, loss="snr"),
+        ),
+    ),
+}
