@@ -1,4 +1,4 @@
-"""The documentation has one address, in the site's configuration and in every package's metadata."""
+"""The documentation has one address, in the site's configuration and every package's metadata."""
 
 from __future__ import annotations
 
