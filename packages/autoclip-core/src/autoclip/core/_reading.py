@@ -66,9 +66,12 @@ def read_states(path: PathLike) -> dict[str, State]:
     for reader in of_this_kind:
         states.update(_read(reader, name))
     if not of_this_kind and kind != "folder":
-        for reader in {each.value: each for each in readers if each.name != "folder"}.values():
+        others = {each.value: each for each in readers if each.name != "folder"}.values()
+        for reader in others:
             with suppress(StateError):  # to most readers this is not one of their files
                 states.update(_read(reader, name))
+            if states:
+                break
     if not states:
         raise StateError(
             f"{name} holds no history of AutoClip."

@@ -17,8 +17,8 @@ from autoclip.torch import _legacy
 
 __all__ = ["legacy_histories", "load_file", "read_file", "read_folder"]
 
-# The Hugging Face Trainer's name for the optimizer's state in a checkpoint.
-_OPTIMIZER_FILE = "optimizer.pt"
+# What the Hugging Face Trainer and Accelerate call the optimizer's state in a checkpoint.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 _MAX_DEPTH = 20
 
 
@@ -50,7 +50,7 @@ def is_state(entry: Mapping[Any, Any]) -> bool:
 
 
 def read_folder(path: str) -> dict[str, State]:
-    """Every history in a folder of the Hugging Face Trainer or of Lightning.
+    """Every history in a folder of the Hugging Face Trainer, of Accelerate or of Lightning.
 
     A checkpoint's folder is read itself. Of a folder with several checkpoints, the newest one is.
 
@@ -59,8 +59,9 @@ def read_folder(path: str) -> dict[str, State]:
         OSError: a file cannot be read.
     """
     folder = Path(path)
-    if (folder / _OPTIMIZER_FILE).is_file():
-        return read_file(str(folder / _OPTIMIZER_FILE))
+    for name in _OPTIMIZER_FILES:
+        if (folder / name).is_file():
+            return read_file(str(folder / name))
     if (folder / ".metadata").is_file():
         raise StateError(
             f"{path} is a distributed checkpoint, which only torch.distributed.checkpoint reads. "
