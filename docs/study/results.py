@@ -31,6 +31,14 @@ def load(task: str, folder: Path = FOLDER) -> Runs:
     return {key_of(record): record for record in json.loads(path.read_text("utf-8"))["runs"]}
 
 
+def environments(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
+    """The versions that each task's results were made with."""
+    return {
+        path.stem: json.loads(path.read_text("utf-8"))["environment"]
+        for path in sorted(folder.glob("*.json"))
+    }
+
+
 def save(task: str, runs: Runs, folder: Path) -> None:
     """Write to a temporary file and rename it: an interruption leaves the old file or the new."""
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in runs.values())

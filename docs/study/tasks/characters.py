@@ -47,11 +47,11 @@ class Transformer(nn.Module):
 
 @cache
 def load_text(part: str) -> Tensor:
-    """The part's sources as int64[characters], ASCII only."""
+    """The part's sources as uint8[characters], ASCII only."""
     library = Path(os.__file__).parent
     files = [library / f"{module}.py" for module in MODULES[part].split()]
     text = "\n".join(file.read_text("utf-8") for file in files)
-    return torch.tensor(list(text.encode("ascii", "ignore")))
+    return torch.tensor(list(text.encode("ascii", "ignore")), dtype=torch.uint8)
 
 
 def batches(seed: int, steps: int) -> Iterator[Tensor]:
@@ -60,7 +60,7 @@ def batches(seed: int, steps: int) -> Iterator[Tensor]:
     stretches = text.unfold(0, CONTEXT + 1, 1)
     order = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        yield stretches[torch.randint(len(stretches), (BATCH,), generator=order)]
+        yield stretches[torch.randint(len(stretches), (BATCH,), generator=order)].long()
 
 
 def loss_of(model: nn.Module, text: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def loss_of(model: nn.Module, text: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, part: str) -> float:
-    stretches = load_text(part).unfold(0, CONTEXT + 1, CONTEXT)[:512]
+    stretches = load_text(part).unfold(0, CONTEXT + 1, CONTEXT)[:512].long()
     return loss_of(model, stretches).item() / torch.log(torch.tensor(2.0)).item()
 
 

@@ -92,7 +92,7 @@ def run(
     outcome.finite = all(np.isfinite(weight).all() for weight in model.get_weights())
     if outcome.finite:
         outcome.validation, outcome.test = (
-            100 * float((model.predict_on_batch(images).argmax(1) == labels).mean())
+            100 * float((np.argmax(model(images, training=False), 1) == labels).mean())
             for images, labels in (load_parts()["validation"], load_parts()["test"])
         )
     outcome.seconds = time.process_time() - begin
