@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from autoclip.core import State
 from autoclip.core.adapter import second_clipper_message, warn_user
 from autoclip.torch import _legacy
+from autoclip.torch._groups import Groups
 from autoclip.torch._private import disable_dynamo
-from autoclip.torch._step import Pipeline
+from autoclip.torch._step import StepResult
 
 __all__ = ["STATE_KEY", "Attachment", "check_optimizer"]
 
@@ -26,6 +27,19 @@ STATE_KEY = "autoclip"
 
 # Methods by which the classes of the SAM family update weights without `step`.
 _SAM_STEPS = ("first_step", "second_step")
+
+
+class Steps(Protocol):
+    """What an attachment calls before each update: a clipper's `Pipeline`, or an engine."""
+
+    def step(
+        self,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        defers_skip: bool = False,
+    ) -> StepResult:
+        """See `Pipeline.step`."""
 
 
 class Stateful(Protocol):
@@ -84,14 +98,23 @@ class Attachment:
     """A clipper on an optimizer: its hooks.
 
     Args:
-        pipeline: the clipper's steps and groups.
+        steps: what clips.
         clipper: the clipper.
         optimizer: one that `check_optimizer` lets pass.
+        groups: the clipper's, which follow the optimizer's; None if what clips knows its own
+            parameters.
     """
 
-    def __init__(self, pipeline: Pipeline, clipper: Stateful, optimizer: Optimizer) -> None:
-        self._pipeline = pipeline
+    def __init__(
+        self,
+        steps: Steps,
+        clipper: Stateful,
+        optimizer: Optimizer,
+        groups: Groups | None = None,
+    ) -> None:
+        self._steps = steps
         self._clipper = clipper
+        self._groups = groups
         # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
         self._optimizer = weakref.ref(optimizer)
         self._pending: State | None = None
@@ -115,7 +138,8 @@ class Attachment:
         try:
             for register, hook in hooks:
                 self._hooks.append(getattr(optimizer, register)(hook))
-            self._pipeline.groups.follow(optimizer)
+            if self._groups is not None:
+                self._groups.follow(optimizer)
         except BaseException as error:
             self._remove_hooks()
             if isinstance(error, AttributeError):
@@ -132,7 +156,8 @@ class Attachment:
     def end(self) -> None:
         """Undo `begin`."""
         self._remove_hooks()
-        self._pipeline.groups.release()
+        if self._groups is not None:
+            self._groups.release()
         optimizer = self._optimizer()
         if optimizer is not None:
             for name in ("clipper", "state_dict", "load_state_dict"):
@@ -183,7 +208,7 @@ class Attachment:
         scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         try:
-            result = self._pipeline.step(
+            result = self._steps.step(
                 scale,
                 found_inf,
                 defers_skip=_obeys_found_inf(optimizer),

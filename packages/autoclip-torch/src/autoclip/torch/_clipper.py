@@ -297,7 +297,7 @@ class Clipper(Saveable):
         check_optimizer(optimizer, "attach")
         if self._attachment is not None:
             raise RuntimeError(attached_message(self))
-        attachment = Attachment(self._pipeline, self, optimizer)
+        attachment = Attachment(self._pipeline, self, optimizer, self._pipeline.groups)
         attachment.begin(optimizer)
         self._attachment = attachment
 

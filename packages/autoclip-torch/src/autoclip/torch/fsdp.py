@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from autoclip.core import Quantile, Rule
 from autoclip.torch._attach import Attachment, check_optimizer
 from autoclip.torch._engine import EngineClipper
-from autoclip.torch._step import Pipeline, StepResult
+from autoclip.torch._step import StepResult
 
 __all__ = ["EngineClipper", "attach"]
 
@@ -72,8 +72,7 @@ def attach(
             f"{foreign} of the optimizer's {len(theirs)} parameters are not the model's. Make the "
             "optimizer from model.parameters() after wrapping the model."
         )
-    steps = cast(Pipeline, _Steps(model, clipper))
-    attachment = Attachment(steps, clipper, optimizer)
+    attachment = Attachment(_Steps(model, clipper), clipper, optimizer)
     attachment.begin(optimizer)
     clipper._attached_by(attachment.end)
     clipper.is_saved_alone = True
@@ -86,13 +85,6 @@ class _Steps:
     def __init__(self, model: FullyShardedDataParallel, clipper: EngineClipper) -> None:
         self._model = model
         self._clipper = clipper
-        self.groups = self  # an engine knows its parameters itself
-
-    def follow(self, optimizer: Optimizer) -> None:
-        """See `Groups.follow`."""
-
-    def release(self) -> None:
-        """See `Groups.release`."""
 
     def step(
         self,
