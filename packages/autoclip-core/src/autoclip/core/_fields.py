@@ -1,7 +1,6 @@
-"""Settings as dataclass fields: the default and the check of each stand in one place.
+"""Settings as dataclass fields, each declared with its default and its check.
 
-A wrong value is refused with the same words everywhere: TypeError for a wrong type, ValueError for
-a wrong value.
+A wrong type raises TypeError and a wrong value ValueError, with the same message in every package.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_known_settings(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse settings that do not exist; a misspelt one would otherwise be ignored silently.
+    """Refuse unknown settings; a misspelled one would otherwise be ignored.
 
     Args:
         given: the names that were given.

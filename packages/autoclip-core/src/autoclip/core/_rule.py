@@ -1,7 +1,7 @@
 """What a rule is: a few settings and one function from a window of norms to a threshold.
 
-A rule is written once and runs in NumPy, PyTorch and TensorFlow. Gradients, hooks, state and files
-know rules only through the class `Rule`.
+A rule is written once and runs in NumPy, PyTorch and TensorFlow. All other modules use rules through
+the class `Rule` only.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def rule_instance(rule: Rule) -> Rule:
 
 
 def needs_order(rule: Rule) -> bool:
-    """Whether a rule asks for quantiles of the norms themselves, so that order is worth keeping."""
+    """Whether a rule computes quantiles of the norms themselves, so that sorted windows pay off."""
     probe = QuantileProbe()
     with np.errstate(all="ignore"):
         rule.threshold(probe, **rule_arguments([rule]))

@@ -1,4 +1,4 @@
-"""How anything that holds histories is saved and loaded: the same four methods everywhere."""
+"""Saving and loading histories: the same four methods everywhere."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ __all__ = ["Saveable"]
 class Saveable(ABC):
     """`state_dict`, `load_state_dict`, `save` and `load` on top of a `State`.
 
-    A subclass says what its state is and how to take over a checked one. Loading checks
-    everything first: if it raises, nothing has changed.
+    A subclass implements `_export_state` and `_commit_state`; both are for subclasses, not for
+    users. Loading reads and checks the state first, so if it raises, nothing has changed.
     """
 
     @abstractmethod
     def _export_state(self) -> State:
-        """The state as it is now."""
+        """Return the current state."""
 
     @abstractmethod
     def _commit_state(self, state: State) -> None:
-        """Take over the histories of a state that fits; it must not fail."""
+        """Replace the histories by those of a state that fits. It must not fail.
+
+        Args:
+            state: one that was checked against `_export_state()`: the rule, the mode, the groups
+                and the shapes agree.
+        """
 
     def _adopt_state(self, state: State, source: str) -> None:
         """Check that a saved state fits, then commit it."""
@@ -43,7 +48,7 @@ class Saveable(ABC):
         return self._export_state().to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the histories of a state that `state_dict` returned, in any framework.
+        """Load the histories of a state that `state_dict` returned, in any framework.
 
         The settings stay as they are; one warning says where the saved ones differ.
 
@@ -64,7 +69,7 @@ class Saveable(ABC):
         write_file(path, self._export_state().to_bytes())
 
     def load(self, path: PathLike) -> None:
-        """Take over the histories of a file that `save` wrote, in any framework.
+        """Load the histories of a file that `save` wrote, in any framework.
 
         The settings stay as they are; one warning says where the saved ones differ.
 

@@ -1,4 +1,4 @@
-"""The standard-deviation rule: the threshold lies some deviations above the window's mean."""
+"""The standard-deviation rule: a threshold some deviations above the window's mean."""
 
 from __future__ import annotations
 

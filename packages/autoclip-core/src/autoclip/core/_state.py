@@ -39,10 +39,10 @@ _TENSORS = {"values": "F32", "lengths": "I64", "recorded": "I64"}
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What a state knows of a parameter: enough to refuse a wrong model with a useful message.
+    """A parameter's name and shape, which show whether a state belongs to the model.
 
     Attributes:
-        name: the parameter's name, or None if the clipper was not told one.
+        name: the parameter's name, or None if it has none.
         shape: its shape, or None if that is not known (a state that autoclip 0.2.1 saved).
     """
 

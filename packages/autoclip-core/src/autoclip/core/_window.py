@@ -67,8 +67,7 @@ class NumpyWindow(Window[npt.NDArray[np.float64]]):
     Args:
         values: float32[rows, length].
         valid: bool[rows, length], where `values` holds a norm; None for everywhere.
-        newest: int64[rows], where the newest norm of each row lies; older ones lie before it, in a
-            circle.
+        newest: int64[rows], the slot of each row's newest norm; older ones precede it, circularly.
         count: int64[rows].
     """
 
@@ -133,7 +132,7 @@ def interpolate(
 
 
 class QuantileProbe(NumpyWindow):
-    """A window of one norm that notices whether a rule asks for quantiles of the norms themselves.
+    """A window of one norm that records whether a rule asks for quantiles of the norms themselves.
 
     Backends keep a sorted copy of the windows up to date only for rules that do.
     """

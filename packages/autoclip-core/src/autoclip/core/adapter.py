@@ -1,4 +1,4 @@
-"""What a backend needs of the core and its users do not.
+"""What backends need from the core, in addition to `autoclip.core`.
 
 `autoclip.torch` and `autoclip.tf` are built on these names, and a backend for another framework
 can be. A clipper measures norms, records them in its rows, and multiplies the gradients by the

@@ -49,11 +49,11 @@ OptimizerT = TypeVar("OptimizerT")
 
 @keras.saving.register_keras_serializable("autoclip")
 class Clipper(KerasSaving):
-    """Clip each gradient to a threshold that a rule finds in the history of its norms.
+    """Clip each gradient to a threshold that a rule computes from the history of its norms.
 
-    At each step a row of the history gets the gradient's L2 norm, and the gradient is multiplied
-    by `min(1, threshold / norm)`. `QuantileClip` and `StandardClip` are clippers with a rule that
-    is built in.
+    At each step the gradient's L2 norm is compared with the threshold, and the gradient is
+    multiplied by `min(1, threshold / norm)`. `QuantileClip` and `StandardClip` are this class with
+    the two built-in rules.
 
     Args:
         rule: how a window of norms becomes a threshold, such as `Quantile(0.9)`, or an instance of
@@ -118,7 +118,7 @@ class Clipper(KerasSaving):
     ) -> OptimizerT:
         """Attach a new clipper to `optimizer` and return that same optimizer.
 
-        Learning-rate schedules, callbacks, `isinstance` and hyperparameters go on working. The
+        Learning-rate schedules, callbacks, `isinstance` and hyperparameters keep working. The
         clipper is `optimizer.clipper`; its state is saved wherever the optimizer's is.
 
         Args:
@@ -200,7 +200,7 @@ class Clipper(KerasSaving):
         return new[changed].settings[name]
 
     def build(self, variables: Iterable[Variable]) -> None:
-        """Fix the variables whose gradients are clipped, and make room for their histories.
+        """Fix the variables whose gradients are clipped, and allocate their histories.
 
         The first call of the clipper does it, and so does the optimizer that it is attached to. A
         state that was loaded before is taken over now.
@@ -213,7 +213,7 @@ class Clipper(KerasSaving):
 
         Raises:
             TypeError: an entry is not a variable.
-            ValueError: there are none, one is there twice, the pattern of a group matches none,
+            ValueError: there are none, one is a duplicate, the pattern of a group matches none,
                 the histories are larger than any memory, or the clipper was built without one of
                 them.
             RuntimeError: the strategy that is in force has no one gradient a step.
@@ -261,7 +261,7 @@ class Clipper(KerasSaving):
         Raises:
             TypeError: a gradient is of integers.
             ValueError: a variable is not one that the clipper was built with.
-            RuntimeError: a strategy with several replicas is in force.
+            RuntimeError: called under a strategy with several replicas.
             FloatingPointError: `on_nonfinite` is `"raise"` and a gradient holds a NaN or an
                 infinity; in a graph it is `tf.errors.InvalidArgumentError`. Nothing was recorded.
                 Compiled by XLA, see `check`.
@@ -287,7 +287,7 @@ class Clipper(KerasSaving):
         return self._pipeline.clip(pairs)
 
     def check(self) -> None:
-        """Raise if a step that XLA compiled met a gradient with a NaN or an infinity.
+        """Raise if a step compiled by XLA found a gradient with a NaN or an infinity.
 
         XLA has no assertions. So with `on_nonfinite="raise"` a compiled step sets such a gradient
         to zero and records nothing, and this method raises afterwards. `AutoClipCallback` calls it
@@ -307,7 +307,7 @@ class Clipper(KerasSaving):
         thresholds and coefficients are float32[rows] tensors. They are not saved.
 
         Raises:
-            RuntimeError: no step has met a gradient yet, or the last one met none.
+            RuntimeError: no step has found a gradient yet, or the last one found none.
         """
         if self._report is None:
             raise RuntimeError("There is nothing to report: the last step had no gradient.")
@@ -335,7 +335,7 @@ class Clipper(KerasSaving):
         return self._pipeline.rows.thresholds()
 
     def reset(self) -> None:
-        """Forget all norms, and a state that was loaded and waits for the variables."""
+        """Forget all norms, and a loaded state that still waits for the variables."""
         self._pending = None
         if self._pipeline is not None:
             self._pipeline.reset()

@@ -59,7 +59,7 @@ def patterns(given: object, settings: ClipperSettings) -> list[GroupPattern]:
     """Check the argument `group_settings` of a clipper.
 
     Raises:
-        TypeError: it is no list of dicts, or a value has a wrong type.
+        TypeError: it is not a list of dicts, or a value has the wrong type.
         ValueError: a dict has no regular expression under `"match"`, or a wrong or unknown setting.
     """
     if given is None:
@@ -113,7 +113,7 @@ def check_variables(variables: Iterable[Variable], owner: str) -> list[Variable]
 
     Raises:
         TypeError: an entry is not a variable.
-        ValueError: there are none, or one is there twice.
+        ValueError: there are none, or one is a duplicate.
     """
     variables = list(variables)
     for variable in variables:

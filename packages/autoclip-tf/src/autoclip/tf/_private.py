@@ -62,7 +62,7 @@ def check_strategy(strategy: Any) -> None:
     """Make sure that a step under this strategy has one gradient, which all replicas see.
 
     Raises:
-        RuntimeError: it has not, or nobody has tried.
+        RuntimeError: it has not, or it was not tried.
     """
     distribute = tf.distribute
     name = type(strategy).__name__
@@ -95,7 +95,7 @@ def compiled_by_xla() -> bool:
 
 
 def saving_for_inference() -> bool:
-    """Whether `tf.saved_model.save` is at work, which traces how its objects are saved."""
+    """Whether `tf.saved_model.save` is running, which traces how its objects are saved."""
     return bool(in_save_context())
 
 

@@ -18,8 +18,8 @@ class TensorWindow(Window[tf.Tensor]):
 
     Args:
         values: float32[rows, history_length], infinite where a slot is unused. The norm that a row
-            recorded as its k-th (from 0) lies in slot `k % history_length`.
-        ordered: the same in ascending order, or None if nobody keeps it.
+            recorded as its k-th (from 0) is in slot `k % history_length`.
+        ordered: the same in ascending order, or None if it is not kept.
         lengths: int64[rows], how many norms each window holds.
         recorded: int64[rows], how many norms each row has ever recorded.
     """

@@ -40,7 +40,7 @@ OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
 class Clipper(Saveable):
-    """Clip each gradient to a threshold that a rule finds from the history of its norms.
+    """Clip each gradient to a threshold that a rule computes from the history of its norms.
 
     At each step the gradient's L2 norm is compared with the threshold, and the gradient is
     multiplied by `min(1, threshold / norm)`. `QuantileClip` and `StandardClip` are this class with
@@ -134,12 +134,12 @@ class Clipper(Saveable):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The settings of a group that names none of its own."""
+        """The settings of a group without its own."""
         return self._settings.defaults
 
     @property
     def rule(self) -> Rule:
-        """The rule of a group that names no settings of its own."""
+        """The rule of a group without its own settings."""
         return self._settings.default.rule
 
     @property
@@ -176,7 +176,7 @@ class Clipper(Saveable):
                 wrong type.
             KeyError: it has no `"params"`.
             ValueError: a parameter is not a leaf or a duplicate, a setting is unknown or wrong, or
-                the clipper is global and the group has settings of its own.
+                the clipper is global and the group has its own settings.
             RuntimeError: the clipper is attached to an optimizer; add the group to that.
 
         If it raises, the clipper is as it was.
@@ -236,7 +236,7 @@ class Clipper(Saveable):
         not.
 
         Raises:
-            RuntimeError: no step has met a gradient yet, or the last one met none.
+            RuntimeError: no step has found a gradient yet, or the last one found none.
         """
         reports = self._pipeline.reports
         if not reports:
@@ -273,7 +273,7 @@ class Clipper(Saveable):
         """Let `optimizer` call this clipper at each of its steps, and carry its state.
 
         From now on the clipper reads its parameters from `optimizer.param_groups` by position, at
-        every step, save and load, so parameter objects may be exchanged (FSDP, `to_empty`,
+        every step, save and load, so parameter objects may be replaced (FSDP, `to_empty`,
         `load_state_dict(assign=True)`). The clipper keeps its own groups; a parameter that is added
         to the optimizer joins the group of its neighbors, and a new optimizer group becomes a group
         with the clipper's defaults and the settings that it names. The clipper is then
@@ -316,7 +316,7 @@ class Clipper(Saveable):
     ) -> OptimizerT:
         """Attach a new clipper to `optimizer` and return that same optimizer.
 
-        Schedulers, `GradScaler`, trainers and `isinstance` go on working. The clipper is
+        Schedulers, `GradScaler`, trainers and `isinstance` keep working. The clipper is
         `optimizer.clipper`, its groups are the optimizer's, one to one, and its state travels in
         `optimizer.state_dict()["autoclip"]`. Copies and pickles of the optimizer are not
         attached: torch drops an optimizer's hooks.
@@ -325,8 +325,8 @@ class Clipper(Saveable):
             optimizer: a torch optimizer. One of its groups that names a setting of the clipper,
                 such as `"history_length"`, overrides it for that group.
             args: the class's arguments after `parameters`.
-            settings: the class's settings by keyword. `on_nonfinite` acts as `"keep"` while a loss
-                scaler is at work.
+            settings: the class's settings by keyword. `on_nonfinite` acts as `"keep"` under a loss
+                scaler.
 
         Raises:
             TypeError: it is not a torch optimizer, or a setting has the wrong type.

@@ -1,4 +1,4 @@
-"""The true norms of gradients that are spread over processes: DTensors, and tensors beside them.
+"""The true norms of gradients that are distributed over processes: DTensors, and plain tensors.
 
 Every process holds a part of the gradients, and all must come to the same norms, bit for bit, or
 their weights drift apart. So each puts the squares of its parts into a vector over all parameters,

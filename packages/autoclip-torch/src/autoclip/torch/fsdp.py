@@ -35,7 +35,7 @@ def attach(
     `threshold / (norm + 1e-6)`. All processes must step together, and a step waits for the device.
 
     The history travels in `optimizer.state_dict()["autoclip"]`. `FSDP.optim_state_dict` drops it:
-    save the clipper's own `state_dict()` beside that. It is the same on all processes.
+    save the clipper's own `state_dict()` as well. It is the same on all processes.
 
     Args:
         model: the outermost FSDP1 module.
