@@ -26,34 +26,126 @@ def compiled(model, optimizer=None, quantile=0.5, settings=None, **options):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Notes what `clipper.last` says at the end of each epoch, by itself."""
+    """Notes what `clipper.last` says after each batch, by itself, and the logs of each batch."""
 
     def __init__(self):
         super().__init__()
-        self.reports = []
+        self.values, self.logs = [], []
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch, logs=None):
+        self.values.append([])
+
+    def on_train_batch_end(self, batch, logs=None):
         last = self.model.optimizer.clipper.last
-        self.reports.append([each.numpy() for each in (last.norms, last.thresholds)])
-        self.reports[-1].append(last.coefficients.numpy())
+        norms, thresholds, coefficients = (
+            each.numpy().astype(np.float64)
+            for each in (last.norms, last.thresholds, last.coefficients)
+        )
+        values = {
+            "autoclip/total_norm": np.linalg.norm(norms),
+            "autoclip/threshold": np.median(thresholds),
+            "autoclip/clipped": (coefficients < 1).mean(),
+        }
+        for row, name in enumerate(last.names):
+            if name != "all parameters":
+                values[f"autoclip/norm/{name}"] = norms[row]
+                values[f"autoclip/threshold/{name}"] = thresholds[row]
+        self.values[-1].append(values)
+        self.logs.append(dict(logs))
 
 
 class TestCallback:
     @pytest.mark.parametrize("global_clipping", [False, True], ids=["parameter-wise", "global"])
-    def test_three_values_of_the_last_step_of_each_epoch(self, model, fit, global_clipping):
+    def test_three_values_are_means_over_each_epoch(self, model, fit, global_clipping):
         trained = compiled(model, settings={"global_clipping": global_clipping})
         recorder = Recorder()
         history = fit(trained, epochs=3, callbacks=[AutoClipCallback(), recorder])
         assert sorted(history) == [*NAMES, "loss"]
-        for epoch, (norms, thresholds, coefficients) in enumerate(recorder.reports):
-            found = {name: history[name][epoch] for name in NAMES}
-            assert found == {
-                "autoclip/total_norm": pytest.approx(np.linalg.norm(norms.astype(np.float64))),
-                "autoclip/threshold": float(np.median(thresholds.astype(np.float64))),
-                "autoclip/clipped": float((coefficients < 1).mean()),
-            }
-            assert all(type(value) is float for value in found.values())
+        for epoch, batches in enumerate(recorder.values):
+            assert len(batches) == 4
+            for name in NAMES:
+                found = history[name][epoch]
+                assert type(found) is float
+                assert found == pytest.approx(np.mean([each[name] for each in batches]), rel=1e-12)
         assert max(history["autoclip/clipped"]) > 0
+        assert all("autoclip/clipped" not in logs for logs in recorder.logs)
+
+    @pytest.mark.parametrize(("update_freq", "every"), [("batch", 1), (3, 3)])
+    def test_values_of_batches(self, model, fit, update_freq, every):
+        recorder = Recorder()
+        callback = AutoClipCallback(prefix="g/", update_freq=update_freq)
+        history = fit(compiled(model), epochs=2, callbacks=[callback, recorder])
+        assert sorted(history) == [*(f"g/{name}" for name in NAMES), "loss"]
+        values = [each for epoch in recorder.values for each in epoch]
+        for batch, (logs, expected) in enumerate(zip(recorder.logs, values)):
+            found = {name: logs[name] for name in logs if name != "loss"}
+            due = (batch + 1) % every == 0
+            assert found == (
+                {f"g/{name}": pytest.approx(expected[name]) for name in NAMES} if due else {}
+            )
+
+    def test_values_of_variables(self, model, fit):
+        trained = compiled(model)
+        recorder = Recorder()
+        callback = AutoClipCallback(update_freq="batch", log_parameters=r"kernel$")
+        history = fit(trained, epochs=2, callbacks=[callback, recorder])
+        paths = [variable.path for variable in trained.trainable_variables if variable.ndim == 2]
+        own = [f"autoclip/{what}/{path}" for what in ("norm", "threshold") for path in paths]
+        assert len(paths) == 2
+        assert sorted(history) == sorted([*NAMES, *own, "loss"])
+        for name in own:
+            for epoch, batches in enumerate(recorder.values):
+                mean = np.mean([each[name] for each in batches])
+                assert history[name][epoch] == pytest.approx(mean, rel=1e-12)
+            assert recorder.logs[-1][name] == recorder.values[-1][-1][name]
+
+    def test_batches_that_are_not_finite_do_not_count(self, model, fit, data):
+        x, y = (each.copy() for each in data)
+        y[20] = np.inf  # in the second batch of four
+        recorder = Recorder()
+        trained = compiled(model, settings={"warmup_steps": 3, "on_nonfinite": "zero"})
+        history = trained.fit(
+            x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[AutoClipCallback(), recorder]
+        ).history
+        [batches] = recorder.values
+        norms = [each["autoclip/total_norm"] for each in batches]
+        assert np.isfinite(history["autoclip/total_norm"][0])
+        finite = [norm for norm in norms if np.isfinite(norm)]
+        assert history["autoclip/total_norm"] == [pytest.approx(np.mean(finite))]
+        # During warm-up there is no threshold.
+        thresholds = [each["autoclip/threshold"] for each in batches]
+        assert history["autoclip/threshold"] == [thresholds[-1]]
+        assert thresholds[:2] == [np.inf, np.inf]
+
+    def test_wrong_arguments(self):
+        for wrong in (True, None, 1.5):
+            with pytest.raises(TypeError, match="update_freq takes"):
+                AutoClipCallback(update_freq=wrong)
+        for wrong in ("step", 0, -1):
+            with pytest.raises(ValueError, match="update_freq takes"):
+                AutoClipCallback(update_freq=wrong)
+        with pytest.raises(ValueError, match="is not a regular expression"):
+            AutoClipCallback(log_parameters="*")
+
+    def test_tensorboard(self, model, fit, tmp_path):
+        pytest.importorskip("tensorboard", reason="TensorBoard is not part of this environment")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.util.tensor_util import make_ndarray
+
+        recorder = Recorder()
+        board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch")
+        callback = AutoClipCallback(update_freq="batch")
+        history = fit(compiled(model), epochs=2, callbacks=[callback, board, recorder])
+        events = EventAccumulator(str(tmp_path / "train"))
+        events.Reload()
+
+        def series(tag):
+            return [float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)]
+
+        values = [each for epoch in recorder.values for each in epoch]
+        for name in NAMES:
+            assert series(f"batch_{name}") == pytest.approx([each[name] for each in values])
+            assert series(f"epoch_{name}") == pytest.approx(history[name])
 
     def test_callbacks_after_it_log_them_too(self, model, fit, growing, tmp_path):
         log = keras.callbacks.CSVLogger(tmp_path / "log.csv")

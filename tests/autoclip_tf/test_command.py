@@ -1,0 +1,123 @@
+"""The command `autoclip` on the files that Keras and TensorFlow write; summaries of clippers."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from autoclip.core import StateError, plot, read_states
+from autoclip.core._command import main
+from autoclip.tf import QuantileClip
+from autoclip.tf.logging import log_values, summarize
+
+
+@pytest.fixture
+def trained(model, fit):
+    made = model()
+    optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD(1e-2), 0.5)
+    made.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    fit(made, epochs=2)
+    return made
+
+
+def data(trained):
+    return trained.optimizer.clipper.state_dict()["data"]
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+def test_keras_files(trained, name, tmp_path, capsys):
+    path = tmp_path / name
+    save = trained.save if name.endswith(".keras") else trained.save_weights
+    save(path)
+    [(place, state)] = read_states(path).items()
+    assert place == "optimizer/clipper"
+    assert state.to_bytes() == data(trained)
+    assert main(["show", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert trained.trainable_variables[0].path in captured.out
+
+
+def test_a_tensorflow_checkpoint(trained, tmp_path):
+    prefix = tf.train.Checkpoint(model=trained).save(tmp_path / "checkpoint")
+    [(place, state)] = read_states(f"{prefix}.index").items()
+    assert place == "model/optimizer/clipper"
+    assert state.to_bytes() == data(trained)
+
+
+def test_several_clippers(trained, tmp_path):
+    other = QuantileClip(0.9)
+    other([(tf.constant([3.0]), tf.Variable([0.0], name="other"))])
+    prefix = tf.train.Checkpoint(a=trained.optimizer.clipper, b=other, empty=QuantileClip()).save(
+        tmp_path / "checkpoint"
+    )
+    states = read_states(f"{prefix}.index")
+    assert list(states) == ["a", "b"]
+    assert states["b"].groups[0].values.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+def test_files_without_a_history(model, name, tmp_path, capsys):
+    made = model()
+    made.compile(optimizer="sgd", loss="mse")
+    (made.save if name.endswith(".keras") else made.save_weights)(tmp_path / name)
+    assert main(["check", str(tmp_path / name)]) == 1
+    assert "holds no history of AutoClip" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5", "checkpoint.index"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", b"something else"])
+def test_files_that_are_none(name, content, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert main(["check", str(tmp_path / name)]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / name} is damaged or not a" in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_history(trained, tmp_path):
+    trained.save_weights(tmp_path / "model.weights.h5")
+    content = bytearray((tmp_path / "model.weights.h5").read_bytes())
+    place = bytes(content).find(data(trained)) + len(data(trained)) - 40
+    content[place] ^= 1
+    (tmp_path / "model.weights.h5").write_bytes(content)
+    with pytest.raises(StateError, match=r"model\.weights\.h5 at optimizer/clipper"):
+        read_states(tmp_path / "model.weights.h5")
+
+
+def test_a_summary(trained):
+    clipper = trained.optimizer.clipper
+    summary = summarize(clipper)
+    paths = [variable.path for variable in trained.trainable_variables]
+    assert [row.name for row in summary.rows] == paths
+    assert [row.recorded for row in summary.rows] == [8] * 4
+    assert [row.newest for row in summary.rows] == clipper.last.norms.numpy().tolist()
+    np.testing.assert_allclose([row.threshold for row in summary.rows], clipper.thresholds)
+    assert summary.last == log_values(clipper)
+    assert summary.last_coefficients == dict(zip(paths, clipper.last.coefficients.numpy().tolist()))
+    assert "clipped hardest" in str(summary) or min(summary.last_coefficients.values()) == 1
+    [ax] = plot.norms(clipper, paths[0]).axes
+    assert ax.get_title("left") == paths[0]
+
+
+def test_shares_are_those_of_the_training(model, fit):
+    made = model()
+    optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD(1e-2), 0.5)
+    made.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    spikes = []
+
+    class Spikes(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            spikes.append(optimizer.clipper.last.spikes.numpy())
+
+    fit(made, epochs=3, callbacks=[Spikes()])
+    shares = [row.clipped for row in summarize(optimizer.clipper).rows]
+    assert shares == np.mean(spikes, axis=0).tolist()
+    assert max(shares) > 0
+
+
+def test_a_clipper_that_knows_no_variables():
+    with pytest.raises(ValueError, match="has no state yet"):
+        summarize(QuantileClip())
