@@ -1,7 +1,7 @@
 """What a rule is: a few settings and one function from a window of norms to a threshold.
 
-A rule is written once and runs in NumPy, PyTorch and TensorFlow. All other modules use rules through
-the class `Rule` only.
+A rule is written once and runs in NumPy, PyTorch and TensorFlow. All other modules use rules only
+through the class `Rule`.
 """
 
 from __future__ import annotations
