@@ -53,9 +53,7 @@ class Study:
 
     def shared_seeds(self, name: str, condition: Condition) -> list[int]:
         """The seeds that every arm has been run with."""
-        return sorted(
-            set.intersection(*(set(self.scores(name, condition, arm)) for arm in ARMS))
-        )
+        return sorted(set.intersection(*(set(self.scores(name, condition, arm)) for arm in ARMS)))
 
     def paired(self, name: str, condition: Condition, arm: str) -> np.ndarray:
         """Scores at the shared seeds; higher is better."""
@@ -220,8 +218,7 @@ def rank_table(study: Study) -> str:
         others = [arm for arm in ARMS if arm != reference]
         # Ranks, since the tasks' units differ.
         p_values = [
-            wilcoxon(ranks[:, ARMS.index(reference)] - ranks[:, ARMS.index(arm)])
-            for arm in others
+            wilcoxon(ranks[:, ARMS.index(reference)] - ranks[:, ARMS.index(arm)]) for arm in others
         ]
         return dict(zip(others, holm(p_values)))
 
@@ -309,7 +306,10 @@ def draw_rates(study: Study, path: Path) -> bool:
         for name, task in TASKS.items()
         for family in dict.fromkeys(c.family for c in task.conditions if not c.base)
         if all(
-            study.scores(name, c, arm) for c in task.conditions if c.family == family for arm in ARMS
+            study.scores(name, c, arm)
+            for c in task.conditions
+            if c.family == family
+            for arm in ARMS
         )
     ]
     if not panels:

@@ -68,7 +68,7 @@ def rounded(value: Any) -> Any:
 
 
 def tuning_jobs(name: str, quick: bool) -> Iterator[Job]:
-    constants = CONSTANTS[2:4] if quick else CONSTANTS
+    constants = CONSTANTS[-1:] if quick else CONSTANTS
     for condition in chosen_conditions(name, quick):
         if condition.base:
             for constant in constants:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--arms", nargs="+", help="some of the arms, by name (default: all)")
     parser.add_argument("--seeds", type=int, help="seeds of each task (default: the task's own)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--workers", type=int, help="runs at the same time (default: 2)")
     parser.add_argument("--output", type=Path, default=results.FOLDER, help="folder of results")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, one seed")
     options = parser.parse_args()
@@ -138,10 +138,12 @@ def main() -> None:
     for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ[variable] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # A second worker would spend longer on importing the frameworks than quick runs take.
+    workers = options.workers or (1 if options.quick else 2)
     context = multiprocessing.get_context("spawn")
     layout = "{percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left  {postfix}"
     with (
-        ProcessPoolExecutor(options.workers, mp_context=context) as pool,
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
         tqdm(total=total, bar_format=layout, smoothing=0.05) as progress,
     ):
         for name in options.tasks:

@@ -1,0 +1,120 @@
+"""The study, with a few steps of every task, and its statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "docs" / "study"
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    """The study's modules import one another as a script's do."""
+    sys.path.insert(0, str(STUDY))
+    try:
+        import report
+
+        yield report
+    finally:
+        sys.path.remove(str(STUDY))
+
+
+def run_quickly(output: Path) -> str:
+    command = [sys.executable, str(STUDY / "run.py"), "--quick", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("results")
+    run_quickly(output)
+    return output
+
+
+def test_each_task_trains_every_kind_of_arm_from_the_same_start(quick: Path) -> None:
+    files = sorted(quick.iterdir())
+    assert [file.stem for file in files] == ["characters", "digits", "images", "separation"]
+    for file in files:
+        runs = json.loads(file.read_text("utf-8"))["runs"]
+        tuning, *compared = runs
+        by_arm = {run["arm"]: run for run in compared}
+        assert set(by_arm) == {"none", "tuned constant", "quantile 0.9 (default)"}
+        assert all(run["finite"] and math.isfinite(run["test"]) for run in runs)
+        assert by_arm["tuned constant"]["constant"] == tuning["constant"] == 100.0
+        # The first batch meets the same weights in every arm …
+        assert len({tuple(run["losses"][:1] + run["norms"][:1]) for run in compared}) == 1
+        # … and so does the last where nothing is clipped: these gradients are smaller than 100.
+        if file.stem != "separation":
+            assert by_arm["none"]["test"] == by_arm["tuned constant"]["test"]
+
+
+def test_an_interrupted_study_goes_on(quick: Path) -> None:
+    path = quick / "digits.json"
+    before = {file.name: file.read_bytes() for file in quick.iterdir()}
+    stored = json.loads(path.read_text("utf-8"))
+    removed = stored["runs"].pop()
+    # A run that is repeated would not give this.
+    stored["runs"][0]["test"] = 12.5
+    path.write_text(json.dumps(stored), "utf-8")
+    run_quickly(quick)
+    resumed = json.loads(path.read_text("utf-8"))["runs"]
+    assert resumed[0]["test"] == 12.5
+    assert (resumed[-1]["arm"], resumed[-1]["test"]) == (removed["arm"], removed["test"])
+    assert all(file.read_bytes() == before[file.name] for file in quick.iterdir() if file != path)
+
+
+def test_the_page_is_filled_in_from_results(report: Any, quick: Path, tmp_path: Path) -> None:
+    page = tmp_path / "study.md"
+    report.write(quick, output=page)
+    text = page.read_text("utf-8")
+    assert text.count("4 of") == 4  # runs, in each of the four tasks
+    for arm in report.ARMS:
+        assert f"| {arm} |" in text
+    # Nothing is left of the page that was filled in before.
+    again = report.fill(text, report.parts(report.Study(quick), tmp_path, "study/figures"))
+    assert again == text
+
+
+def test_the_page_in_the_repository_is_up_to_date(report: Any, tmp_path: Path) -> None:
+    page = tmp_path / "study.md"
+    report.write(output=page)
+    assert page.read_text("utf-8") == report.PAGE.read_text("utf-8"), "hatch run study:report"
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_rejects_what_its_definition_rejects(report: Any, p_values: list[float]) -> None:
+    corrected = report.holm(p_values)
+    order = np.argsort(p_values, kind="stable")
+    level = 0.05
+    rejecting = True
+    for rank, i in enumerate(order):
+        limit = level / (len(p_values) - rank)
+        if abs(p_values[i] - limit) < 1e-9:
+            return  # on the edge, where rounding decides
+        rejecting = rejecting and p_values[i] < limit
+        assert (corrected[i] < level) == rejecting
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=8), st.floats(-50, 50))
+def test_intervals_hold_the_mean_and_move_with_the_values(
+    report: Any, values: list[float], shift: float
+) -> None:
+    low, high = report.interval(np.array(values))
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    shifted = report.interval(np.array(values) + shift)
+    np.testing.assert_allclose(shifted, (low + shift, high + shift), atol=1e-9)
+    if len(set(values)) == 1:
+        assert low == pytest.approx(values[0]) == high
