@@ -850,7 +850,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 def test_mistakes_raise_what_torchs_optimizers_raise(mistake: str) -> None:
     make, words = MISTAKES[mistake]
     kinds: list[type[Exception]] = []
-    if mistake != "too few names":  # torch does not notice
+    takes_names = torch.__version__ >= "2.6" or mistake != "names for some"
+    if takes_names and mistake != "too few names":  # torch does not notice
         with pytest.raises((TypeError, ValueError, KeyError)) as theirs:
             SGD(make(), lr=0.1)
         kinds.append(theirs.type)

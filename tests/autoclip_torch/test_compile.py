@@ -127,10 +127,10 @@ def graph_breaks(attached: bool) -> list[str]:
 
 def test_the_hook_is_one_graph_break_and_is_not_traced() -> None:
     plain, attached = graph_breaks(False), graph_breaks(True)
-    ours = [reason for reason in attached if "autoclip" in reason]
+    ours = [reason for reason in attached if "_before_step" in reason]
     # One break, counted again where torch compiles its wrapper around the step by itself.
     assert len(set(ours)) == 1
-    assert "_before_step" in ours[0]
+    assert {r for r in attached if "autoclip" in r} <= set(ours)
     # The others are torch's own: at zero_grad, at backward, and without us inside of the step.
     assert len(attached) <= len(plain) + 1
 

@@ -72,11 +72,11 @@ def windows(clipper: Clipper) -> list[list[float]]:
 
 
 def saved(value: Any) -> Any:
-    """Through torch.save and torch.load at their defaults: with `weights_only=True`."""
+    """Through torch.save and torch.load, which takes no pickled code by default since torch 2.6."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
-    return torch.load(file)
+    return torch.load(file, weights_only=True)
 
 
 # -- what is saved -------------------------------------------------------------------------------

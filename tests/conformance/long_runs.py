@@ -68,7 +68,7 @@ def run(name: str, rule: Rule, steps: int, rows: int, record: Callable[[Array], 
     assert growth <= MOST_GROWTH, memory
 
 
-def core(name: str, rule: Rule, rows: int) -> None:
+def through_core(name: str, rule: Rule, rows: int) -> None:
     history = History(rows, rule, LENGTH, include_current=True, warmup_steps=0)
 
     def record(norms: Array) -> Any:
@@ -78,7 +78,7 @@ def core(name: str, rule: Rule, rows: int) -> None:
     run(name, rule, 1_000_000, rows, record)
 
 
-def torch(name: str, rule: Rule, on_device: bool) -> None:
+def through_torch(name: str, rule: Rule, on_device: bool) -> None:
     import torch
 
     from autoclip.torch import Clipper, _rows
@@ -95,8 +95,10 @@ def torch(name: str, rule: Rule, on_device: bool) -> None:
         clipper.step()
         return lambda: clipper.thresholds.numpy()
 
-    numpy = mock.patch.object(_rows, "uses_numpy", return_value=not on_device)
-    with numpy:
+    def uses_numpy(device: torch.device) -> bool:  # a Mock would remember all calls
+        return not on_device
+
+    with mock.patch.object(_rows, "uses_numpy", uses_numpy):
         run(name, rule, 100_000, len(parameters), record)
 
 
@@ -104,10 +106,10 @@ RULES: dict[str, Rule] = {"quantile": Quantile(0.9), "standard": Standard(2.0)}
 RUNS: dict[str, Callable[[str], None]] = {}
 for kind, chosen in RULES.items():
     # Up to eight rows take the path for a few rows.
-    RUNS[f"core {kind}, few rows"] = lambda name, rule=chosen: core(name, rule, 2)
-    RUNS[f"core {kind}, many rows"] = lambda name, rule=chosen: core(name, rule, 9)
-    RUNS[f"torch {kind}, host"] = lambda name, rule=chosen: torch(name, rule, False)
-    RUNS[f"torch {kind}, device path"] = lambda name, rule=chosen: torch(name, rule, True)
+    RUNS[f"core {kind}, few rows"] = lambda name, rule=chosen: through_core(name, rule, 2)
+    RUNS[f"core {kind}, many rows"] = lambda name, rule=chosen: through_core(name, rule, 9)
+    RUNS[f"torch {kind}, host"] = lambda name, rule=chosen: through_torch(name, rule, False)
+    RUNS[f"torch {kind}, device path"] = lambda name, rule=chosen: through_torch(name, rule, True)
 
 
 if __name__ == "__main__":
