@@ -22,6 +22,8 @@ def log_values(report: Report[Any], parameters: bool | str = False) -> dict[str,
             A string is a regular expression that is searched in their names.
 
     Returns:
+        The values by name.
+
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
         * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
           this step; with one row, the threshold.

@@ -23,6 +23,8 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
             A string is a regular expression that is searched in their names.
 
     Returns:
+        The values by name.
+
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
         * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
           this step; with global clipping, the threshold.

@@ -36,6 +36,8 @@ def log_values(
             `torch.optim.Adam(model.parameters())`.
 
     Returns:
+        The values by name.
+
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
         * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
           this step; with global clipping, the threshold.
