@@ -7,7 +7,6 @@ The page's prose is written by hand. What stands between `<!-- begin NAME -->` a
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,8 +126,13 @@ def progress_table(study: Study) -> str:
         hours = sum(run["seconds"] for run in runs) / 3600
         versions = study.environments.get(name, {})
         rows.append(
-            [task.title, f"{len(runs)} of {expected}", str(task.seeds), f"{hours:.1f}"]
-            + [", ".join(f"{package} {version}" for package, version in versions.items()) or "·"]
+            [
+                task.title,
+                f"{len(runs)} of {expected}",
+                str(task.seeds),
+                f"{hours:.1f}",
+                ", ".join(f"{package} {version}" for package, version in versions.items()) or "·",
+            ]
         )
     return markdown(["task", "runs", "seeds", "CPU hours", "with"], rows)
 
@@ -305,12 +309,7 @@ def draw_rates(study: Study, path: Path) -> bool:
         (name, family)
         for name, task in TASKS.items()
         for family in dict.fromkeys(c.family for c in task.conditions if not c.base)
-        if all(
-            study.scores(name, c, arm)
-            for c in task.conditions
-            if c.family == family
-            for arm in ARMS
-        )
+        if all(study.shared_seeds(name, c) for c in task.conditions if c.family == family)
     ]
     if not panels:
         return False
@@ -366,10 +365,11 @@ def fill(page: str, texts: dict[str, str]) -> str:
     """The page with what stands between each pair of markers replaced."""
     for name, text in texts.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if not pattern.search(page):
+        before, found_begin, rest = page.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found_begin and found_end):
             raise ValueError(f"The page has no pair of markers {begin} … {end}.")
-        page = pattern.sub(lambda _, text=text: f"{begin}\n{text}\n{end}", page)  # type: ignore[misc]
+        page = f"{before}{begin}\n{text}\n{end}{after}"
     return page
 
 

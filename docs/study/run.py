@@ -153,7 +153,7 @@ def main() -> None:
             jobs = list(main_jobs(name, runs, arms, seeds[name], options.quick))
             run_all(pool, jobs, runs, options.output, progress)
     print(f"Results: {options.output}")
-    if not options.quick:
+    if options.output == results.FOLDER:
         report.write(options.output)
 
 
