@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -76,14 +77,37 @@ def test_trains_as_one_process_on_the_whole_batch(strategy, use_orig_params):
     assert_same_everywhere(clipper)
 
 
+# FSDP1 measures in float32 and rounds what it returns to the gradients' dtype.
+PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any], torch.dtype, float]] = {
+    "mixed bfloat16": (torch.float32, {"param_dtype": torch.bfloat16}, torch.float32, 1e-6),
+    "mixed float16": (torch.float32, {"param_dtype": torch.float16}, torch.float32, 1e-6),
+    "kept bfloat16": (
+        torch.float32,
+        {"param_dtype": torch.bfloat16, "keep_low_precision_grads": True},
+        torch.bfloat16,
+        2.0**-8,
+    ),
+    "bfloat16": (torch.bfloat16, {}, torch.bfloat16, 2.0**-8),
+    "float16": (torch.float16, {}, torch.float16, 2.0**-11),
+}
+
+
 @pytest.mark.processes(2)
-def test_mixed_precision_records_the_norm_in_the_gradients_dtype():
-    model, optimizer = make(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
-    clipper, reference = attach(model, optimizer, quantile=QUANTILE), Reference()
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_norm_is_rounded_to_the_dtype_that_gradients_are_kept_in(precision):
+    dtype, policy, kept, tolerance = PRECISIONS[precision]
+    model = wrap(make_model().to(dtype), mixed_precision=MixedPrecision(**policy))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    clipper = attach(model, optimizer, quantile=QUANTILE)
     for weight, batch in zip(WEIGHTS[:4], batches(4)):
-        train(model, optimizer, batch, weight)
-        reference.train(batch, weight)
-        assert_equal_reports(clipper, reference.clipper, 0.05)
+        optimizer.zero_grad()
+        (model(own_part(batch).to(dtype)).float().square().mean() * weight).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert {gradient.dtype for gradient in gradients} == {kept}
+        square = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+        dist.all_reduce(square)
+        optimizer.step()
+        assert clipper.last.norms[0] == pytest.approx(float(square.sqrt()), rel=tolerance)
     assert_same_everywhere(clipper)
 
 

@@ -172,6 +172,68 @@ def test_accelerate_with_a_deepspeed_plugin(stage):
     assert_same_everywhere(clipper)
 
 
+def make_fsdp1_accelerator() -> Any:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=1,
+        auto_wrap_policy="NO_WRAP",
+        use_orig_params=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    accelerator.state.device = torch.device("cpu")
+    return accelerator
+
+
+@pytest.mark.processes(2)
+def test_accelerate_with_fsdp1(tmp_path):
+    from autoclip.torch import QuantileClip
+    from autoclip.torch.fsdp import attach
+
+    accelerator, model, reference = make_fsdp1_accelerator(), make_model(), Reference()
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    )
+    assert isinstance(model, FSDP)
+    with pytest.raises(TypeError, match=r"Attach to the optimizer inside.*`\.optimizer`"):
+        attach(model, optimizer, quantile=QUANTILE)
+    clipper = attach(model, optimizer.optimizer, quantile=QUANTILE)
+    accelerator.register_for_checkpointing(clipper)
+
+    def train(step: int, batch: Tensor) -> None:
+        optimizer.zero_grad()
+        accelerator.backward(model(own_part(batch)).square().mean() * (1 + step))
+        optimizer.step()
+
+    for step, batch in enumerate(batches(4)):
+        train(step, batch)
+        reference.train(batch, 1 + step)
+        assert_equal_reports(clipper, reference.clipper, 1e-5)
+    assert_same_everywhere(clipper)
+    accelerator.save_state(tmp_path)
+    saved = clipper.state_dict()
+    train(4, next(batches(1)))
+    assert clipper.state_dict() != saved
+    with pytest.warns(UserWarning, match="has no 'autoclip' entry"):  # the optimizer's own state
+        accelerator.load_state(tmp_path)
+    assert clipper.state_dict() == saved
+
+    # Parameter-wise, and attached before: refused when it would clip.
+    accelerator, plain = make_fsdp1_accelerator(), make_model()
+    attached = QuantileClip.as_optimizer(torch.optim.SGD(plain.parameters(), lr=LEARNING_RATE))
+    model, optimizer = accelerator.prepare(plain, attached)
+    accelerator.backward(model(own_part(next(batches(1)))).square().mean())
+    with pytest.raises(RuntimeError, match=r"autoclip\.torch\.fsdp\.attach"):
+        optimizer.step()
+
+
 # -- Lightning -----------------------------------------------------------------------------------
 
 
