@@ -13,16 +13,18 @@ from autoclip.tf import QuantileClip
 from autoclip.tf.logging import log_values, summarize
 
 
-@pytest.fixture
-def trained(model, fit):
-    made = model()
+@pytest.fixture(scope="module")
+def trained(data):
+    """A model whose clipper has made 8 steps; tests only read it."""
+    layers = [keras.layers.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(1)]
+    made = keras.Sequential(layers)
     optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD(1e-2), 0.5)
     made.compile(optimizer=optimizer, loss="mse", jit_compile=False)
-    fit(made, epochs=2)
+    made.fit(*data, batch_size=16, epochs=2, verbose=0)
     return made
 
 
-def data(trained):
+def saved(trained):
     return trained.optimizer.clipper.state_dict()["data"]
 
 
@@ -33,7 +35,7 @@ def test_keras_files(trained, name, tmp_path, capsys):
     save(path)
     [(place, state)] = read_states(path).items()
     assert place == "optimizer/clipper"
-    assert state.to_bytes() == data(trained)
+    assert state.to_bytes() == saved(trained)
     assert main(["show", str(path)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -44,7 +46,7 @@ def test_a_tensorflow_checkpoint(trained, tmp_path):
     prefix = tf.train.Checkpoint(model=trained).save(tmp_path / "checkpoint")
     [(place, state)] = read_states(f"{prefix}.index").items()
     assert place == "model/optimizer/clipper"
-    assert state.to_bytes() == data(trained)
+    assert state.to_bytes() == saved(trained)
 
 
 def test_several_clippers(trained, tmp_path):
@@ -80,7 +82,7 @@ def test_files_that_are_none(name, content, tmp_path, capsys):
 def test_a_damaged_history(trained, tmp_path):
     trained.save_weights(tmp_path / "model.weights.h5")
     content = bytearray((tmp_path / "model.weights.h5").read_bytes())
-    place = bytes(content).find(data(trained)) + len(data(trained)) - 40
+    place = bytes(content).find(saved(trained)) + len(saved(trained)) - 40
     content[place] ^= 1
     (tmp_path / "model.weights.h5").write_bytes(content)
     with pytest.raises(StateError, match=r"model\.weights\.h5 at optimizer/clipper"):
