@@ -1,11 +1,12 @@
-"""MirroredStrategy over two devices: the same as one device with the same global batch.
+"""Strategies over two devices: the same as one device with the same global batch.
 
-One strategy a process: several in one leave threads and collectives of each other behind.
+One MirroredStrategy a process: several in one leave threads and collectives of each other behind.
 """
 
 from __future__ import annotations
 
 import contextlib
+import socket
 from functools import cache
 
 import keras
@@ -38,6 +39,11 @@ def data():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(64, 4)) * np.exp(generator.normal(size=(64, 1)))
     return x.astype(np.float32), x.sum(axis=1, keepdims=True).astype(np.float32)
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
 
 
 def make_model(scope, attach, steps=None, **options):
@@ -278,6 +284,50 @@ def test_a_direct_call_says_what_to_do_instead():
         with pytest.raises(RuntimeError, match=r"QuantileClip\.as_optimizer\(optimizer\)"):
             clipper([(tf.constant([1.0]), variable)])
     assert not clipper.built
+
+
+def test_other_strategies_equal_one_device_too():
+    one = make_model(contextlib.nullcontext(), CLIPPERS["groups"])
+    expected = fit(one, epochs=1)
+    for strategy in (
+        tf.distribute.OneDeviceStrategy("CPU:1"),
+        tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"]),
+    ):
+        other = make_model(strategy.scope(), CLIPPERS["groups"])
+        for ours, theirs in zip(windows(fit(other, epochs=1)), windows(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        for ours, theirs in zip(other.get_weights(), one.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.processes(1)
+def test_parameter_servers_are_refused():
+    cluster = tf.train.ClusterSpec({job: [f"localhost:{free_port()}"] for job in ("worker", "ps")})
+    servers = [tf.distribute.Server(cluster, job_name=job) for job in cluster.jobs]
+    assert len(servers) == 2
+    strategy = tf.distribute.ParameterServerStrategy(
+        tf.distribute.cluster_resolver.SimpleClusterResolver(cluster, rpc_layer="grpc")
+    )
+    with strategy.scope():
+        optimizer = keras.optimizers.SGD()
+        with pytest.raises(RuntimeError, match=r"ParameterServerStrategy.*: its workers update"):
+            QuantileClip.as_optimizer(optimizer)
+        assert type(optimizer) is keras.optimizers.SGD and not hasattr(optimizer, "clipper")
+        clipper = QuantileClip()
+        with pytest.raises(RuntimeError, match="its workers update the variables one by one"):
+            clipper.build([tf.Variable([0.0])])
+    assert not clipper.built
+
+
+def test_strategies_that_nobody_has_tried_are_refused():
+    """A TPUStrategy cannot be made here: an empty one is enough to be recognized."""
+    strategy = object.__new__(tf.distribute.TPUStrategy)
+    strategy._extended = mirrored().extended
+    optimizer = keras.optimizers.SGD()
+    optimizer._distribution_strategy = strategy
+    with pytest.raises(RuntimeError, match="not been tested under TPUStrategy"):
+        QuantileClip.as_optimizer(optimizer)
+    assert type(optimizer) is keras.optimizers.SGD
 
 
 def test_a_direct_call_under_a_strategy_of_one_replica():
