@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._ring import RingBuffer, Rows, is_recorded
+from autoclip.core._ring import SMALLEST_NORM, RingBuffer, Rows, is_recorded
 from autoclip.core._rule import Rule, rule_arguments
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import GroupSettings, Record
@@ -43,7 +45,7 @@ class Report(Generic[ArrayT]):
 
     @property
     def spikes(self) -> ArrayT:
-        """bool[rows]: whose norm was above its threshold, whatever `on_spike` did about it."""
+        """bool[rows]: whether the norm was above its threshold, regardless of `on_spike`."""
         return self.coefficients < 1.0  # type: ignore[operator, return-value]
 
 
@@ -233,15 +235,15 @@ class History(Saveable):
             raise ValueError(
                 f"record takes one norm a row, shape ({self.rows},), but got shape {given.shape}."
             )
+        if self._few is not None:
+            return self._record_few(self._few, given)
         with np.errstate(over="ignore"):  # a float64 norm may be too large for float32
             rounded = given.astype(np.float32)
-        if self._few is not None:
-            return self._record_few(self._few, given, rounded.tolist())
         usable = is_recorded(rounded)
         rows: Rows = slice(None)
         if not usable.all():
             if (given < 0).any():
-                raise ValueError(f"A norm is never negative, but got {np.nanmin(given)}.")
+                raise ValueError(_negative_norm(given))
             rows = np.flatnonzero(usable)
             if not len(rows):
                 return Report(given, self.thresholds, np.ones(self.rows))
@@ -269,19 +271,20 @@ class History(Saveable):
         return Report(given, thresholds, coefficients)
 
     def _record_few(
-        self, tracker: FewRowsTracker, given: npt.NDArray[np.float64], rounded: list[float]
+        self, tracker: FewRowsTracker, given: npt.NDArray[np.float64]
     ) -> Report[npt.NDArray[np.float64]]:
         """`record` in Python's numbers, which is quicker for a few rows."""
+        listed = given.tolist()
+        if [norm for norm in listed if norm < 0]:
+            raise ValueError(_negative_norm(given))
         ring, thresholds = self._ring, tracker.thresholds
-        if any(norm < 0 for norm in given.tolist()):
-            raise ValueError(f"A norm is never negative, but got {np.nanmin(given)}.")
         limits, coefficients = [], []
-        for row, norm in enumerate(rounded):
-            usable = is_recorded(norm)
+        for row, norm in enumerate(array("f", listed)):  # rounded; infinite beyond float32
+            usable = SMALLEST_NORM <= norm < math.inf
             warm = self._warmups is None or ring.recorded[row] >= self._warmups[row]
             if usable and self._includes_current:
                 tracker.update_one(row, norm, ring.push_one(row, norm))
-            limit = thresholds[row] if warm else np.inf
+            limit = thresholds[row] if warm else math.inf
             if self._ceilings is not None:
                 limit = min(limit, float(self._ceilings[row]))
             coefficient = 1.0
@@ -419,6 +422,10 @@ def _numbers(values: Sequence[float | None], none: float) -> npt.NDArray[Any] | 
     if all(value is None for value in values):
         return None
     return np.array([none if value is None else value for value in values])
+
+
+def _negative_norm(given: npt.NDArray[np.float64]) -> str:
+    return f"A norm is never negative, but got {np.nanmin(given)}."
 
 
 def _checked(row: int, window: Any, count: Any) -> tuple[npt.NDArray[np.float32], int]:

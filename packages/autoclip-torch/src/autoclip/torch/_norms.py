@@ -140,7 +140,7 @@ class _Sums(NamedTuple):
     Attributes:
         places: which gradients, in the order of `starts`.
         starts: where each one's squares begin in `squares`.
-        squares: one for each element of a small gradient, and for each row of a large one.
+        squares: one for each element of a small gradient, and for each row of a large one; float64.
         gathered: small gradients that one call brings together, whether they are all vectors, and
             their part of `squares`.
         in_rows: a large gradient, the length of its rows, and its part of `squares`, [rows, 1, 1].
@@ -148,9 +148,9 @@ class _Sums(NamedTuple):
 
     places: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
-    squares: npt.NDArray[np.floating]
-    gathered: list[tuple[list[int], bool, npt.NDArray[np.floating]]]
-    in_rows: list[tuple[int, int, npt.NDArray[np.floating]]]
+    squares: npt.NDArray[np.float64]
+    gathered: list[tuple[list[int], bool, npt.NDArray[np.float64]]]
+    in_rows: list[tuple[int, int, npt.NDArray[np.float64]]]
 
 
 class CpuNorms:
@@ -187,7 +187,7 @@ class CpuNorms:
         for dtype, (arrays, vectors, large) in plain.items():
             if arrays and len(vectors) < _MANY_VECTORS:
                 arrays, vectors = arrays + vectors, []
-            self._sums += _sums(dtype, arrays, vectors, large, sizes)
+            self._sums += _sums(arrays, vectors, large, sizes)
 
     def of(self, gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
         """The norms of gradients like those that the plan was made of.
@@ -206,7 +206,7 @@ class CpuNorms:
                     np.multiply(elements, elements, out=part)
                 for i, length, part in in_rows:
                     _sum_rows(gradients[i], length, part)  # type: ignore[arg-type]
-                found[places] = np.add.reduceat(squares.astype(np.float64), starts)
+                found[places] = np.add.reduceat(squares, starts)
             for i in self._others:
                 found[i] = _square(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
             sure = found > self._smallest_squares
@@ -220,7 +220,6 @@ class CpuNorms:
 
 
 def _sums(
-    dtype: torch.dtype,
     arrays: Sequence[int],
     vectors: Sequence[int],
     large: Sequence[int],
@@ -232,9 +231,7 @@ def _sums(
         counts[i] //= _row_length(sizes[i])
     parts = list(chunks([*arrays, *vectors, *large], counts, _CHUNK))
     longest = max((sum(counts[i] for i in part) for part in parts), default=0)
-    buffer: npt.NDArray[np.floating] = np.empty(
-        longest, np.float64 if dtype is torch.float64 else np.float32
-    )
+    buffer: npt.NDArray[np.float64] = np.empty(longest)
     kinds = {**dict.fromkeys(arrays, 0), **dict.fromkeys(vectors, 1), **dict.fromkeys(large, 2)}
     for part in parts:
         ends = np.cumsum([counts[i] for i in part])
@@ -253,7 +250,7 @@ def _sums(
         yield _Sums(np.array(part), starts, buffer[: ends[-1]], gathered, in_rows)
 
 
-def _sum_rows(values: Tensor, length: int, out: npt.NDArray[np.floating]) -> None:
+def _sum_rows(values: Tensor, length: int, out: npt.NDArray[np.float64]) -> None:
     """Write each row's sum of squares, of a float32 or float64 tensor, to `out`, [rows, 1, 1]."""
     if not values.is_contiguous():
         values = _flat(values).resolve_neg()

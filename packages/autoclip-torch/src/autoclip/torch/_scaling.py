@@ -45,7 +45,7 @@ def _multiply(gradient: Tensor, coefficient: float) -> None:
     factors = [coefficient] if coefficient >= _SMALLEST else [math.sqrt(coefficient)] * 2
     for factor in factors:
         if values.dtype.itemsize > 1:
-            values.mul_(torch.tensor(factor, dtype=_factor_dtype(values.dtype)))
+            values.mul_(torch.tensor(factor, dtype=_factor_dtype(values.dtype), device="cpu"))
         else:  # torch multiplies no 8-bit floats
             values.copy_(values.float() * factor)
 
@@ -79,7 +79,7 @@ class CpuScaling:
             if _is_plain(gradient):
                 dtype = _factor_dtype(gradient.dtype)
                 if dtype not in views:
-                    buffer = torch.ones(len(gradients), dtype=dtype)
+                    buffer = torch.ones(len(gradients), dtype=dtype, device="cpu")
                     views[dtype] = buffer.unbind()
                     self._buffers.append(buffer.numpy())
                 self._factors[i] = views[dtype]
@@ -93,24 +93,21 @@ class CpuScaling:
             gradients: like those that the plan was made of.
             coefficients: float64[n], or float64[1] for all of them.
         """
-        shared = len(coefficients) == 1
-        if shared:
-            clipped = self._places if coefficients[0] < 1.0 else []
-        else:
-            clipped = np.flatnonzero(coefficients < 1.0).tolist()
+        clipped = (coefficients < 1.0).nonzero()[0].tolist()
         if not clipped:
             return
         for buffer in self._buffers:
             buffer[: len(coefficients)] = coefficients
-        is_tiny = ((coefficients > 0.0) & (coefficients < _SMALLEST)).any()
+        numbers = coefficients.tolist()
+        is_shared = len(numbers) == 1
         tensors, factors = [], []
-        for i in clipped:
-            gradient, k = gradients[i], 0 if shared else i
+        for i in self._places if is_shared else clipped:
+            gradient, k = gradients[i], 0 if is_shared else i
             if gradient is None:
                 continue
             views = self._factors[i]
-            if views is None or is_tiny:
-                _multiply(gradient, float(coefficients[k]))
+            if views is None or 0.0 < numbers[k] < _SMALLEST:
+                _multiply(gradient, numbers[k])
             else:
                 tensors.append(_writable(gradient))
                 factors.append(views[k])
