@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# Package indexes show these, without the files around them.
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
 MARK = re.compile(r"^ *<!-- (needs|not run|processes): (.+?) -->$")
 
 
@@ -41,12 +43,7 @@ class Block:
 
 def pages() -> list[Path]:
     """Every page that has a block of Python."""
-    found = [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *ROOT.glob("packages/*/README.md"),
-        *ROOT.glob("docs/**/*.md"),
-    ]
+    found = [*READMES, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
     return sorted(page for page in found if blocks_of(page))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import socket
 from pathlib import Path
 
 import pytest
-from pages import ROOT, blocks_of, pages, processes_of, run_page
+from pages import READMES, ROOT, blocks_of, pages, processes_of, run_page
 from processes import ForkServer
 
 RUNS = [
@@ -27,3 +28,10 @@ def test_blocks_run(server: ForkServer, page: Path, needs: str) -> None:
     arguments = {"path": page, "needs": needs}
     for outcome in server.run(run_page, arguments, processes_of(page), port=port):
         assert outcome.status == 0, str(outcome)
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_readmes_have_no_relative_links(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)|(?:src|href)=\"([^\"]+)", page.read_text("utf-8"))
+    targets = [one or other for one, other in links]
+    assert targets and all(target.startswith("https://") for target in targets)
