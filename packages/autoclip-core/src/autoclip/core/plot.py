@@ -218,7 +218,9 @@ def _draw_norms(rows: Rows, row: int, ax: Axes) -> None:
             )
     if _spans_decades(window):
         ax.set_yscale("log")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False)
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False, fontsize="small"
+    )
     ax.grid(alpha=0.25)
 
 
@@ -262,7 +264,7 @@ def _draw_distribution(rows: Rows, row: int, quantiles: Sequence[float], ax: Axe
     threshold = rows.thresholds[row]
     if np.isfinite(threshold):
         ax.axvline(threshold, color=_RED, linestyle="--", label=f"threshold now: {threshold:.4g}")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize="small")
 
 
 def _draw_clipped(rows: Rows, max_rows: int, ax: Axes) -> None:
