@@ -384,7 +384,7 @@ class TestErrors:
             clipper.build([a, b])
         with pytest.raises(ValueError, match="'b' is not among the 1 variables"):
             clipper([(tf.constant([1.0]), b)])
-        with pytest.raises(ValueError, match="'a' is there twice among the variables"):
+        with pytest.raises(ValueError, match="'a' appears more than once among the variables"):
             clipper([(tf.constant([1.0]), a), (tf.constant([1.0]), a)])
         assert clipper._export_state().groups[0].recorded.tolist() == [0]
 

@@ -28,7 +28,7 @@ def refuse_legacy_installation() -> None:
         "version's. Remove both, then install again:\n"
         "    pip uninstall -y autoclip autoclip-core autoclip-torch autoclip-tf\n"
         '    pip install "autoclip[torch]"  # or "autoclip[tf]", or "autoclip[all]"\n'
-        f"If {legacy} is still there after the first command, delete it by hand.",
+        f"If {legacy} is still there after the first command, delete it manually.",
         name="autoclip",
         path=legacy,
     )

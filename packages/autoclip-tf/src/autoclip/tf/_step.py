@@ -102,7 +102,7 @@ class Pipeline:
 
         Raises:
             TypeError: a gradient is of integers.
-            ValueError: a variable is not one of the clipper's, or is there twice.
+            ValueError: a variable is unknown, or appears more than once.
             FloatingPointError: see `Clipper`.
         """
         gradients: list[Gradient | None] = [None] * len(self.index)
@@ -116,7 +116,9 @@ class Pipeline:
                     "a new clipper for new variables."
                 )
             if place in places:
-                raise ValueError(f"{name_of(variable)!r} is there twice among the variables.")
+                raise ValueError(
+                    f"{name_of(variable)!r} appears more than once among the variables."
+                )
             if gradient is not None:
                 _check_dtype(gradient, variable)
             places[place] = None

@@ -204,7 +204,7 @@ class Attachment:
     def _clip(self, optimizer: Optimizer) -> None:
         self._forget_step(optimizer)
         # A GradScaler leaves these on fused optimizers, whose gradients are still scaled then.
-        # Without a scale, but with a verdict, they have been unscaled by hand.
+        # Without a scale, but with a verdict, they have been unscaled already.
         scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         try:

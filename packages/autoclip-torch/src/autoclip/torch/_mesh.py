@@ -141,7 +141,7 @@ class Mesh:
         if layout is None:
             return f"is placed {gradient.placements} on {gradient.device_mesh}"
         if layout != self.layouts[k]:
-            return f"is placed {gradient.placements}, otherwise than in the steps before"
+            return f"is placed {gradient.placements}, differently from earlier steps"
         if _is_partial(layout) and values_of(gradient.to_local()).numel() != self.elements(k):
             return f"has {gradient.to_local().numel()} elements here, placed {gradient.placements}"
         return None

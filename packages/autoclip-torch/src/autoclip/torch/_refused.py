@@ -12,7 +12,7 @@ __all__ = ["refuse_unsupported"]
 
 _FSDP1 = (
     "FullyShardedDataParallel (FSDP1) leaves each process with pieces of flattened parameters, "
-    "and nothing on them tells which belong together. Use autoclip.torch.fsdp.attach, which clips "
+    "which cannot be traced back to their parameters. Use autoclip.torch.fsdp.attach, which clips "
     "globally, or torch.distributed.fsdp.fully_shard"
 )
 _DEEPSPEED = (

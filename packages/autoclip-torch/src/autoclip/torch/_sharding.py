@@ -29,7 +29,7 @@ __all__ = ["Sharding", "called_by_loss_scaler", "sharding_of"]
 # Squares of norms up to this, of as many processes as there are, add up within float64.
 _LARGEST = 2.0**496
 _OTHER_PROCESS = (
-    "AutoClip: on another process a gradient is placed otherwise than in the steps before. "
+    "AutoClip: on another process a gradient is placed differently from earlier steps. "
     "The error that is raised there names the parameter. Nothing was recorded."
 )
 
@@ -199,7 +199,7 @@ class Sharding:
             float64[n] each, 0 for rows whose device is elsewhere.
 
         Raises:
-            RuntimeError: a gradient is placed otherwise than before, on any process.
+            RuntimeError: the placement of a gradient changed, on any process.
         """
         if self._is_handshake_due():
             spread = [g if isinstance(g, self._kind) else None for g in gradients]

@@ -136,7 +136,7 @@ class AutoClipCallback(TrainerCallback):
             warn_user(
                 f"TrainingArguments(max_grad_norm={args.max_grad_norm}) would clip the gradients "
                 "before AutoClip sees them, and the history would hold norms that are clipped "
-                "already. It is taken for 0 at each step. Set max_grad_norm=0 to silence this."
+                "already. It is treated as 0 at each step. Set max_grad_norm=0 to silence this."
             )
 
     def on_step_begin(
