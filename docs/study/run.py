@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import report
 import results
 from arms import CONSTANTS, DEFAULT, NONE, TUNED, select
 from design import TASKS, Condition
@@ -146,14 +145,21 @@ def main() -> None:
         ProcessPoolExecutor(workers, mp_context=context) as pool,
         tqdm(total=total, bar_format=layout, smoothing=0.05) as progress,
     ):
-        for name in options.tasks:
-            runs = results.load(name, options.output)
-            tuning = list(tuning_jobs(name, options.quick))
-            run_all(pool, tuning, runs, options.output, progress)
-            jobs = list(main_jobs(name, runs, arms, seeds[name], options.quick))
-            run_all(pool, jobs, runs, options.output, progress)
+        try:
+            for name in options.tasks:
+                runs = results.load(name, options.output)
+                tuning = list(tuning_jobs(name, options.quick))
+                run_all(pool, tuning, runs, options.output, progress)
+                jobs = list(main_jobs(name, runs, arms, seeds[name], options.quick))
+                run_all(pool, jobs, runs, options.output, progress)
+        except BaseException:
+            # Otherwise an interrupted study would wait for all the runs that are queued.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(f"Results: {options.output}")
     if options.output == results.FOLDER:
+        import report  # after the runs: what draws figures takes seconds to import
+
         report.write(options.output)
 
 

@@ -94,6 +94,57 @@ def test_the_page_in_the_repository_is_up_to_date(report: Any, tmp_path: Path) -
     assert page.read_text("utf-8") == report.PAGE.read_text("utf-8"), "hatch run study:report"
 
 
+def made_up_results(report: Any, folder: Path, better: str) -> None:
+    """Results of a whole study in which one arm is better everywhere, and the others are alike."""
+    random = np.random.default_rng(0)
+    for name, task in report.TASKS.items():
+        sign = 1 if task.higher_is_better else -1
+        runs = {}
+        for seed in range(task.seeds):
+            for condition in task.conditions:
+                luck = random.normal()  # of the seed, shared by all arms
+                for arm in report.ARMS:
+                    advantage = 3.0 if arm == better else 0.0
+                    record = {
+                        "condition": condition.name,
+                        "arm": arm,
+                        "constant": 1.0 if arm == report.TUNED else None,
+                        "seed": seed,
+                        "test": 50 + sign * (advantage + luck + 1e-3 * random.normal()),
+                        "validation": 50.0,
+                        "finite": True,
+                        "step_ms": 2.0,
+                        "seconds": 1.0,
+                        "steps": [0, 5],
+                        **{series: [1.0, 2.0] for series in ("losses", "norms", "updates")},
+                    }
+                    runs[report.results.key_of(record)] = record
+        report.results.save(name, runs, folder)
+
+
+@pytest.mark.parametrize("better", ["ZClip", "none"])
+def test_the_report_finds_the_arm_that_is_better(report: Any, tmp_path: Path, better: str) -> None:
+    made_up_results(report, tmp_path, better)
+    study = report.Study(tmp_path)
+    texts = report.parts(study, tmp_path / "figures", "figures")
+    conditions = sum(len(task.conditions) for task in report.TASKS.values())
+
+    ranks = texts["ranks"].splitlines()
+    assert ranks[2].startswith(f"| {better} | 1.0 |")
+    assert all(float(line.split("|")[2]) > 3 for line in ranks[3 : 1 + len(report.ARMS)])
+
+    rows = [line.split(" | ") for line in texts["tests-none"].splitlines()[2:-2]]
+    others = len(report.ARMS) - 1
+    if better == "none":  # every other arm is worse, in every condition
+        assert len(rows) == others * conditions
+        assert {row[2] for row in rows} == {"worse"}
+    else:
+        assert [(row[1], row[2]) for row in rows] == [("ZClip", "better")] * conditions
+    for row in rows:
+        assert float(row[3].split()[0]) == pytest.approx(3.0, abs=0.05)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"course.png", "rates.png"}
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_holm_rejects_what_its_definition_rejects(report: Any, p_values: list[float]) -> None:
     corrected = report.holm(p_values)
