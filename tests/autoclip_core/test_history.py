@@ -145,25 +145,30 @@ def follows(history: History, settings: list[GroupSettings], stream: Norms, cuts
     """Check each threshold and coefficient; at `cuts` go on with a copy of the history."""
     rows = [Row(each.rule.name, **each.settings) for each in settings]
     tolerance = 0.0 if isinstance(settings[0].rule, Quantile) else 1e-12
+    drops = [each.on_spike != "clip" for each in settings]
+
+    def near(ours: float, expected: float) -> bool:
+        return ours == expected or abs(ours - expected) <= tolerance * abs(expected)
+
     for step, norms in enumerate(stream):
         if step in cuts:
             history = resume(history, settings, how=step % 3)
         found = history.record(norms)
-        for row, reference in enumerate(rows):
-            limit, coefficient, entering = reference.compare(norms[row])
-            near = {"rel": tolerance, "abs": 0.0}
-            assert found.thresholds[row] == pytest.approx(limit, **near)
+        limits, coefficients, entering = zip(*[row.compare(norm) for row, norm in zip(rows, norms)])
+        assert all(map(near, found.thresholds.tolist(), limits)), (step, found, limits)
+        ours = found.coefficients.tolist()
+        for row, norm in enumerate(norms.tolist()):
             # A norm that equals its threshold but for the last bit may be dropped or kept.
-            tie = settings[row].on_spike != "clip" and norms[row] == pytest.approx(limit, rel=1e-9)
-            if not (tie and tolerance):
-                assert found.coefficients[row] == pytest.approx(coefficient, **near)
-            if entering is not None and settings[row].record == "clipped" and tolerance:
+            tied = tolerance and drops[row] and abs(norm - limits[row]) <= 1e-9 * norm
+            assert tied or near(ours[row], coefficients[row]), (step, row, found, coefficients)
+        for row, norm in enumerate(entering):
+            if norm is not None and settings[row].record == "clipped" and tolerance:
                 # Rounded to float32, the last bit of a coefficient may count: take over ours.
                 (window,), _ = history.read([row])
-                assert window[-1] == pytest.approx(entering, rel=2.0**-23)
-                entering = float(window[-1])
-            if entering is not None:
-                reference.append(entering)
+                assert window[-1] == pytest.approx(norm, rel=2.0**-23)
+                norm = float(window[-1])
+            if norm is not None:
+                rows[row].append(norm)
     windows, recorded = history.read(range(len(rows)))
     assert [window.tolist() for window in windows] == [row.window for row in rows]
     assert recorded.tolist() == [row.recorded for row in rows]
@@ -353,7 +358,6 @@ def test_what_the_rules_default_to() -> None:
     assert (standard.include_current, standard.warmup_steps) == (False, 25)
 
 
-@settings(max_examples=40)
 @given(kinds, seeds, shares, rules, history_lengths, row_counts, st.integers(0, 40))
 def test_nothing_is_clipped_during_warm_up(
     kind: str, seed: int, bad: float, rule: Rule, length: int, rows: int, steps: int
@@ -395,7 +399,6 @@ def test_a_ceiling_limits_every_threshold(
     ]
 
 
-@settings(max_examples=40)
 @given(kinds, seeds, shares, rules, history_lengths, row_counts)
 def test_compared_with_the_past_is_compared_with_the_thresholds_before(
     kind: str, seed: int, bad: float, rule: Rule, length: int, rows: int
@@ -449,7 +452,6 @@ def test_shrinking_scales_a_larger_spike_to_a_smaller_norm() -> None:
 # -- coefficients ------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
 @given(kinds, seeds, shares, quantile_rules | standard_rules, history_lengths, row_counts, pasts)
 def test_a_coefficient_is_the_threshold_over_the_norm_and_at_most_one(
     kind: str, seed: int, bad: float, rule: Rule, length: int, rows: int, past: dict[str, Any]
@@ -530,7 +532,6 @@ def test_any_constant_changes_coefficients_by_rounding_only(
 # -- what is recorded --------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
 @given(kinds, seeds, rules, history_lengths, st.lists(st.integers(0, 60), max_size=10), row_counts)
 def test_a_storm_of_bad_norms_leaves_the_history_of_the_clean_steps(
     kind: str, seed: int, rule: Rule, length: int, storms: list[int], rows: int
@@ -559,7 +560,7 @@ def test_the_smallest_norm_that_counts(more: int) -> None:
     assert report.thresholds.tolist()[:5] == [SMALLEST_NORM, inf, largest, largest, inf]
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(kinds, seeds, shares, rules, history_lengths, pasts, st.data())
 @pytest.mark.parametrize("rows", [4, 12])
 def test_rows_do_not_leak_into_one_another(
@@ -575,16 +576,18 @@ def test_rows_do_not_leak_into_one_another(
     """Each row is as if it were alone, whichever rows record and in whatever order they are."""
     order = data.draw(st.permutations(range(rows)))
     stream = make_stream(kind, seed, 60, rows, bad)
-    together, shuffled, *alone = (History(rows, rule, length, **past) for _ in range(2 + rows))
-    nothing = np.full((rows, rows), np.nan)
-    np.fill_diagonal(nothing, 0.0)
+    chosen = [0, rows // 2, rows - 1]
+    together, shuffled, *alone = (
+        History(rows, rule, length, **past) for _ in range(2 + len(chosen))
+    )
     for norms in stream:
         report, other = together.record(norms), shuffled.record(norms[order])
         assert report.thresholds[order].tolist() == other.thresholds.tolist()
-        for row, history in enumerate(alone):
-            single = history.record(norms + nothing[row]).thresholds[row]
-            assert single == report.thresholds[row]
-    for row, history in enumerate(alone):
+        for row, history in zip(chosen, alone):
+            only = np.full(rows, np.nan)
+            only[row] = norms[row]
+            assert history.record(only).thresholds[row] == report.thresholds[row]
+    for row, history in zip(chosen, alone):
         (window,), (recorded,) = together.read([row])
         assert window.tolist() == usable(stream[:, row])[-length:].tolist()
         assert (len(window), recorded) == (history.lengths[row], history.recorded[row])
@@ -939,7 +942,7 @@ def test_settings_that_differ_in_more_than_numbers_change_nothing(
 # -- saved and loaded --------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     kinds, seeds, shares, rules, history_lengths, st.lists(st.integers(0, 150), max_size=4), pasts
 )
@@ -970,14 +973,14 @@ def test_to_save_load_and_go_on_is_never_to_have_stopped(
 @pytest.mark.parametrize("rows", [2, 9])
 def test_the_same_through_a_file_with_long_windows(rule: Rule, rows: int, tmp_path: Path) -> None:
     """A window of 1,500 has dozens of blocks or a band that is a fraction of it."""
-    stream = make_stream("walk", 5, 4_000, rows, bad=0.1)
+    stream = make_stream("walk", 5, 2_200, rows, bad=0.1)
     straight, resumed = History(rows, rule, 1500), History(rows, rule, 1500)
-    record_all(resumed, stream[:3_123])
+    record_all(resumed, stream[:1_823])
     resumed.save(tmp_path / "history")
     resumed = History(rows, rule, 1500)
     resumed.load(tmp_path / "history")
-    expected = record_all(straight, stream)[3_123:]
-    assert record_all(resumed, stream[3_123:]).tolist() == expected.tolist()
+    expected = record_all(straight, stream)[1_823:]
+    assert record_all(resumed, stream[1_823:]).tolist() == expected.tolist()
     assert saved(straight) == saved(resumed)
 
 

@@ -7,6 +7,8 @@ settings are plain values by name, under the names that a saved state uses.
 from __future__ import annotations
 
 import math
+from functools import cache
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -45,14 +47,19 @@ def threshold_of(rule: str, settings: dict[str, Any], window: list[float]) -> tu
         median = np.median(np.array(window))
         spread = np.median(np.abs(np.array(window) - median))
         return float(median + settings["deviations"] * spread), math.nan
-    decay = 1.0 if settings["decay"] is None else settings["decay"]
-    weights = [decay**age for age in range(len(window))][::-1]
-    total = math.fsum(weights)
-    mean = math.fsum(w * x for w, x in zip(weights, window)) / total
+    weights, total = weights_of(settings["decay"], len(window))
+    mean = math.fsum(map(mul, weights, window)) / total
     if rule == "exponential_mean":
         return settings["factor"] * mean, mean
-    variance = math.fsum(w * (x - mean) ** 2 for w, x in zip(weights, window)) / total
+    variance = math.fsum([w * (x - mean) ** 2 for w, x in zip(weights, window)]) / total
     return settings["factor"] * (mean + settings["deviations"] * math.sqrt(variance)), mean
+
+
+@cache
+def weights_of(decay: float | None, count: int) -> tuple[list[float], float]:
+    """The weights of a window's norms, oldest first, and their sum."""
+    weights = [1.0 if decay is None else decay**age for age in reversed(range(count))]
+    return weights, math.fsum(weights)
 
 
 class Row:
