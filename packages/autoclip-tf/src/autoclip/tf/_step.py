@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from autoclip.core import Report
@@ -153,6 +154,8 @@ class Pipeline:
             report = self.rows.record(self._row_norms(tf.identity(norms), finite))
             self._report.assign(tf.stack([report.norms, report.thresholds, report.coefficients]))
             factors = _at(report.coefficients, self._row_of[list(present)])
+            if len(self.rows) == 1:
+                factors = tf.reshape(report.coefficients, [])  # one for all, taken apart by no one
             if finite is not None:
                 dropped = _at(~finite & self._drops, present)
                 factors = tf.where(dropped, tf.zeros((), tf.float64), factors)
@@ -215,6 +218,14 @@ class Pipeline:
         if tf.executing_eagerly() and not values.numpy().any():
             return None
         norms, thresholds, coefficients = tf.unstack(tf.cast(values, tf.float32))
+        return Report(norms, thresholds, coefficients, self.row_names)
+
+    def read_report(self) -> Report[npt.NDArray[np.float32]] | None:
+        """The same in NumPy's arrays, with one read from the device; outside of any graph."""
+        values = self._report.read_value().numpy()
+        if not values.any():
+            return None
+        norms, thresholds, coefficients = values.astype(np.float32)
         return Report(norms, thresholds, coefficients, self.row_names)
 
     def reset(self) -> None:

@@ -49,7 +49,7 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
     >>> log_values(clipper)
     {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
     """
-    report = clipper._report
+    report = _report(clipper)
     return {} if report is None else core.log_values(report, parameters)
 
 
@@ -74,5 +74,8 @@ def summarize(clipper: Clipper) -> Summary:
     >>> [row.name for row in summarize(clipper).hardest()]
     ['weight']
     """
-    report: Report[Any] | None = clipper._report
-    return core.summarize(clipper, report)
+    return core.summarize(clipper, _report(clipper))
+
+
+def _report(clipper: Clipper) -> Report[Any] | None:
+    return None if clipper._pipeline is None else clipper._pipeline.read_report()
