@@ -24,6 +24,13 @@ PAGE = Path(__file__).parents[1] / "study.md"
 FIGURES = Path(__file__).parent / "figures"
 LEVEL = 0.05
 RESAMPLES = 10_000
+# What differs from the default in one setting only.
+CHANGED = {
+    "quantile 0.5": "quantile 0.5",
+    "quantile 0.1": "quantile 0.1",
+    "global": "quantile 0.9, global",
+    "last 100 norms": "quantile 0.9, last 100",
+}
 # The runs whose course is drawn.
 COURSE = (("separation", "SNR"), ("digits", "SGD, lr ×3"))
 DRAWN = (NONE, TUNED, "quantile 0.1, global", DEFAULT)
@@ -87,6 +94,10 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected.tolist()
 
 
+def probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -98,8 +109,10 @@ def cell(task: Task, scores: dict[int, float]) -> str:
         return "·"
     values = np.array(list(scores.values()))
     digits = 1 if task.unit == "%" else 2
-    low, high = interval(values)
-    text = f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        low, high = interval(values)
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
     diverged = sum(task.diverged(value) for value in values)
     if diverged:
         text += f" ({diverged / len(values):.0%} diverged)"
@@ -230,7 +243,7 @@ def rank_table(study: Study) -> str:
     order = np.argsort(ranks.mean(0), kind="stable")
     rows = [
         [ARMS[i], f"{ranks[:, i].mean():.1f}"]
-        + [f"{tests[ARMS[i]]:.3f}" if ARMS[i] in tests else "" for tests in (none, default)]
+        + [probability(tests[ARMS[i]]) if ARMS[i] in tests else "" for tests in (none, default)]
         for i in order
     ]
     head = ["arm", "mean rank", "p, against none", "p, against the default"]
@@ -240,6 +253,45 @@ def rank_table(study: Study) -> str:
         + f"p = {friedman:.2g}. Wilcoxon's signed-rank tests of the ranks, corrected by Holm's "
         + "method within each column."
     )
+
+
+def divergence_table(study: Study) -> str:
+    """How many runs diverged, of those that every arm has done."""
+    groups = {
+        "lr ×1": [(name, c) for name, c in study.comparable(seeds=1) if c.base],
+        "larger lr": [(name, c) for name, c in study.comparable(seeds=1) if not c.base],
+    }
+    rows = []
+    for arm in ARMS:
+        row = [arm]
+        for conditions in groups.values():
+            diverged = [
+                TASKS[name].diverged(study.scores(name, condition, arm)[seed])
+                for name, condition in conditions
+                for seed in study.shared_seeds(name, condition)
+            ]
+            row.append(f"{sum(diverged)} of {len(diverged)}")
+        rows.append(row)
+    return markdown(["diverged runs", *groups], rows)
+
+
+def defaults_table(study: Study) -> str:
+    """The default against settings that differ in one thing."""
+    conditions = study.comparable(seeds=1)
+    if len(conditions) < 2:
+        return "Too few conditions are complete."
+    rows, p_values = [], []
+    for change, arm in CHANGED.items():
+        pairs = [
+            (study.paired(name, c, arm).mean(), study.paired(name, c, DEFAULT).mean())
+            for name, c in conditions
+        ]
+        wins = sum(there > here for there, here in pairs)
+        losses = sum(there < here for there, here in pairs)
+        p_values.append(float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1)
+        rows.append([change, str(wins), str(losses)])
+    rows = [[*row, probability(p)] for row, p in zip(rows, holm(p_values))]
+    return markdown(["instead of the default", "better in", "worse in", "p (sign test)"], rows)
 
 
 def wilcoxon(differences: np.ndarray) -> float:
@@ -268,9 +320,9 @@ def paired_tests(study: Study, reference: str) -> str:
         if corrected[i] < LEVEL:
             name, condition, arm = comparisons[i]
             better = "better" if differences[i] > 0 else "worse"
-            unit = TASKS[name].unit
+            unit = TASKS[name].unit.replace("%", "points")
             size = f"{abs(differences[i]):.2f} {unit}"
-            rows.append([f"{name}, {condition.name}", arm, better, size, f"{corrected[i]:.3f}"])
+            rows.append([f"{name}, {condition.name}", arm, better, size, probability(corrected[i])])
     uncorrected = sum(p < LEVEL for p in p_values)
     count = (
         f"{len(rows)} of {len(comparisons)} comparisons are significant after Holm's correction "
@@ -346,6 +398,8 @@ def parts(study: Study, figures: Path, link: str) -> dict[str, str]:
         **{name: lambda name=name: task_table(study, name) for name in TASKS},
         "tuning": lambda: tuning_table(study),
         "robustness": lambda: robustness_table(study),
+        "divergence": lambda: divergence_table(study),
+        "defaults": lambda: defaults_table(study),
         "ranks": lambda: rank_table(study),
         "tests-none": lambda: paired_tests(study, NONE),
         "tests-default": lambda: paired_tests(study, DEFAULT),
