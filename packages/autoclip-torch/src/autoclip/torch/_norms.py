@@ -39,7 +39,7 @@ _ROW = 512
 # Up to this size gathering a gradient with others costs less than a call of its own.
 _SMALL = 2**12
 # From this size on torch's threads are worth waking; below, one BLAS call in NumPy is quicker.
-_LARGE = 2**17
+_LARGE = 2**18
 # torch.cat takes vectors as they are, in a fifth of the time, but is one more call.
 _MANY_VECTORS = 32
 # Elements that are gathered, or widened from 16 bits, at a time: the bound of temporary memory.
@@ -184,7 +184,7 @@ class CpuNorms:
                 large.append(i)
             else:
                 self._others.append(i)
-        for dtype, (arrays, vectors, large) in plain.items():
+        for arrays, vectors, large in plain.values():
             if arrays and len(vectors) < _MANY_VECTORS:
                 arrays, vectors = arrays + vectors, []
             self._sums += _sums(arrays, vectors, large, sizes)

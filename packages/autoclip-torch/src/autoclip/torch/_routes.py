@@ -142,8 +142,10 @@ def coefficients_on(
 
 def merged(measured: Mapping[torch.device, Norms], device: torch.device) -> Norms:
     """The norms of all gradients, wherever they are, on one device."""
-    norms = [_moved(each, device) for each in measured.values()]
-    return norms[0] if len(norms) == 1 else sum(norms[1:], norms[0])
+    first, *others = measured.values()
+    if not others and device in measured:  # the usual case
+        return first
+    return sum((_moved(each, device) for each in others), _moved(first, device))
 
 
 def _moved(norms: Norms, device: torch.device) -> Norms:
