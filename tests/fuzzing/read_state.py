@@ -1,7 +1,6 @@
 """Coverage-guided fuzzing of the state reader, with atheris (CPython 3.11 on Linux has wheels).
 
-    pip install atheris numpy
-    python tests/fuzzing/read_state.py -max_total_time=300 FOLDER
+    hatch run fuzz:read-state FOLDER
 
 FOLDER keeps the inputs that reached new code, for the next run; it starts with the golden files. An
 input is a file without its digest, which is appended here, or after the byte 0xff the metadata of a
