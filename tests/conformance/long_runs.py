@@ -1,7 +1,7 @@
 """A million steps through the core, 100,000 through torch: `python tests/conformance/long_runs.py`.
 
-At ten checkpoints of each run the thresholds must be NumPy's of the last norms, and the memory of
-the process what it was at the first one. Give the names of runs to choose some.
+At ten checkpoints of each run the thresholds must be NumPy's of the last norms, and the second half
+of a run may not take more memory than the first. Give the names of runs to choose some.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ def run(name: str, rule: Rule, steps: int, rows: int, record: Callable[[Array], 
             expected = [window.mean() + rule.deviations * window.std() for window in windows]
         largest = max(largest, float(np.abs(np.asarray(found()) / expected - 1).max()))
         memory.append(resident_bytes())
-    growth = memory[-1] - memory[1]
+    # The allocator returns memory to the system now and then: the least of several checkpoints.
+    half = CHECKPOINTS // 2
+    growth = min(memory[half:]) - min(memory[1:half])
     print(
         f"{name}: {steps} steps, {rows} rows, {time.perf_counter() - start:.0f} s; thresholds "
         f"differ by {largest:.1e}; resident memory {memory[-1] / 2**20:.1f} MiB, "
-        f"{growth / 2**20:+.2f} MiB since the second checkpoint",
+        f"{growth / 2**20:+.2f} MiB from the first half to the second",
         flush=True,
     )
     assert largest <= (0.0 if "core quantile" in name else 1e-6 if "torch" in name else 1e-12)
