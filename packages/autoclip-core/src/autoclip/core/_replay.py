@@ -19,13 +19,13 @@ _ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """The steps in the windows of some rows; a shorter window has NaN before its oldest norm.
+    """The steps in the windows of some rows.
 
     What was recorded before the window's oldest norm is unknown, so the thresholds of the first
     steps of a full window come from fewer norms than they came from in training.
 
     Attributes:
-        norms: float64[rows, steps], oldest first.
+        norms: float64[rows, steps], oldest first; a shorter window begins with NaN.
         thresholds: float64[rows, steps], what each norm was compared with; infinite where there was
             no threshold.
         counts: bool[rows, steps], which steps count in shares: those whose threshold is exact, or,
@@ -80,7 +80,6 @@ def replay(
         history.write(range(len(rows)), empty, (recorded - lengths)[rows])
         for step in range(steps):
             thresholds[rows, step] = history.record(norms[rows, step]).thresholds
-    thresholds[np.isnan(norms)] = np.nan
     # Where norms have left the window, the older half stands for them.
     unknown = np.where(recorded > lengths, lengths // 2, 0)
     counts = np.arange(steps) >= (steps - lengths + unknown)[:, None]
