@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import _codecs
+
 import pytest
 import torch
 
 from autoclip.torch import _rows
+
+if torch.__version__ < "2.5":
+    # As docs/security.md says; later versions allow bytes in files that are loaded weights_only.
+    torch.serialization.add_safe_globals([_codecs.encode])
 
 
 @pytest.fixture(params=["numpy", "device"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _codecs
 import os
 import pickle
 import re
@@ -86,6 +87,8 @@ def load_file(path: str) -> Any:
         StateError: it is damaged, not a file of torch's, or holds other Python objects.
         OSError: it cannot be read.
     """
+    if torch.__version__ < "2.5":  # torch.save calls it for bytes; allowed in later versions
+        torch.serialization.add_safe_globals([_codecs.encode])
     # Mapped where the format allows it, since the tensors in it are not needed.
     mmap = zipfile.is_zipfile(path)
     try:
