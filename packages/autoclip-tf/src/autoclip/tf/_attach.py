@@ -64,7 +64,7 @@ def optimizers_in(optimizer: Any) -> list[Any]:
     return [each for one in inner.optimizers for each in optimizers_in(one)]
 
 
-# Keras puts the optimizer of a mixed_float16 model into one of these by itself, and tells nobody.
+# Keras wraps the optimizer of a mixed_float16 model in one of these without calling it.
 setattr(  # noqa: B010 (no attribute that type checkers know)
     keras.optimizers.LossScaleOptimizer,
     "clipper",
@@ -80,8 +80,7 @@ def check_optimizer(optimizer: Any) -> Any:
 
     Raises:
         TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers inside.
-        RuntimeError: it has a clipper already, or belongs to a strategy without one gradient a
-            step.
+        RuntimeError: it has a clipper already, or its `tf.distribute` strategy is not supported.
     """
     optimizers = keras.optimizers
     if keras.config.backend() != "tensorflow":
@@ -185,7 +184,7 @@ class _Attached:
         return self.clipper._clip(list(getattr(super(), REDUCE_METHOD)(grads_and_vars)))
 
     def _checkpoint_adapter(self, path: str) -> Any:
-        # TensorFlow asks every object that a checkpoint has values for, before it restores them.
+        # TensorFlow calls this on each object that it restores, with the checkpoint's path.
         self.clipper._warn_without_history(path)
         return super()._checkpoint_adapter(path)  # type: ignore[misc]
 

@@ -216,7 +216,7 @@ class Clipper(KerasSaving):
             ValueError: there are none, one is a duplicate, the pattern of a group matches none,
                 the histories are larger than any memory, or the clipper was built without one of
                 them.
-            RuntimeError: the strategy that is in force has no one gradient a step.
+            RuntimeError: the `tf.distribute` strategy is not supported.
             StateError: a state that was loaded before does not fit.
 
         If it raises, the clipper is as it was.
@@ -362,7 +362,7 @@ class Clipper(KerasSaving):
             TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers inside.
             ValueError: it has variables that the clipper was built without.
             RuntimeError: it has a clipper already, the clipper is attached already, or the
-                optimizer's `tf.distribute` strategy has no one gradient a step.
+                optimizer's `tf.distribute` strategy is not supported.
         """
         handle = attach(self, optimizer)
         policies = [self._settings.default, *(each.settings for each in self._patterns)]

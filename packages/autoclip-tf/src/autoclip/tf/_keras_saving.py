@@ -26,8 +26,8 @@ from autoclip.tf._private import (
     KerasSaveable,
     Trackable,
     name_of,
-    saving_assets_alone,
     saving_for_inference,
+    saving_for_orbax,
     tf_variable,
 )
 from autoclip.tf._step import Pipeline
@@ -165,9 +165,10 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     def save_assets(self, folder: str) -> None:
         """Write the state into a folder of Keras; Keras calls this.
 
-        Orbax gets no other values than those of the variables that Keras knows, and these files.
+        Only for Orbax, which gets nothing else of the clipper: elsewhere the state is among the
+        weights.
         """
-        if saving_assets_alone():
+        if saving_for_orbax():
             Path(folder, _ASSET).write_bytes(self._bytes())
 
     def load_assets(self, folder: str | None) -> None:

@@ -26,8 +26,8 @@ __all__ = [
     "compiled_by_xla",
     "name_of",
     "overwritten_by_gradient",
-    "saving_assets_alone",
     "saving_for_inference",
+    "saving_for_orbax",
     "tf_variable",
     "variable_key",
 ]
@@ -99,8 +99,8 @@ def saving_for_inference() -> bool:
     return bool(in_save_context())
 
 
-def saving_assets_alone() -> bool:
-    """Whether Keras writes a checkpoint for Orbax: the variables that it knows, and assets."""
+def saving_for_orbax() -> bool:
+    """Whether Keras collects files for Orbax, which gets them beside the variables Keras knows."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
