@@ -5,6 +5,7 @@ Importing a framework takes seconds, forking a process that has imported it take
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork, and cores are few
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["MPLBACKEND"] = "agg"
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras  # noqa: F401
@@ -24,6 +26,13 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
 torch.set_num_threads(1)
+
+if importlib.util.find_spec("deepspeed") is not None:
+    import deepspeed
+
+    # It would compile its operations when it is first used, which takes minutes.
+    for name in deepspeed.ops.__compatible_ops__:
+        deepspeed.ops.__compatible_ops__[name] = False
 
 
 @contextmanager
@@ -37,7 +46,6 @@ def process(rank: int, count: int, folder: Path, port: int = 0) -> Iterator[None
             LOCAL_WORLD_SIZE=str(count),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
-            DS_ACCELERATOR="cpu",
         )
     work = folder / "work"  # ranks share it, as processes on one machine do
     work.mkdir(exist_ok=True)
