@@ -20,6 +20,13 @@ __all__ = ["legacy_histories", "load_file", "read_file", "read_folder"]
 
 # What the Hugging Face Trainer and Accelerate call the optimizer's state in a checkpoint.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
+# Where Lightning puts checkpoints, from any of its folders.
+_LIGHTNING = (
+    "*.ckpt",
+    "checkpoints/*.ckpt",
+    "version_*/checkpoints/*.ckpt",
+    "*/version_*/checkpoints/*.ckpt",
+)
 _MAX_DEPTH = 20
 
 
@@ -75,8 +82,8 @@ def read_folder(path: str) -> dict[str, State]:
     }
     if steps:
         return read_states(steps[max(steps)])
-    # Lightning's: lightning_logs/version_0/checkpoints/epoch=0-step=10.ckpt
-    files = [each for each in folder.rglob("*.ckpt") if each.is_file()]
+    found = [each for pattern in _LIGHTNING for each in folder.glob(pattern)]
+    files = [each for each in found if each.is_file()]
     return read_file(str(max(files, key=os.path.getmtime))) if files else {}
 
 
