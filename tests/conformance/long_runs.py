@@ -70,14 +70,14 @@ def run(name: str, rule: Rule, steps: int, rows: int, record: Callable[[Array], 
     assert growth <= MOST_GROWTH, memory
 
 
-def through_core(name: str, rule: Rule, rows: int) -> None:
+def through_core(name: str, rule: Rule, rows: int, steps: int = 10**6) -> None:
     history = History(rows, rule, LENGTH, include_current=True, warmup_steps=0)
 
     def record(norms: Array) -> Any:
         history.record(norms)
         return lambda: history.thresholds
 
-    run(name, rule, 1_000_000, rows, record)
+    run(name, rule, steps, rows, record)
 
 
 def through_torch(name: str, rule: Rule, on_device: bool) -> None:
@@ -109,7 +109,7 @@ RUNS: dict[str, Callable[[str], None]] = {}
 for kind, chosen in RULES.items():
     # Up to eight rows take the path for a few rows.
     RUNS[f"core {kind}, few rows"] = lambda name, rule=chosen: through_core(name, rule, 2)
-    RUNS[f"core {kind}, many rows"] = lambda name, rule=chosen: through_core(name, rule, 9)
+    RUNS[f"core {kind}, many rows"] = lambda name, rule=chosen: through_core(name, rule, 9, 200_000)
     RUNS[f"torch {kind}, host"] = lambda name, rule=chosen: through_torch(name, rule, False)
     RUNS[f"torch {kind}, device path"] = lambda name, rule=chosen: through_torch(name, rule, True)
 
