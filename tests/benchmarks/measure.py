@@ -57,29 +57,43 @@ def full_history(
     history_length: int,
     global_clipping: bool,
     sizes: Sequence[float],
+    rule: Any = None,
+    **settings: Any,
 ) -> dict[str, object]:
-    """The state_dict of a `QuantileClip(0.9)` whose windows are full of norms around `sizes`."""
+    """The state_dict of a clipper whose windows are full of norms around `sizes`.
+
+    Args:
+        shapes: of the parameters, which are in one group.
+        framework: the clipper's.
+        history_length: of the clipper.
+        global_clipping: of the clipper.
+        sizes: of each parameter's gradient.
+        rule: of the clipper; `Quantile(0.9)` by default.
+        settings: the clipper's others.
+    """
     # Imported here: the process that measures autoclip 0.2.1 has no autoclip.core.
     from autoclip.core import GroupState, ParameterInfo, Quantile, State
     from autoclip.core.adapter import ClipperSettings
 
     generator = np.random.default_rng(0)
-    if global_clipping:
+    rule = Quantile(0.9) if rule is None else rule
+    if global_clipping or settings.get("group_clipping"):
         sizes = [float(np.sqrt(np.square(sizes).sum()))]
     windows = [size * factors(generator, history_length) for size in sizes]
-    settings = ClipperSettings.make(
-        "QuantileClip",
-        Quantile(0.9),
+    made = ClipperSettings.make(
+        "Clipper",
+        rule,
         history_length=history_length,
         global_clipping=global_clipping,
+        **settings,
     )
     group = GroupState.from_windows(
-        settings.defaults,
+        made.defaults,
         [ParameterInfo(None, shape) for shape in shapes],
         windows,
         [history_length] * len(windows),
     )
-    return State("quantile", settings.mode, framework, (group,)).to_dict()
+    return State(rule.name, made.mode, framework, (group,)).to_dict()
 
 
 def factors(generator: np.random.Generator, count: int) -> np.ndarray:
