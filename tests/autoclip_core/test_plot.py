@@ -79,6 +79,9 @@ def test_thresholds_of_a_full_window_begin_dotted() -> None:
     assert np.isfinite(newer.get_ydata()).sum() == 10
     assert older.get_ydata()[-1] == newer.get_ydata()[10]  # they meet
     assert newer.get_ydata()[-1] == pytest.approx(reports[-1].thresholds[0])
+    [marked] = [line for name, line in drawn.items() if name.startswith("clipped")]
+    assert len(marked.get_xdata()) > 0
+    assert min(marked.get_xdata()) > 50  # only where the line is solid
 
 
 def test_the_row_that_is_clipped_hardest_is_the_default() -> None:
