@@ -262,6 +262,13 @@ class TestExtensions:
         with pytest.raises(StateError, match="holds 2 histories: 'first', 'second'"):
             autoclip.core.summarize(path)
 
+    def test_what_a_framework_writes_is_not_shown(self, tmp_path: Path, capfd: Any) -> None:
+        path = tmp_path / "checkpoint.jax"
+        path.write_text("two histories")
+        assert main(capfd, "check", path) == (0, f"{path}: ok, 3 rows\n", "")
+        os.write(2, b"later")
+        assert capfd.readouterr().err == "later"
+
     def test_a_folder(self, tmp_path: Path, capsys: Any) -> None:
         assert "first" in main(capsys, "show", tmp_path)[1]
         (tmp_path / "autoclip.safetensors").write_bytes(make(name="decoder").to_bytes())
@@ -285,6 +292,7 @@ class TestExtensions:
 
     def test_a_command(self, file: Path, capsys: Any) -> None:
         assert main(capsys, "count", file, "--times", "3") == (7, "6\n", "")
+        assert main(capsys, "count", file, "--times", "-1") == (1, "", "autoclip: two lines\n")
         assert "count" in main(capsys, "-h")[1]
         assert "--times" in main(capsys, "count", "-h")[1]
 
@@ -304,6 +312,7 @@ class TestExtensions:
 
 
 def read(path: str) -> dict[str, State]:
+    os.write(2, b"frameworks write this while they load")
     if Path(path).read_text() == "nothing":
         return {}
     return {"first": make(), "second": make(rows=1)}
@@ -322,6 +331,8 @@ def add_count(parser: Any) -> None:
     parser.add_argument("--times", type=int)
 
     def count(arguments: Any) -> int:
+        if arguments.times < 0:
+            raise StateError("two\nlines")
         [state] = reading.read_states(arguments.file).values()
         print(arguments.times * len(state.groups[0].parameters))
         return 7
