@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from training import (
@@ -282,7 +283,7 @@ def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **setti
     )
     trainer = Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=dist.get_world_size(),
         strategy=strategy,
         max_steps=STEPS,
         limit_train_batches=STEPS // 2,  # the checkpoint is made between two epochs
@@ -299,13 +300,14 @@ def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **setti
     return trainer, Module(), loader
 
 
-@pytest.mark.processes(1)
-@pytest.mark.parametrize("engine", [*ZERO[1:], "FSDP1"])
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("engine", [*ZERO, "FSDP1"])
 def test_lightning_resumes_as_never_stopping(engine, tmp_path):
     log: list[dict[str, Any]] = []
     trainer, module, loader = make_lightning(engine, Path(tmp_path), log)
     trainer.fit(module, loader)
     (expected,) = trainer.callbacks[0]._clippers
+    assert_same_everywhere(expected)
     assert int(expected._history.recorded[0]) == STEPS
     assert sum(metrics.keys() >= NAMES for metrics in log) == STEPS
     if engine == "FSDP1":
