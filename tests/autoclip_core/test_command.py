@@ -179,6 +179,15 @@ class TestCheck:
         assert found[str(file)] == {"ok": True, "histories": 1, "rows": 2}
         assert not found[str(other)]["ok"]
 
+    @pytest.mark.parametrize("length", [0, 20, 60])
+    def test_a_state_file_that_is_cut_off_is_offered_to_no_reader(
+        self, length: int, file: Path, capsys: Any
+    ) -> None:
+        file.write_bytes(file.read_bytes()[:length])
+        code, _, err = main(capsys, "check", file)
+        assert code == 1
+        assert "cut off" in err
+
     @settings(max_examples=50)
     @given(st.data())
     def test_no_damage_ends_in_a_traceback(self, data: st.DataObject) -> None:
