@@ -44,6 +44,8 @@ CLIPPERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 NONE, TUNED, DEFAULT = "none", "tuned constant", "quantile 0.9 (default)"
 ARMS = (NONE, TUNED, *CLIPPERS)
+# The arms whose course of training is recorded and drawn.
+DRAWN = (NONE, TUNED, "quantile 0.1, global", DEFAULT)
 
 
 def clipped_torch_optimizer(optimizer: Any, arm: str, constant: float | None) -> Any:

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import results
-from arms import ARMS, CONSTANTS, DEFAULT, NONE, TUNED
+from arms import ARMS, CONSTANTS, DEFAULT, DRAWN, NONE
 from design import TASKS, Condition, Task
 from scipy import stats
 
@@ -33,7 +33,6 @@ CHANGED = {
 }
 # The runs whose course is drawn.
 COURSE = (("separation", "SNR"), ("digits", "SGD, lr ×3"))
-DRAWN = (NONE, TUNED, "quantile 0.1, global", DEFAULT)
 
 
 class Study:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from arms import CONSTANTS, DEFAULT, NONE, TUNED, select
+from arms import CONSTANTS, DEFAULT, DRAWN, NONE, TUNED, select
 from design import TASKS, Condition
 from tqdm import tqdm
 
@@ -51,7 +51,7 @@ def perform(job: Job) -> dict[str, Any]:
         "constant": job.constant,
         "seed": job.seed,
     } | {name: rounded(value) for name, value in asdict(outcome).items() if name not in SERIES}
-    if job.seed == RECORDED_SEED:
+    if job.seed == RECORDED_SEED and job.arm in DRAWN:
         every = max(1, len(outcome.steps) // RECORDED_STEPS)
         record |= {name: rounded(getattr(outcome, name)[::every]) for name in SERIES}
     return record

@@ -108,7 +108,7 @@ def made_up_results(report: Any, folder: Path, better: str) -> None:
                     record = {
                         "condition": condition.name,
                         "arm": arm,
-                        "constant": 1.0 if arm == report.TUNED else None,
+                        "constant": 1.0 if arm == "tuned constant" else None,
                         "seed": seed,
                         "test": 50 + sign * (advantage + luck + 1e-3 * random.normal()),
                         "validation": 50.0,
