@@ -584,6 +584,8 @@ def test_a_model_in_float8(tmp_path):
     assert len(model.trainable_variables) > 2
     assert clipper_of(model)._export_state().groups[0].recorded.tolist() == [1, 1]
     model.save(tmp_path / "model.keras")
+    if keras.__version__.startswith("3.8."):
+        return  # it cannot load a model in float8, with or without a clipper
     other = keras.saving.load_model(tmp_path / "model.keras")
     other.fit(x, x, verbose=0)
     assert clipper_of(other)._export_state().groups[0].recorded.tolist() == [2, 2]
