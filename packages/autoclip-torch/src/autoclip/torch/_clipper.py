@@ -23,7 +23,7 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch import _legacy
 from autoclip.torch._attach import Attachment, check_optimizer
-from autoclip.torch._groups import OptimizerGroups, ParamsT, entries_of, overrides_of
+from autoclip.torch._parameters import OptimizerGroups, ParamsT, entries_of, overrides_of
 from autoclip.torch._private import disable_dynamo
 from autoclip.torch._rows import as_tensor
 from autoclip.torch._step import Pipeline

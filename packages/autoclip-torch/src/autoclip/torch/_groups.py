@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,19 +17,10 @@ from autoclip.core.adapter import (
     ParamGroup,
     row_names,
 )
+from autoclip.torch._parameters import checked_names, named, shape_of
 from autoclip.torch._rows import Rows
 
-__all__ = ["Group", "Groups", "OptimizerGroups", "ParamsT", "entries_of", "overrides_of"]
-
-ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-"""What torch's optimizers take: tensors, named tensors, or group dicts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerGroups:
-    """The groups of an optimizer, as what a clipper's constructor takes from `as_optimizer`."""
-
-    optimizer: Optimizer
+__all__ = ["Group", "Groups"]
 
 
 class Group:
@@ -102,8 +92,8 @@ class Groups:
         Raises:
             TypeError, ValueError: see `Clipper.add_param_group`. Nothing has changed.
         """
-        found, parameters = _named(params)
-        checked = _checked_names(found if names is None else names, len(parameters))
+        found, parameters = named(params)
+        checked = checked_names(found if names is None else names, len(parameters))
         identities = {id(parameter) for parameter in parameters}
         if len(identities) != len(parameters):
             raise ValueError("A parameter group has the same parameter more than once.")
@@ -279,7 +269,7 @@ class Groups:
     def infos(self) -> list[list[ParameterInfo]]:
         """Names and shapes of each group's parameters, as a state holds them."""
         return [
-            [ParameterInfo(name, _shape(p)) for name, p in zip(group.names, parameters)]
+            [ParameterInfo(name, shape_of(p)) for name, p in zip(group.names, parameters)]
             for parameters, group in zip(self.by_group(), self._groups)
         ]
 
@@ -317,75 +307,3 @@ class Groups:
             group.settings = settings
             self._rows.change(group.rows, settings)
         return settings.settings[name]
-
-
-def entries_of(parameters: ParamsT) -> list[Any]:
-    """What a clipper's constructor got, as groups, if the first entry is right.
-
-    Raises:
-        TypeError, ValueError: it is a single tensor, a set, or empty.
-    """
-    if isinstance(parameters, Tensor):
-        raise TypeError(
-            "parameters takes an iterable of tensors, (name, tensor) pairs or dicts, but got "
-            f"a single {torch.typename(parameters)}. Put it into a list."
-        )
-    _refuse_set(parameters)
-    entries: list[Any] = list(parameters)
-    if not entries:
-        raise ValueError("A clipper got an empty parameter list.")
-    return entries if isinstance(entries[0], dict) else [{"params": entries}]
-
-
-def _named(params: Any) -> tuple[list[str | None], list[Tensor]]:
-    """Names and tensors of a group's parameters, checked as torch's optimizers check theirs."""
-    if isinstance(params, Tensor):
-        params = [params]
-    _refuse_set(params)
-    names: list[str | None] = []
-    parameters: list[Tensor] = []
-    for entry in params:
-        name, parameter = entry if isinstance(entry, tuple) else (None, entry)
-        if not isinstance(parameter, Tensor):
-            raise TypeError(
-                f"A clipper can only clip the gradients of tensors, but one of the parameters is "
-                f"{torch.typename(parameter)}."
-            )
-        if not (parameter.is_leaf or parameter.retains_grad):
-            raise ValueError(
-                "Gradients are kept on leaf tensors only, but one of the parameters is not a leaf."
-            )
-        names.append(name)
-        parameters.append(parameter)
-    return names, parameters
-
-
-def _refuse_set(parameters: object) -> None:
-    # Its order changes from run to run, and a saved history is matched by order.
-    if isinstance(parameters, (set, frozenset)):
-        raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
-
-
-def _checked_names(names: Iterable[Any], count: int) -> list[str | None]:
-    names = list(names)
-    for name in names:
-        if not (name is None or isinstance(name, str)):
-            raise TypeError(
-                f"A parameter's name is a string, but got one of type {torch.typename(name)}."
-            )
-    if None in names and any(name is not None for name in names):
-        raise ValueError("Either all parameters of a group have names or none has.")
-    if len(names) != count:
-        raise ValueError(f"A parameter group has {count} parameters, but {len(names)} names.")
-    return names
-
-
-def _shape(parameter: Tensor) -> tuple[int, ...] | None:
-    if torch.nn.parameter.is_lazy(parameter):
-        return None  # not known before the first forward pass
-    return tuple(parameter.shape)
-
-
-def overrides_of(param_group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a group dict."""
-    return {k: v for k, v in param_group.items() if k not in ("params", "param_names")}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from autoclip.core import Quantile, Standard
 from autoclip.core.adapter import warn_user
 from autoclip.torch._clipper import Clipper
-from autoclip.torch._groups import ParamsT
+from autoclip.torch._parameters import ParamsT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,0 +1,113 @@
+"""What a clipper takes as its parameters: tensors, names and groups, checked as torch does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = [
+    "OptimizerGroups",
+    "ParamsT",
+    "checked_names",
+    "entries_of",
+    "named",
+    "overrides_of",
+    "shape_of",
+]
+
+ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+"""What torch's optimizers take: tensors, named tensors, or group dicts."""
+
+
+@dataclass(frozen=True)
+class OptimizerGroups:
+    """The groups of an optimizer, as what a clipper's constructor takes from `as_optimizer`."""
+
+    optimizer: Optimizer
+
+
+def entries_of(parameters: ParamsT) -> list[Any]:
+    """What a clipper's constructor got, as groups, if the first entry is right.
+
+    Raises:
+        TypeError, ValueError: it is a single tensor, a set, or empty.
+    """
+    if isinstance(parameters, Tensor):
+        raise TypeError(
+            "parameters takes an iterable of tensors, (name, tensor) pairs or dicts, but got "
+            f"a single {torch.typename(parameters)}. Put it into a list."
+        )
+    _refuse_set(parameters)
+    entries: list[Any] = list(parameters)
+    if not entries:
+        raise ValueError("A clipper got an empty parameter list.")
+    return entries if isinstance(entries[0], dict) else [{"params": entries}]
+
+
+def named(params: Any) -> tuple[list[str | None], list[Tensor]]:
+    """Names and tensors of a group's parameters.
+
+    Raises:
+        TypeError, ValueError: they are a set, or one is not a tensor or not a leaf.
+    """
+    if isinstance(params, Tensor):
+        params = [params]
+    _refuse_set(params)
+    names: list[str | None] = []
+    parameters: list[Tensor] = []
+    for entry in params:
+        name, parameter = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"A clipper can only clip the gradients of tensors, but one of the parameters is "
+                f"{torch.typename(parameter)}."
+            )
+        if not (parameter.is_leaf or parameter.retains_grad):
+            raise ValueError(
+                "Gradients are kept on leaf tensors only, but one of the parameters is not a leaf."
+            )
+        names.append(name)
+        parameters.append(parameter)
+    return names, parameters
+
+
+def _refuse_set(parameters: object) -> None:
+    # Its order changes from run to run, and a saved history is matched by order.
+    if isinstance(parameters, (set, frozenset)):
+        raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
+
+
+def checked_names(names: Iterable[Any], count: int) -> list[str | None]:
+    """The names of a group's `count` parameters: all of them strings, or none of them.
+
+    Raises:
+        TypeError, ValueError: a name is not a string, or some are missing.
+    """
+    names = list(names)
+    for name in names:
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(
+                f"A parameter's name is a string, but got one of type {torch.typename(name)}."
+            )
+    if None in names and any(name is not None for name in names):
+        raise ValueError("Either all parameters of a group have names or none has.")
+    if len(names) != count:
+        raise ValueError(f"A parameter group has {count} parameters, but {len(names)} names.")
+    return names
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...] | None:
+    """The shape; None of a lazy parameter."""
+    if torch.nn.parameter.is_lazy(parameter):
+        return None  # not known before the first forward pass
+    return tuple(parameter.shape)
+
+
+def overrides_of(param_group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a group dict."""
+    return {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
