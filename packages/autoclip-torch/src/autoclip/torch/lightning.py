@@ -32,20 +32,20 @@ class AutoClipCallback(Callback):
     """Attach a clipper to each of a module's optimizers when fitting starts, and log its steps.
 
     The clippers' histories are part of the optimizers' states, so Lightning's checkpoints carry
-    them, and `Trainer.fit(ckpt_path=...)` brings them back. At each step that Lightning logs, the
+    them, and `Trainer.fit(ckpt_path=...)` restores them. At each step that Lightning logs, the
     callback logs the three values of `autoclip.torch.logging.log_values`. If the module has
     several optimizers, their index is appended: `"autoclip/total_norm/0"`.
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
     then only logs.
 
-    Under `DeepSpeedStrategy` and `FSDPStrategy` (FSDP1) the gradients are clipped by these, all
-    together: `global_clipping=True` is needed, and a norm is compared with the ones before it. See
+    `DeepSpeedStrategy` and `FSDPStrategy` (FSDP1) clip all gradients together themselves: pass
+    `global_clipping=True`. A norm is then compared with the norms before it. See
     `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`.
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
-        rule: another rule, for a plain `Clipper`, in the place of a class.
+        rule: a rule for a plain `Clipper`, instead of a class.
         log_parameters: whether to log values for each parameter too; a string is a regular
             expression that is searched in their names. See `log_values`.
         settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.

@@ -54,24 +54,24 @@ class AutoClipCallback(TrainerCallback):
 
     At each step that the trainer logs, the three values of `autoclip.torch.logging.log_values` are
     logged with the trainer's own. While a step computes its gradients, `args.max_grad_norm` is 0:
-    clipped to its default of 1, the gradients would leave a history of ones.
+    with the trainer's default of 1, the history would hold norms that are clipped already.
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
     then only logs.
 
-    Under DeepSpeed and FSDP1 the gradients are clipped by these, all together:
-    `global_clipping=True` is needed, and a norm is compared with the ones before it. See
+    DeepSpeed and FSDP1 clip all gradients together themselves: pass `global_clipping=True`. A norm is
+    then compared with the norms before it. See
     `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`. Their checkpoints hold the
     history as `autoclip.safetensors` too.
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
-        rule: another rule, for a plain `Clipper`, in the place of a class.
+        rule: a rule for a plain `Clipper`, instead of a class.
         log_parameters: whether to log values for each parameter too; a string is a regular
             expression that is searched in their names. See `log_values`.
-        resume_from_checkpoint: the folder that is given to `trainer.train`, which tells no
-            callback about it. It is only needed where that is not `args.resume_from_checkpoint`
-            and not a checkpoint in `args.output_dir`.
+        resume_from_checkpoint: the folder that you pass to `trainer.train`, which does not tell
+            callbacks. Needed only if it is neither `args.resume_from_checkpoint` nor a checkpoint in
+            `args.output_dir`.
         settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.
 
     Raises:
