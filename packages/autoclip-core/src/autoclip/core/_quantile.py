@@ -134,7 +134,7 @@ class _BandTracker(Tracker):
         self._width = max(16, 2 * min(math.isqrt(ring.history_length), _LARGEST_ROOT))
         # Rows whose order statistics come this close to an end wait for a new band, so many a step.
         self._margin = self._width // 4
-        self._cuts = -(-2 * rows // self._margin)
+        self._cuts = -(-rows // self._margin)
         # One column more than the width: room for a value that comes before another is dropped.
         self._band = np.full((rows, self._width + 1), np.inf, np.float32)
         self._sizes = np.zeros(rows, np.int64)

@@ -25,7 +25,7 @@ Gradient: TypeAlias = Any
 """A `tf.Tensor` or `tf.IndexedSlices` of any floating or complex dtype."""
 
 # With fewer elements than this, starting an operation costs more than what it does.
-_SMALL = 2**11
+_SMALL = 2**12
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
 # XLA sums long vectors slowly on the CPU, and rows of this length, as a product, fast.

@@ -153,9 +153,10 @@ class Pipeline:
         with tf.control_dependencies(after):
             report = self.rows.record(self._row_norms(tf.identity(norms), finite))
             self._report.assign(tf.stack([report.norms, report.thresholds, report.coefficients]))
-            factors = _at(report.coefficients, self._row_of[list(present)])
-            if len(self.rows) == 1:
-                factors = tf.reshape(report.coefficients, [])  # one for all, taken apart by no one
+            if len(self.rows) == 1:  # a scalar costs no operation for each gradient
+                factors = tf.reshape(report.coefficients, [])
+            else:
+                factors = _at(report.coefficients, self._row_of[list(present)])
             if finite is not None:
                 dropped = _at(~finite & self._drops, present)
                 factors = tf.where(dropped, tf.zeros((), tf.float64), factors)
