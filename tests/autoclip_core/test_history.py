@@ -755,7 +755,7 @@ def test_no_single_step_cuts_all_bands_anew(
             expected = [threshold(Quantile(0.9), window) for window in windows]
             assert found.thresholds.tolist() == expected
     width = 2 * math.isqrt(length)
-    assert max(cut) <= math.ceil(2 * rows / (width // 4))
+    assert max(cut) <= math.ceil(rows / (width // 4))
     # As work: a band is cut once in as many steps as its order statistics take to cross it.
     assert sum(cut[length:]) <= rows * length / (width // 8)
 
