@@ -59,9 +59,9 @@ class AutoClipCallback(TrainerCallback):
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
     then only logs.
 
-    DeepSpeed and FSDP1 clip all gradients together themselves: pass `global_clipping=True`. A norm is
-    then compared with the norms before it. See
-    `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`. Their checkpoints hold the
+    DeepSpeed and FSDP1 clip all gradients together themselves: pass `global_clipping=True`. A norm
+    is then compared with the norms before it. See `autoclip.torch.deepspeed.attach` and
+    `autoclip.torch.fsdp.attach`. Their checkpoints hold the
     history as `autoclip.safetensors` too.
 
     Args:
@@ -70,8 +70,8 @@ class AutoClipCallback(TrainerCallback):
         log_parameters: whether to log values for each parameter too; a string is a regular
             expression that is searched in their names. See `log_values`.
         resume_from_checkpoint: the folder that you pass to `trainer.train`, which does not tell
-            callbacks. Needed only if it is neither `args.resume_from_checkpoint` nor a checkpoint in
-            `args.output_dir`.
+            callbacks. Needed only if it is neither `args.resume_from_checkpoint` nor a checkpoint
+            in `args.output_dir`.
         settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.
 
     Raises:
