@@ -567,12 +567,13 @@ def test_the_default_device_has_no_say(path: str, settings: dict[str, Any]) -> N
         assert torch.equal(ours, theirs)
 
 
-def test_fake_tensors_pass() -> None:
+@pytest.mark.parametrize("settings", [{}, {"global_clipping": True}, {"on_nonfinite": "raise"}])
+def test_fake_tensors_pass(settings: dict[str, Any]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         ours = parameters(2)
-        clipper = QuantileClip(ours)
+        clipper = QuantileClip(ours, **settings)
         give(ours, [1.0, 2.0])
         assert clipper.step().shape == ()
 

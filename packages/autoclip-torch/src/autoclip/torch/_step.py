@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -217,9 +218,7 @@ class Pipeline:
         choices = self._choices
         assert choices is not None and self._plan is not None
         if choices.raises.any():
-            broken = choices.raises & ~np.all(
-                [_rows.as_tensor(norms).isfinite().cpu().numpy() for norms in measured.values()], 0
-            )
+            broken = choices.raises & ~np.all([_are_finite(each) for each in measured.values()], 0)
             if broken.any():
                 names = self.groups.names()
                 raise FloatingPointError(
@@ -351,6 +350,13 @@ def _withheld(parameters: Sequence[Tensor], places: Sequence[int]) -> list[tuple
             held.append((parameters[i], gradient))
             parameters[i].grad = None
     return held
+
+
+def _are_finite(norms: Norms) -> npt.NDArray[np.bool_]:
+    if isinstance(norms, np.ndarray):
+        return np.isfinite(norms)
+    finite: npt.NDArray[np.bool_] = norms.isfinite().cpu().numpy()
+    return finite
 
 
 def _float32(total: Tensor | float) -> Tensor:
