@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +38,7 @@ def coefficients(reports: list[Report[Norms]]) -> list[float]:
     return [float(report.coefficients[0]) for report in reports]
 
 
-def largest_deviation(found: list[float], expected: list[float]) -> float:
+def largest_deviation(found: Iterable[float], expected: Iterable[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(found, expected))
 
 
@@ -58,6 +64,54 @@ def test_autoclip_0_2_1_quantile(length: int) -> None:
         expected.append(min(1.0, np.quantile(past, 0.9) / norm) if past else 1.0)
     found = coefficients(run(norms, Quantile(0.9), length, include_current=False))
     assert found == expected
+
+
+# Prints what each gradient was multiplied by: [mode, step, parameter].
+LEGACY = """
+import json, sys
+import torch
+from autoclip.torch import QuantileClip
+
+norms, length = json.load(sys.stdin)
+found = []
+for is_global in (False, True):
+    weights = [torch.zeros(1, requires_grad=True) for _ in norms[0]]
+    clipper = QuantileClip(weights, 0.9, length, global_threshold=is_global)
+    found.append([])
+    for row in norms:
+        for weight, norm in zip(weights, row):
+            weight.grad = torch.tensor([norm])
+        clipper.step()
+        found[-1].append([float(weight.grad) / norm for weight, norm in zip(weights, row)])
+json.dump(found, sys.stdout)
+"""
+
+
+def test_the_real_autoclip_0_2_1(tmp_path: Path) -> None:
+    """In a process of its own, which finds it before ours.
+
+    It works in float32 and adds 1e-6 to the norm, which changes nothing at norms of 1000.
+    """
+    pytest.importorskip("torch")
+    install = ["install", "--no-deps", "--target", str(tmp_path), "autoclip==0.2.1"]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
+    norms = 1e3 * np.transpose([stream(300, seed) for seed in (0, 1)]).astype(np.float32)
+    done = subprocess.run(
+        [sys.executable, "-c", LEGACY],
+        input=json.dumps([norms.tolist(), 50]),
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for rows, expected in zip(
+        (norms, np.linalg.norm(norms, axis=1, keepdims=True)), np.array(json.loads(done.stdout))
+    ):
+        settings = GroupSettings(Quantile(0.9), 50, include_current=False)
+        history = History.of([settings] * rows.shape[1])
+        found = np.array([history.record(each).coefficients for each in rows])
+        assert largest_deviation(np.ravel(found + 0 * norms), np.ravel(expected)) < 1e-6
+        assert (expected < 0.999).sum() > 20
 
 
 @dataclass(frozen=True)
