@@ -157,7 +157,9 @@ def follows(history: History, settings: list[GroupSettings], stream: Norms, cuts
         limits, coefficients, entering = zip(*[row.compare(norm) for row, norm in zip(rows, norms)])
         assert all(map(near, found.thresholds.tolist(), limits)), (step, found, limits)
         ours = found.coefficients.tolist()
-        for row, norm in enumerate(norms.tolist()):
+        with np.errstate(over="ignore"):
+            rounded = norms.astype(np.float32).tolist()
+        for row, norm in enumerate(rounded):
             # A norm that equals its threshold but for the last bit may be dropped or kept.
             tied = tolerance and drops[row] and abs(norm - limits[row]) <= 1e-9 * norm
             assert tied or near(ours[row], coefficients[row]), (step, row, found, coefficients)
