@@ -37,12 +37,12 @@ class Clipper(Saveable):
 
     # The two methods that `save`, `load`, `state_dict` and `load_state_dict` need.
 
-    def _export_state(self) -> State:
+    def export_state(self) -> State:
         groups = [self._settings], [self._infos], [self._rows]
         rule = self._settings.rule.name
         return make_state("jax", rule, "parameter", *groups, *self._history.read(self._rows))
 
-    def _commit_state(self, state: State) -> None:
+    def commit_state(self, state: State) -> None:
         self._history.write(self._rows, *split_state(state, [self._rows], len(self._rows)))
 
 

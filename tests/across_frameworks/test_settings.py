@@ -50,10 +50,11 @@ def test_public_names():
             for package in (autoclip.tf, autoclip.torch)
         )
         # torch's optimizers check all of a checkpoint before they take over any of it.
-        assert theirs - ours == {"add_param_group", "step", "check_state_dict", "commit_state"}
+        assert theirs - ours == {"add_param_group", "step", "check_state_dict"}
         assert ours - theirs == {
             *("build", "built", "check"),
             *("from_config", "get_config", "load_own_variables", "save_own_variables"),
+            *("load_assets", "save_assets"),
         }
 
 

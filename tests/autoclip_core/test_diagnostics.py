@@ -190,7 +190,7 @@ def test_sources(tmp_path: Any) -> None:
     for norm in (1.0, 2.0, 9.0):
         schedule.record(norm)
     schedule.save(tmp_path / "max_norm.autoclip")
-    for source in (schedule, schedule._export_state(), tmp_path / "max_norm.autoclip"):
+    for source in (schedule, schedule.export_state(), tmp_path / "max_norm.autoclip"):
         [row] = summarize(source).rows
         assert (row.name, row.threshold) == ("all parameters", 2.0)
     [row] = summarize(summarize(schedule)).rows

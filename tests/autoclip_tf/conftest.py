@@ -62,7 +62,7 @@ class Steps:
         return self._step(given)
 
     def windows(self) -> list[list[float]]:
-        state = self.clipper._export_state()
+        state = self.clipper.export_state()
         return [window.tolist() for group in state.groups for window in group.windows()]
 
 
@@ -192,7 +192,7 @@ class ByHand:
 
 
 def windows(clipper: Any) -> list[np.ndarray]:
-    state = clipper._export_state()
+    state = clipper.export_state()
     return [window for group in state.groups for window in group.windows()]
 
 

@@ -150,7 +150,7 @@ def load_the_users_optimizer(path):
     optimizer = keras.saving.load_model(path).optimizer
     assert isinstance(optimizer, Momentum) and optimizer.decay == 0.25
     assert optimizer.clipper.defaults["quantile"] == 0.5
-    assert optimizer.clipper._export_state().groups[0].recorded.tolist() == [4] * 4
+    assert optimizer.clipper.export_state().groups[0].recorded.tolist() == [4] * 4
 
 
 class TestWhatAKerasUserExpects:
@@ -340,7 +340,7 @@ class TestUsersOptimizers:
         ours.compile(optimizer=optimizer, loss="mse", run_eagerly=True)
         fit(ours)
         assert optimizer.updates == 4
-        assert optimizer.clipper._export_state().groups[0].recorded.tolist() == [4] * 4
+        assert optimizer.clipper.export_state().groups[0].recorded.tolist() == [4] * 4
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ class TestAttached:
         path = tf.train.Checkpoint(model=first).save(f"{tmp_path}/checkpoint")
         tf.train.Checkpoint(model=second).restore(path).expect_partial()
         second.fit(*data, epochs=1, steps_per_epoch=1, verbose=0)  # builds the optimizer
-        recorded = second.optimizer.clipper._export_state().groups[0].recorded.tolist()
+        recorded = second.optimizer.clipper.export_state().groups[0].recorded.tolist()
         assert recorded == [8 + 1] * 4
 
 
@@ -238,7 +238,7 @@ class TestAlone:
             UserWarning, match=r"the tf\.train\.Checkpoint was .*length=4 there and 2 here"
         ):
             tf.train.Checkpoint(clipper=shorter).restore(path)
-        np.testing.assert_array_equal(shorter._export_state().groups[0].values, BEFORE[-2:])
+        np.testing.assert_array_equal(shorter.export_state().groups[0].values, BEFORE[-2:])
         standard = StandardClip()
         self.steps(standard, variable, AFTER)
         state = standard.state_dict()

@@ -166,7 +166,7 @@ def test_some_variables_in_another_order():
     pairs = clipper([(tf.constant([20.0]), second), (tf.constant([3.0]), first)])
     assert [variable.name for _, variable in pairs] == ["second:0", "first:0"]
     np.testing.assert_allclose([gradient.numpy() for gradient, _ in pairs], [[20.0], [2.0]])
-    group = clipper._export_state().groups[0]
+    group = clipper.export_state().groups[0]
     assert [window.tolist() for window in group.windows()] == [[1, 3], [10, 30, 20]]
 
 
@@ -386,7 +386,7 @@ class TestErrors:
             clipper([(tf.constant([1.0]), b)])
         with pytest.raises(ValueError, match="'a' appears more than once among the variables"):
             clipper([(tf.constant([1.0]), a), (tf.constant([1.0]), a)])
-        assert clipper._export_state().groups[0].recorded.tolist() == [0]
+        assert clipper.export_state().groups[0].recorded.tolist() == [0]
 
     def test_last_before_any_step(self):
         with pytest.raises(RuntimeError, match="There is nothing to report"):
@@ -423,7 +423,7 @@ def test_a_copy_goes_on_with_its_own_history(copied):
     assert other.get_config() == clipper.get_config()
     ((clipped, _),) = other([(tf.constant([3.0]), variable)])
     np.testing.assert_allclose(clipped, [2.0])
-    assert clipper._export_state().groups[0].recorded.tolist() == [1]
+    assert clipper.export_state().groups[0].recorded.tolist() == [1]
 
 
 def test_a_thousand_variables_are_traced_in_linear_size():

@@ -63,7 +63,7 @@ def fit(model, epochs=2, **options):
 
 
 def windows(clipper):
-    return [window for group in clipper._export_state().groups for window in group.windows()]
+    return [window for group in clipper.export_state().groups for window in group.windows()]
 
 
 def variables_of(clipper):
@@ -94,7 +94,7 @@ def test_fit_equals_one_device_with_the_same_global_batch(kind):
     for name in ("norms", "thresholds", "coefficients"):
         ours, theirs = getattr(clipper.last, name), getattr(expected.last, name)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    counts = [group.recorded.tolist() for group in clipper._export_state().groups]
+    counts = [group.recorded.tolist() for group in clipper.export_state().groups]
     assert set(np.concatenate(counts)) == {16}  # once an update, not once a replica
     assert_in_step(clipper)
 

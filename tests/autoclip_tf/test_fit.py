@@ -183,7 +183,7 @@ class TestAccumulation:
         )
         ours.compile(optimizer=optimizer, loss="mse", **how)
         fit(ours, epochs=2, batch_size=8)
-        assert optimizer.clipper._export_state().groups[0].recorded[0] == 8  # updates, not batches
+        assert optimizer.clipper.export_state().groups[0].recorded[0] == 8  # updates, not batches
         expected.assert_equals(ours, optimizer.clipper)
 
     def test_an_update_that_is_not_due_leaves_the_clipper_alone(self, model, growing):

@@ -210,7 +210,7 @@ class TestPlain:
         fit(plain)
         fit(model)  # quantile 1 never clips
         assert_optimizer_state(model, optimizer_state(plain))
-        assert model.optimizer.clipper._export_state().groups[0].recorded.tolist() == [8] * 4
+        assert model.optimizer.clipper.export_state().groups[0].recorded.tolist() == [8] * 4
 
     @pytest.mark.parametrize("file", ["plain.weights.h5", "plain.keras"])
     def test_a_plain_checkpoint_into_a_clipped_model(self, plain, tmp_path, file):
@@ -226,7 +226,7 @@ class TestPlain:
             warnings.simplefilter("error", UserWarning)
             model.load_weights(f"{tmp_path}/{file}")  # it is said once
         assert_optimizer_state(model, optimizer_state(plain))
-        assert model.optimizer.clipper._export_state().groups[0].recorded.tolist() == [0] * 4
+        assert model.optimizer.clipper.export_state().groups[0].recorded.tolist() == [0] * 4
         fit(plain)
         fit(model)
         assert_optimizer_state(model, optimizer_state(plain))
@@ -274,7 +274,7 @@ class TestOtherSettings:
 
     @pytest.fixture
     def windows(self, model):
-        return clipper_of(model)._export_state().groups[0].windows()
+        return clipper_of(model).export_state().groups[0].windows()
 
     @pytest.fixture
     def file(self, model, tmp_path):
@@ -291,7 +291,7 @@ class TestOtherSettings:
         with pytest.warns(UserWarning, match="history_length=10 there and 4 here") as found:
             model.load_weights(file)
         assert "quantile=0.5 there and 0.2 here" in str(found[0].message)
-        group = clipper_of(model)._export_state().groups[0]
+        group = clipper_of(model).export_state().groups[0]
         for ours, theirs in zip(group.windows(), windows, strict=True):
             np.testing.assert_array_equal(ours, theirs[-4:])
         assert group.recorded.tolist() == [16] * 4
@@ -302,11 +302,11 @@ class TestOtherSettings:
         model = self.built(QuantileClip.as_optimizer(keras.optimizers.Adam(), 0.5, 100))
         with pytest.warns(UserWarning, match="history_length=10 there and 100 here"):
             model.load_weights(file)
-        group = clipper_of(model)._export_state().groups[0]
+        group = clipper_of(model).export_state().groups[0]
         for ours, theirs in zip(group.windows(), windows, strict=True):
             np.testing.assert_array_equal(ours, theirs)
         fit(model)
-        assert clipper_of(model)._export_state().groups[0].lengths.tolist() == [18] * 4
+        assert clipper_of(model).export_state().groups[0].lengths.tolist() == [18] * 4
 
     @pytest.mark.parametrize(
         ("attach", "words"),
@@ -332,7 +332,7 @@ class TestOtherSettings:
             )
         )
         model.load_weights(file)
-        groups = clipper_of(model)._export_state().groups
+        groups = clipper_of(model).export_state().groups
         found = [window for group in groups for window in group.windows()]
         for ours, theirs in zip(found, [*windows[1::2], *windows[::2]], strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -345,7 +345,7 @@ class TestLoadedBeforeItIsBuilt:
         model = make_model(adam())
         clipper_of(model).load(tmp_path / "history")
         fit(model)
-        assert clipper_of(model)._export_state().groups[0].recorded.tolist() == [16] * 4
+        assert clipper_of(model).export_state().groups[0].recorded.tolist() == [16] * 4
 
     def test_one_that_does_not_fit_can_be_replaced(self, tmp_path):
         clipper = QuantileClip()
@@ -359,7 +359,7 @@ class TestLoadedBeforeItIsBuilt:
         assert not model.optimizer.built  # or Keras would go on without a clipper's variables
         clipper_of(model).load(tmp_path / "the model's")
         fit(model)
-        assert clipper_of(model)._export_state().groups[0].recorded.tolist() == [16] * 4
+        assert clipper_of(model).export_state().groups[0].recorded.tolist() == [16] * 4
 
 
 class TestCallbacks:
@@ -436,7 +436,7 @@ class TestCopies:
         state = clipper_of(model).state_dict()
         fit(clone)
         assert clipper_of(model).state_dict() == state
-        recorded = [group.recorded.tolist() for group in clipper_of(clone)._export_state().groups]
+        recorded = [group.recorded.tolist() for group in clipper_of(clone).export_state().groups]
         assert recorded == [[8, 8], [8, 8]]
 
 
@@ -498,14 +498,14 @@ class TestFrozenLayers:
     )
     def test_frozen_before_saving(self, come_back, tmp_path):
         model = fit(make_model(adam()))
-        kept = clipper_of(model)._export_state().groups[0].windows()[2:]
+        kept = clipper_of(model).export_state().groups[0].windows()[2:]
         model.get_layer("hidden").trainable = False
         with pytest.warns(UserWarning, match=r"not used: 'hidden/kernel' of shape \(4, 8\); "):
             other = come_back(model, str(tmp_path / "model.keras"))
-        found = clipper_of(other)._export_state().groups[0].windows()
+        found = clipper_of(other).export_state().groups[0].windows()
         np.testing.assert_equal(found, kept)
         fit(other)
-        assert clipper_of(other)._export_state().groups[0].recorded.tolist() == [16, 16]
+        assert clipper_of(other).export_state().groups[0].recorded.tolist() == [16, 16]
 
     @pytest.mark.filterwarnings("ignore:Skipping variable loading")
     def test_frozen_before_saving_in_global_mode(self, tmp_path):
@@ -515,7 +515,7 @@ class TestFrozenLayers:
         with pytest.warns(UserWarning, match="start empty: group 0"):
             other = keras.saving.load_model(tmp_path / "model.keras")
         fit(other)
-        assert clipper_of(other)._export_state().groups[0].recorded.tolist() == [8]
+        assert clipper_of(other).export_state().groups[0].recorded.tolist() == [8]
 
     @pytest.mark.filterwarnings("ignore:Skipping variable loading")
     @pytest.mark.parametrize("frozen", ["hidden", "out"])
@@ -534,7 +534,7 @@ class TestFrozenLayers:
             stage.load_weights(file)
             fit(stage)
         assert sum(f"not used: '{frozen}/kernel'" in str(each.message) for each in said) == 1
-        assert clipper_of(stage)._export_state().groups[0].recorded.tolist() == [16, 16]
+        assert clipper_of(stage).export_state().groups[0].recorded.tolist() == [16, 16]
 
 
 @pytest.mark.filterwarnings("ignore:A total of", "ignore:Skipping variable loading")
@@ -551,7 +551,7 @@ def test_skip_mismatch_is_decided_when_loading(kind, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which histories start empty is said once tracing knows
         fit(model)
-    recorded = clipper_of(model)._export_state().groups[0].recorded.tolist()
+    recorded = clipper_of(model).export_state().groups[0].recorded.tolist()
     assert recorded == ([16, 16, 8, 8] if kind is QuantileClip else [8] * 4)
 
 
@@ -582,10 +582,10 @@ def test_a_model_in_float8(tmp_path):
     x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     model.fit(x, x, verbose=0)
     assert len(model.trainable_variables) > 2
-    assert clipper_of(model)._export_state().groups[0].recorded.tolist() == [1, 1]
+    assert clipper_of(model).export_state().groups[0].recorded.tolist() == [1, 1]
     model.save(tmp_path / "model.keras")
     if keras.__version__.startswith("3.8."):
         return  # it cannot load a model in float8, with or without a clipper
     other = keras.saving.load_model(tmp_path / "model.keras")
     other.fit(x, x, verbose=0)
-    assert clipper_of(other)._export_state().groups[0].recorded.tolist() == [2, 2]
+    assert clipper_of(other).export_state().groups[0].recorded.tolist() == [2, 2]

@@ -137,7 +137,7 @@ def test_a_storm_of_overflows_and_then_training(growing, how):
             ours.train_on_batch(x[:16], y[:16])
             steps.append((float(optimizer.dynamic_scale), int(inner.iterations)))
             if clipped:
-                recorded = inner.clipper._export_state().groups[0].recorded
+                recorded = inner.clipper.export_state().groups[0].recorded
                 assert recorded.tolist() == [steps[-1][1]] * 4
         results.append((steps, ours.get_weights()))
     assert 0 < results[0][0][-1][1] < 20  # some overflowed, some did not

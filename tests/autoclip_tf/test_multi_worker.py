@@ -122,7 +122,7 @@ def test_equal_to_one_device_with_the_global_batch(folder, kind):
     model = train(make_model(CLIPPERS[kind]))
     worker = make_model(CLIPPERS[kind]).optimizer.clipper
     worker.load(folder / f"{kind} 0.autoclip")
-    ours, theirs = (each._export_state().groups[0] for each in (worker, model.optimizer.clipper))
+    ours, theirs = (each.export_state().groups[0] for each in (worker, model.optimizer.clipper))
     assert ours.recorded.tolist() == theirs.recorded.tolist() == [16] * len(ours.recorded)
     np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5)
     for mine, expected in zip(weights(folder, f"{kind} 0"), model.get_weights(), strict=True):

@@ -34,7 +34,7 @@ def train(model, fit, optimizer, epochs=2, callbacks=(), **compile_options):
 
 
 def recorded(optimizer):
-    return np.concatenate([g.recorded for g in optimizer.clipper._export_state().groups]).tolist()
+    return np.concatenate([g.recorded for g in optimizer.clipper.export_state().groups]).tolist()
 
 
 def test_there_are_optimizers_to_test():

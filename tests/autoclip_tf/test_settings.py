@@ -156,7 +156,7 @@ class TestModes:
         np.testing.assert_allclose(clipper.last.norms, [10.0, 3.0])
         np.testing.assert_allclose(clipper.last.thresholds, [5.0, 2.0])
         np.testing.assert_allclose(clipped, [[3.0], [2.0], [4.0]], rtol=1e-6)
-        assert clipper._export_state().mode == "group"
+        assert clipper.export_state().mode == "group"
 
     @pytest.mark.parametrize("modes", [{"global_clipping": True}, {"group_clipping": True}])
     def test_what_is_left_of_a_gradient_that_is_not_finite(self, modes):
@@ -165,10 +165,10 @@ class TestModes:
         zeroed.reset()
         pairs = [(tf.constant([value]), v) for value, v in zip([3.0, np.nan, 4.0], variables)]
         np.testing.assert_array_equal([g.numpy() for g, _ in kept(pairs)], [[3.0], [np.nan], [4.0]])
-        assert kept._export_state().groups[0].recorded.tolist() == [0]
+        assert kept.export_state().groups[0].recorded.tolist() == [0]
         other = QuantileClip(0.5, on_nonfinite="zero", **modes)
         np.testing.assert_array_equal([g.numpy() for g, _ in other(pairs)], [[3.0], [0.0], [4.0]])
-        assert other._export_state().groups[0].values.tolist() == [5.0]
+        assert other.export_state().groups[0].values.tolist() == [5.0]
 
     def test_on_nonfinite_of_a_group(self):
         variables = [tf.Variable([0.0], name=name) for name in "ab"]
@@ -287,12 +287,12 @@ class TestAStepAndAfter:
         assert log_values(clipper) == {}
         ((gradient, _),) = clipper([(tf.constant([9.0]), variable)])
         assert gradient.numpy().tolist() == [9.0]
-        assert clipper._export_state().groups[0].recorded.tolist() == [1]
+        assert clipper.export_state().groups[0].recorded.tolist() == [1]
         waiting = QuantileClip(0.0)
         waiting.load_state_dict(saved)
         waiting.reset()
         waiting.build([tf.Variable([0.0, 0.0], name="w")])  # nothing waits that does not fit
-        assert waiting._export_state().groups[0].recorded.tolist() == [0]
+        assert waiting.export_state().groups[0].recorded.tolist() == [0]
 
     def test_a_gradient_of_integers(self):
         variable = tf.Variable([0.0], name="v")

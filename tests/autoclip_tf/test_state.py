@@ -194,7 +194,7 @@ class TestBuild:
         # None of these is what the variables get.
         variables = make_variables()
         clipper.build(variables)
-        assert clipper._export_state().groups[0].recorded.tolist() == [0, 0]
+        assert clipper.export_state().groups[0].recorded.tolist() == [0, 0]
 
     def test_there_is_nothing_to_save_before(self, tmp_path):
         clipper = CLIPPERS["quantile"]()
@@ -273,7 +273,7 @@ class TestBytes:
         other = make()
         other.build(variables)
         for count in (3, 2, 2):
-            done = int(other._export_state().groups[-1].recorded[0])
+            done = int(other.export_state().groups[-1].recorded[0])
             feed(other, variables, [(1.0 + i, 10.0 * (i + 1)) for i in range(done, done + count)])
             again = make()
             again.build(variables)
@@ -321,8 +321,8 @@ class TestOtherHistoryLengths:
         feed(alone, variables, stream)
         rest = [(2.5, 99.0), (30.0, 1.0), (0.5, 7.0)]
         assert feed(other, variables, rest) == feed(alone, variables, rest)
-        assert other._export_state().groups[0].recorded.tolist() == [steps + 3] * 2
-        ours, theirs = (clip._export_state().groups[0].values for clip in (other, alone))
+        assert other.export_state().groups[0].recorded.tolist() == [steps + 3] * 2
+        ours, theirs = (clip.export_state().groups[0].values for clip in (other, alone))
         np.testing.assert_array_equal(ours, theirs)
 
     def test_a_shorter_one_set_aside_before_build(self):
@@ -331,7 +331,7 @@ class TestOtherHistoryLengths:
         other.load_state_dict(clipper.state_dict())
         with pytest.warns(UserWarning, match="history_length=4 there and 2 here"):
             other.build(variables)
-        windows = other._export_state().groups[0].windows()
+        windows = other.export_state().groups[0].windows()
         assert [window.tolist() for window in windows] == [
             pytest.approx([6, 7]),
             pytest.approx([60, 70]),

@@ -48,7 +48,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def windows(clipper: QuantileClip) -> list[list[float]]:
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     return [window.tolist() for group in groups for window in group.windows()]
 
 

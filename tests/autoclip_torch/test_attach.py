@@ -54,7 +54,7 @@ def weights(model: nn.Module) -> Tensor:
 
 def windows(clipper: Any) -> list[list[float]]:
     """The recorded norms of each row, read from the public state."""
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     return [window.tolist() for group in groups for window in group.windows()]
 
 

@@ -78,7 +78,7 @@ def norm_of(gradient: Tensor | None) -> float:
 
 def windows(clipper: Clipper) -> list[list[float]]:
     """The recorded norms of each row, oldest first."""
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     return [window.tolist() for group in groups for window in group.windows()]
 
 

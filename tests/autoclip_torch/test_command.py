@@ -157,7 +157,7 @@ def legacy(setting: str, histories: list[list[float]]) -> dict[str, Any]:
 
 
 def windows(clipper: Any) -> list[list[float]]:
-    return [w.tolist() for group in clipper._export_state().groups for w in group.windows()]
+    return [w.tolist() for group in clipper.export_state().groups for w in group.windows()]
 
 
 @settings(max_examples=20)

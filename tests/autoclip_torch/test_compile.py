@@ -106,7 +106,7 @@ def test_the_same_numbers_as_by_hand_and_without_a_compiler(
     torch.testing.assert_close(found[0], eager[0], rtol=1e-3, atol=1e-5)
     history = make(cls, attached=False)[2]
     history.load_state_dict({"format": "autoclip", "version": 1, "data": found[1]})
-    assert [len(w) for w in history._export_state().groups[0].windows()] == [STEPS] * 4
+    assert [len(w) for w in history.export_state().groups[0].windows()] == [STEPS] * 4
 
 
 def graph_breaks(attached: bool) -> list[str]:

@@ -63,7 +63,7 @@ def give(ours: Sequence[Tensor], size: float, seed: int = 0) -> list[float]:
 
 
 def windows(clipper: Clipper) -> list[list[float]]:
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     return [window.tolist() for group in groups for window in group.windows()]
 
 

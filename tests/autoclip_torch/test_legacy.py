@@ -80,7 +80,7 @@ def make(setting: str, *sizes: int, **settings: Any) -> Clipper:
 
 
 def windows(clipper: Clipper) -> list[list[float]]:
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     return [window.tolist() for group in groups for window in group.windows()]
 
 
@@ -93,7 +93,7 @@ def test_one_history_a_parameter(path: str, setting: str) -> None:
     old = old_state_dict(setting, [[1.0, 2.0, 4.0], None, [0.5]])
     clipper.load_state_dict(through_a_file(old))
     assert windows(clipper) == [[1.0, 2.0, 4.0], [], [0.5]]
-    recorded = [group.recorded.tolist() for group in clipper._export_state().groups]
+    recorded = [group.recorded.tolist() for group in clipper.export_state().groups]
     assert recorded == [[3, 0, 1]]
     # Training goes on from there.
     for parameter in clipper.param_groups[0]["params"]:

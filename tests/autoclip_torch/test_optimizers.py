@@ -93,7 +93,7 @@ def test_it_attaches_and_trains(name: str, global_clipping: bool) -> None:
         expected = torch.tensor(norms).T
         if global_clipping:
             expected = expected.square().sum(0, keepdim=True).sqrt()
-        recorded = clipper._export_state().groups[0].windows()
+        recorded = clipper.export_state().groups[0].windows()
         found = torch.stack([torch.from_numpy(window) for window in recorded])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert torch.equal(results[0][0], results[1][0])

@@ -148,7 +148,7 @@ def norm_of(parameter: Tensor) -> float:
 
 
 def recorded(clipper: Clipper) -> list[list[float]]:
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     return [window.tolist() for group in groups for window in group.windows()]
 
 

@@ -67,7 +67,7 @@ def step(clipper: Clipper, norms: Sequence[float | None]) -> list[Tensor | None]
 
 
 def windows(clipper: Clipper) -> list[list[float]]:
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     return [window.tolist() for group in groups for window in group.windows()]
 
 
@@ -115,7 +115,7 @@ def test_names_shapes_and_settings_of_groups_are_in_it() -> None:
             {"params": second.parameters(), "history_length": 7},
         ]
     )
-    groups = clipper._export_state().groups
+    groups = clipper.export_state().groups
     assert [dict(group.settings) for group in groups] == [
         {**clipper.defaults, "quantile": 0.25},
         {**clipper.defaults, "history_length": 7},
@@ -131,10 +131,10 @@ def test_lazy_parameters_have_no_shape_as_yet() -> None:
     model = nn.LazyLinear(2)
     clipper = QuantileClip(model.parameters())
     before = clipper.state_dict()
-    assert clipper._export_state().groups[0].parameters[0].shape is None
+    assert clipper.export_state().groups[0].parameters[0].shape is None
     model(torch.ones(1, 3)).sum().backward()
     clipper.step()
-    assert clipper._export_state().groups[0].parameters[0].shape == (2, 3)
+    assert clipper.export_state().groups[0].parameters[0].shape == (2, 3)
     clipper.load_state_dict(before)  # an unknown shape fits any
     assert windows(clipper) == [[], []]
 
@@ -259,7 +259,7 @@ def test_another_history_length(path: str, length: int) -> None:
         other.load_state_dict(clipper.state_dict())
     kept = [[float(i) for i in range(4, 10)][-length:], [16.0, 18.0][-length:], []]
     assert windows(other) == [pytest.approx(window) for window in kept]
-    recorded = [group.recorded.tolist() for group in other._export_state().groups]
+    recorded = [group.recorded.tolist() for group in other.export_state().groups]
     assert recorded == [[9, 2, 0]]
     step(other, [10.0, 20.0, 30.0])
     assert windows(other) == [

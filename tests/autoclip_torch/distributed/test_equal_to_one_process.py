@@ -58,7 +58,7 @@ def test_fsdp2_on_two(global_clipping):
 def test_fsdp2_on_four(global_clipping):
     clipper = assert_trains_alike(shard, global_clipping, part=own())
     # What is saved knows the parameters as a whole.
-    shapes = [p.shape for group in clipper._export_state().groups for p in group.parameters]
+    shapes = [p.shape for group in clipper.export_state().groups for p in group.parameters]
     assert shapes == [tuple(p.shape) for p in Net().parameters()]
 
 

@@ -97,7 +97,7 @@ def test_accumulation_records_once_a_step(precision: str) -> None:
     loop = Loop(mixed_precision=precision)
     for _ in range(2):
         loop.epoch()
-    windows = [w for group in loop.clipper._export_state().groups for w in group.windows()]
+    windows = [w for group in loop.clipper.export_state().groups for w in group.windows()]
     assert {len(window) for window in windows} == {2 * STEPS}
     expected, history = by_hand(2, autocast=precision == "bf16")
     assert torch.equal(weights(loop.model), expected)

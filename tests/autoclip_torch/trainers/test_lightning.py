@@ -140,7 +140,7 @@ def by_hand(epochs: int = 1, accumulate: int = 1, autocast: bool = False) -> tup
 
 
 def lengths(clipper: Clipper) -> set[int]:
-    return {len(w) for group in clipper._export_state().groups for w in group.windows()}
+    return {len(w) for group in clipper.export_state().groups for w in group.windows()}
 
 
 ATTACHED = pytest.mark.parametrize("by", ["module", "callback"])
@@ -301,7 +301,7 @@ def test_lightnings_own_clipping_comes_first_and_is_warned_about(tmp_path: Path)
     )
     with pytest.warns(UserWarning, match=r"gradient_clip_val=0\.001 before AutoClip sees them"):
         clipper = fit(Module(attach=False), trainer)
-    windows = [w for group in clipper._export_state().groups for w in group.windows()]
+    windows = [w for group in clipper.export_state().groups for w in group.windows()]
     total = sum(w.astype(float) ** 2 for w in windows) ** 0.5
     assert total == pytest.approx(1e-3, rel=1e-3)  # so it is: each recorded norm is clipped
 

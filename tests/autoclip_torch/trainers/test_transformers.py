@@ -103,7 +103,7 @@ def weights(trainer: Trainer) -> Tensor:
 
 
 def lengths(clipper: Clipper) -> set[int]:
-    return {len(w) for group in clipper._export_state().groups for w in group.windows()}
+    return {len(w) for group in clipper.export_state().groups for w in group.windows()}
 
 
 class Look(TrainerCallback):
@@ -344,7 +344,7 @@ def test_a_callback_can_be_pickled(tmp_path: Path) -> None:
 def test_as_optimizer_alone_records_what_max_grad_norm_leaves(tmp_path: Path) -> None:
     """What the documentation warns of."""
     clipper = train(make_trainer(tmp_path, "optimizers", max_grad_norm=1e-3))
-    windows = [w for group in clipper._export_state().groups for w in group.windows()]
+    windows = [w for group in clipper.export_state().groups for w in group.windows()]
     totals = sum(w.astype(float) ** 2 for w in windows) ** 0.5
     assert totals == pytest.approx([1e-3] * STEPS, rel=1e-2)
 

@@ -157,7 +157,7 @@ def _state_of(source: Source) -> State:
     if isinstance(source, State):
         return source
     if isinstance(source, Saveable):
-        return source._export_state()
+        return source.export_state()
     states = read_states(source)
     if len(states) > 1:
         raise StateError(

@@ -395,7 +395,7 @@ class History(Saveable):
         self._ring.write(kept, counts)
         self._read_numbers()
 
-    def _export_state(self) -> State:
+    def export_state(self) -> State:
         if not self._settings:
             raise ValueError("A history without rows has no state to save.")
         groups, start = [], 0
@@ -407,7 +407,7 @@ class History(Saveable):
             start = stop
         return State(self._rule.name, "parameter", "numpy", tuple(groups), __version__)
 
-    def _commit_state(self, state: State) -> None:
+    def commit_state(self, state: State) -> None:
         windows = [window for group in state.groups for window in group.windows()]
         recorded = np.concatenate([group.recorded for group in state.groups])
         self.write(range(self.rows), windows, recorded)

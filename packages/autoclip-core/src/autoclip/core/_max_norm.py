@@ -126,7 +126,7 @@ class MaxNorm(Saveable):
         self._history.reset()
         self._last = None
 
-    def _export_state(self) -> State:
+    def export_state(self) -> State:
         windows, recorded = self._history.read([0])
         return make_state(
             "numpy",
@@ -139,7 +139,7 @@ class MaxNorm(Saveable):
             recorded,
         )
 
-    def _commit_state(self, state: State) -> None:
+    def commit_state(self, state: State) -> None:
         self._history.write([0], *split_state(state, [[0]], 1))
 
     def __repr__(self) -> str:

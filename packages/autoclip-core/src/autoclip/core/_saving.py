@@ -16,26 +16,26 @@ __all__ = ["Saveable"]
 class Saveable(ABC):
     """`state_dict`, `load_state_dict`, `save` and `load` on top of a `State`.
 
-    A subclass implements `_export_state` and `_commit_state`; both are for subclasses, not for
-    users. Loading reads and checks the state first, so if it raises, nothing has changed.
+    A subclass, such as another framework's clipper, implements `export_state` and `commit_state`.
+    Loading reads and checks the state first, so if it raises, nothing has changed.
     """
 
     @abstractmethod
-    def _export_state(self) -> State:
+    def export_state(self) -> State:
         """Return the current state."""
 
     @abstractmethod
-    def _commit_state(self, state: State) -> None:
+    def commit_state(self, state: State) -> None:
         """Replace the histories by those of a state that fits. It must not fail.
 
         Args:
-            state: one that was checked against `_export_state()`: the rule, the mode, the groups
+            state: one that was checked against `export_state()`: the rule, the mode, the groups
                 and the shapes agree.
         """
 
     def _adopt_state(self, state: State, source: str) -> None:
         """Check that a saved state fits, then commit it."""
-        self._commit_state(state.match(self._export_state(), source))
+        self.commit_state(state.match(self.export_state(), source))
 
     def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
         return State.from_dict(state_dict)
@@ -45,7 +45,7 @@ class Saveable(ABC):
 
         The bytes are those that `save` writes, whatever the framework.
         """
-        return self._export_state().to_dict()
+        return self.export_state().to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the histories of a state that `state_dict` returned, in any framework.
@@ -66,7 +66,7 @@ class Saveable(ABC):
         Raises:
             OSError: the file cannot be written; one that was there is as it was.
         """
-        write_file(path, self._export_state().to_bytes())
+        write_file(path, self.export_state().to_bytes())
 
     def load(self, path: PathLike) -> None:
         """Load the histories of a file that `save` wrote, in any framework.

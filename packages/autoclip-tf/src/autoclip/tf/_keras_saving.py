@@ -95,7 +95,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     def _write(pipeline: Pipeline, state: State) -> None:
         pipeline.rows.write(*split_state(state, pipeline.rows_of, len(pipeline.rows)))
 
-    def _export_state(self) -> State:
+    def export_state(self) -> State:
         if self._pipeline is not None:
             return self._state_of(self._pipeline)
         if self._pending is not None:
@@ -115,7 +115,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         if self._pipeline is None:
             self._set_aside(state, source, by_name=True)
         else:
-            self._commit_state(state.match_by_name(self._export_state(), source))
+            self.commit_state(state.match_by_name(self.export_state(), source))
 
     def _set_aside(self, state: State, source: str, by_name: bool) -> None:
         # What can be checked without knowing the variables: that the state has the same rule and
@@ -124,14 +124,14 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         state.match(ours, source)
         self._pending = PendingState(state, source, by_name)
 
-    def _commit_state(self, state: State) -> None:
+    def commit_state(self, state: State) -> None:
         assert self._pipeline is not None
         self._write(self._pipeline, state)
 
     def _bytes(self) -> bytes:
         if self._pipeline is None and self._pending is None:
             return b""
-        return self._export_state().to_bytes()
+        return self.export_state().to_bytes()
 
     def _load_bytes(self, data: bytes, source: str, by_name: bool) -> None:
         if data:

@@ -340,7 +340,7 @@ class Clipper(Saveable):
 
     # -- state -------------------------------------------------------------------------------
 
-    def _export_state(self) -> State:
+    def export_state(self) -> State:
         groups = self._pipeline.groups
         infos = groups.infos()  # first: an attached clipper may find new parameters
         windows, recorded = self._pipeline.rows.read()
@@ -355,7 +355,7 @@ class Clipper(Saveable):
             recorded,
         )
 
-    def _commit_state(self, state: State) -> None:
+    def commit_state(self, state: State) -> None:
         self._pipeline.arrange()
         rows = self._pipeline.rows
         rows.write(*split_state(state, self._pipeline.groups.rows_by_group(), len(rows)))
@@ -377,11 +377,7 @@ class Clipper(Saveable):
         Raises:
             StateError: it is damaged or does not fit.
         """
-        return self._read_state_dict(state_dict).match(self._export_state(), source)
-
-    def commit_state(self, state: State) -> None:
-        """Take over a state that `check_state_dict` returned."""
-        self._commit_state(state)
+        return self._read_state_dict(state_dict).match(self.export_state(), source)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own: it holds its parameters and is attached to nothing.

@@ -78,11 +78,7 @@ class EngineClipper(MaxNorm):
         Raises:
             StateError: it is damaged or does not fit.
         """
-        return self._read_state_dict(state_dict).match(self._export_state(), source)
-
-    def commit_state(self, state: State) -> None:
-        """Take over the history of a checked state."""
-        self._commit_state(state)
+        return self._read_state_dict(state_dict).match(self.export_state(), source)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own, which no engine asks.

@@ -164,7 +164,9 @@ def total_norm(measured: Mapping[torch.device, Norms], home: torch.device | None
     Returns:
         A float, or 0-d on a device.
     """
-    if home is None:
+    if home is None and len(measured) == 1:
+        [home] = measured
+    elif home is None:
         home = next((d for d in measured if not _rows.uses_numpy(d)), next(iter(measured)))
     norms = merged(measured, home)
     if not isinstance(norms, np.ndarray):

@@ -42,16 +42,25 @@ class StepResult(NamedTuple):
     """What a step did besides scaling gradients.
 
     Attributes:
-        total: 0-d float32, the norm of all gradients together before clipping.
+        norm: of all gradients together before clipping: a number, or 0-d on a device.
         skipped: parameters with `on_spike="skip"` and a norm above the threshold, and their
             gradients, as they were. The parameters have no gradient now.
         skips_update: bool, 0-d and on the device: whether no parameter is to be updated. Only if
             `defers_skip` was given; then the host does not know it.
     """
 
-    total: Tensor
+    norm: Tensor | float
     skipped: Sequence[tuple[Tensor, Tensor]] = ()
     skips_update: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """0-d float32: `norm`. Made when asked for, which an optimizer's hook does not do."""
+        if isinstance(self.norm, Tensor):
+            return self.norm.float()
+        # In a fifth of the time that torch.tensor takes, which accepts what is beyond float32.
+        narrow = math.inf if self.norm > _LARGEST else self.norm
+        return torch.scalar_tensor(narrow, dtype=torch.float32, device=_CPU)
 
 
 class Pipeline:
@@ -120,7 +129,7 @@ class Pipeline:
             self._warn_without_gradients()
             if self._sharding is None:  # otherwise the other processes wait for this one
                 self.reports = []
-                return StepResult(torch.zeros((), dtype=torch.float32, device=_CPU))
+                return StepResult(0.0)
         else:
             self._has_seen_a_gradient = True
         if self._sharding is not None and (found_inf is not None or called_by_loss_scaler()):
@@ -141,7 +150,7 @@ class Pipeline:
             coefficients = coefficients_on(device, found, mode)
             if coefficients is not None:
                 part.scaling.apply(gradients, coefficients)  # type: ignore[arg-type]
-        return StepResult(_float32(total), _withheld(parameters, skipped), skips_update)
+        return StepResult(total, _withheld(parameters, skipped), skips_update)
 
     def _measure(
         self, gradients: Sequence[Tensor | None]
@@ -357,12 +366,3 @@ def _are_finite(norms: Norms) -> npt.NDArray[np.bool_]:
         return np.isfinite(norms)
     finite: npt.NDArray[np.bool_] = norms.isfinite().cpu().numpy()
     return finite
-
-
-def _float32(total: Tensor | float) -> Tensor:
-    if isinstance(total, Tensor):
-        return total.float()
-    # In a fifth of the time that torch.tensor takes, which accepts what is beyond float32.
-    return torch.scalar_tensor(
-        math.inf if total > _LARGEST else total, dtype=torch.float32, device=_CPU
-    )

@@ -87,7 +87,7 @@ def summarize(clipper: Clipper | EngineClipper, *, model: nn.Module | None = Non
     >>> [row.name for row in summarize(clipper).hardest()]
     ['weight']
     """
-    state = clipper._export_state()
+    state = clipper.export_state()
     if model is not None and isinstance(clipper, Clipper) and state.mode == "parameter":
         state = _with_names(state, _names(clipper, model))
     return core.summarize(state, _report(clipper, model))
