@@ -19,7 +19,7 @@ norms = st.one_of(
 
 
 @pytest.mark.parametrize("kind", ["quantile", "standard"])
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stream=st.lists(st.tuples(norms, norms, norms), min_size=1, max_size=20),
     history_length=st.integers(1, 8),

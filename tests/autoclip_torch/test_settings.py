@@ -74,7 +74,7 @@ RULES: list[Rule] = [
     Recent(0.5, 0.7, halves=True),
 ]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
-examples = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+examples = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Of two random norms none is within the rounding of the other's threshold.
 norms = st.one_of(

@@ -132,7 +132,7 @@ def test_without_dtensors_there_is_no_collective():
         assert collectives_of(clipper.step) == []
 
 
-def assert_identical_after_200_steps(spread: Any, net: Any, place: int, places: int) -> None:
+def assert_identical_after(steps: int, spread: Any, net: Any, place: int, places: int) -> None:
     torch.manual_seed(0)
     model = spread(net())
     settings = {"quantile": 0.7, "history_length": 64}
@@ -141,7 +141,7 @@ def assert_identical_after_200_steps(spread: Any, net: Any, place: int, places: 
     # One training for both modes: what the one has clipped, the other gets.
     globally = QuantileClip(model.parameters(), global_clipping=True, **settings)
     clipped = torch.zeros(2)
-    for step, batch in enumerate(batches(200)):
+    for step, batch in enumerate(batches(steps)):
         optimizer.zero_grad()
         loss = full(model(own_part(batch, place, places), step % 3 == 1)).square().mean()
         (loss * (1 + step * step % 7)).backward()
@@ -149,9 +149,9 @@ def assert_identical_after_200_steps(spread: Any, net: Any, place: int, places: 
         optimizer.step()
         for i, clipper in enumerate((optimizer.clipper, globally)):
             clipped[i] += (clipper.last.coefficients < 1).sum()
-    assert clipped.min() > 30
+    assert clipped.min() > steps / 7
     for clipper in (optimizer.clipper, globally):
-        assert int(clipper._pipeline.rows.read()[1].max()) == 200
+        assert int(clipper._pipeline.rows.read()[1].max()) == steps
         assert_same_everywhere(clipper)
 
 
@@ -160,22 +160,22 @@ def test_histories_are_identical_after_200_steps_of_ddp():
     def spread(model):
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
-    assert_identical_after_200_steps(spread, Net, dist.get_rank(), 2)
+    assert_identical_after(200, spread, Net, dist.get_rank(), 2)
 
 
 @pytest.mark.processes(4)
 def test_histories_are_identical_after_200_steps_of_fsdp2():
-    assert_identical_after_200_steps(shard, Net, dist.get_rank(), 4)
+    assert_identical_after(200, shard, Net, dist.get_rank(), 4)
 
 
 @pytest.mark.processes(4)
-def test_histories_are_identical_after_200_steps_of_fsdp2_and_tensor_parallel():
+def test_histories_are_identical_after_80_steps_of_fsdp2_and_tensor_parallel():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
     def spread(model):
         return shard(parallelize(model, mesh["tp"]), mesh=mesh["dp"])
 
-    assert_identical_after_200_steps(spread, SequenceNet, mesh["dp"].get_local_rank(), 2)
+    assert_identical_after(80, spread, SequenceNet, mesh["dp"].get_local_rank(), 2)
 
 
 @pytest.mark.processes(4)
