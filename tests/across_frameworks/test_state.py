@@ -41,7 +41,7 @@ def test_both_go_on_alike(direction, rule, grouping, steps, hand_over, path, tmp
     for norms in stream(2, 3):  # what the other one has is replaced
         second.step(norms)
     hand_over(first.clipper, second.clipper, tmp_path)
-    for norms in stream(3, 10):
+    for norms in stream(3, 5):
         ours, theirs = second.step(norms), first.step(norms)
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     assert np.isfinite(ours).all()

@@ -160,7 +160,7 @@ class NoTracker:
         return patch.object(type(rule), "track", lambda rules, ring: None)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32 - 1),
     st.builds(Quantile, st.floats(0, 1), st.sampled_from([1.0, 0.7]))
@@ -195,7 +195,7 @@ def test_trackers_and_windows_give_the_same_numbers(
 # -- one's own ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32 - 1),
     st.builds(Mad, st.floats(0, 5))

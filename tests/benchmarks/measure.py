@@ -188,35 +188,40 @@ def write_output(
 
 
 def _draw(path: Path, timings: Sequence[Timing], title: str) -> None:
-    """Bars of the ratios, one panel for each case; the whiskers are the quartiles."""
+    """A point for each candidate, a line of them for each case; the whiskers are the quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     cases = list(dict.fromkeys(timing.case for timing in timings))
-    heights = [sum(timing.case == case for timing in timings) for case in cases]
-    figure, panels = pyplot.subplots(
-        len(cases),
-        1,
-        figsize=(9, 1.5 + 0.3 * sum(heights) + 0.5 * len(cases)),
-        height_ratios=heights,
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    figure.suptitle(title, fontsize="small")
-    for panel, case in zip(panels[:, 0], cases):
-        here = [timing for timing in timings if timing.case == case]
-        ratios = [timing.ratio for timing in here]
-        whiskers = [[t.ratio - t.lower for t in here], [t.upper - t.ratio for t in here]]
-        panel.barh([timing.candidate for timing in here], ratios, xerr=whiskers, color="#4477aa")
-        panel.axvline(1.0, color="black", linewidth=0.8)
-        panel.set_xlim(0.0, 3.0)  # some rivals take ten times as long; their ratio is written out
-        for row, ratio in enumerate(ratios):
-            panel.text(min(ratio + 0.03, 2.8), row, f"{ratio:.2f}", va="center", fontsize="x-small")
-        panel.invert_yaxis()
-        panel.set_title(case, loc="left", fontsize="small")
-        panel.tick_params(labelsize="x-small")
-    panels[-1, 0].set_xlabel("time, relative to the rival in the same round", fontsize="small")
-    figure.savefig(path, dpi=150)
+    candidates = list(dict.fromkeys(timing.candidate for timing in timings))
+    figure, axes = pyplot.subplots(figsize=(9, 2 + 0.45 * len(cases)), layout="constrained")
+    colors = pyplot.get_cmap("tab10").colors
+    for i, candidate in enumerate(candidates):
+        here = [t for t in timings if t.candidate == candidate and t.ratio != 1.0]
+        if not here:  # the rival itself
+            continue
+        axes.errorbar(
+            [t.ratio for t in here],
+            # Apart from one another, so that whiskers do not hide points.
+            [cases.index(t.case) + 0.6 * (i / len(candidates) - 0.5) for t in here],
+            xerr=[[t.ratio - t.lower for t in here], [t.upper - t.ratio for t in here]],
+            fmt="os^Dv<>PX"[i % 9],
+            color=colors[i % len(colors)],
+            label=candidate,
+            markersize=5,
+            linewidth=1,
+        )
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    ticks = [0.25, 0.5, 1, 2, 5, 10, 50]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(cases)), cases)
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("time, relative to the rival in the same round")
+    axes.set_title(title, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=110)
