@@ -104,7 +104,7 @@ class _SortedTracker(FewRowsTracker):
 
 
 _LARGEST_ROOT = 1024
-"""Of a `history_length` beyond 2^20 that nobody fills, the band does not grow any wider."""
+"""The band stops growing there: a `history_length` beyond 2^20 is hardly ever filled."""
 _SORTED_AT_ONCE = 2**22
 
 

@@ -24,7 +24,7 @@ named after the suffix of the files that it reads, without the dot, or `folder`.
 
 # What a trainer's callback writes into a checkpoint folder.
 _OWN_FILE = "autoclip.safetensors"
-# Of these a damaged one is no other program's file.
+# A damaged file with one of these suffixes is a damaged state, not another program's file.
 _OWN_SUFFIXES = ("autoclip", "safetensors")
 
 

@@ -327,7 +327,7 @@ class ParamGroup(dict[str, Any]):
     __ior__ = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)  # a copy is no view of the clipper's settings
+        return dict, (dict(self),)  # a copy is a plain dict: writing to it changes no clipper
 
 
 def batches(

@@ -117,7 +117,7 @@ def _moments(window: Any, decay: Any) -> tuple[Any, Any]:
 
 
 def _block_length(history_length: int) -> int:
-    # Of a history_length beyond 2^20 that nobody fills, no block is ever larger than 1024.
+    # Blocks stop growing at 1024: a history_length beyond 2^20 is hardly ever filled.
     return max(16, min(math.isqrt(history_length), 1024))
 
 

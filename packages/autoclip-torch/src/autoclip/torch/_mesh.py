@@ -79,7 +79,7 @@ class Mesh:
         return len(self._shardings) == 1 and None not in self._shardings
 
     def layout_of(self, tensor: Any) -> Layout | None:
-        """The layout of a DTensor; None if it lies on another mesh or is no sum or mean."""
+        """The layout of a DTensor; None on another mesh, or if it is neither a sum nor a mean."""
         key = (tensor.device_mesh, tensor.placements)
         if key not in self._by_placements:
             self._by_placements[key] = self._read_placements(*key)

@@ -71,7 +71,7 @@ def called_by_loss_scaler() -> bool:
 
 
 def _dtensor_class() -> type[Any] | None:
-    # Importing it takes a second. Where nobody has, there is none. (2.4 has it in `_tensor`.)
+    # Importing DTensor takes a second. If it was not imported, no DTensor exists.
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
         found = getattr(sys.modules.get(name), "DTensor", None)
         if found is not None:
@@ -102,7 +102,7 @@ class Sharding:
         self._are_at: dict[torch.device, Tensor] = {}
 
     def _find_meshes(self, parameters: Sequence[Any]) -> list[Mesh]:
-        """Each mesh that is no part of another, as "dp" is of ("dp", "tp"), in a common order."""
+        """Each mesh that is not part of another (as "dp" is of ("dp", "tp")), in a common order."""
         found: dict[frozenset[tuple[int, ...]], Any] = {}
         own: list[frozenset[tuple[int, ...]] | None] = []
         for parameter, is_dtensor in zip(parameters, self._are_dtensors):
