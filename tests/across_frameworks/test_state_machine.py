@@ -9,7 +9,7 @@ of its clippers runs in a `tf.function`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -72,6 +72,7 @@ class Side:
     """A clipper of one backend, with one row a group."""
 
     clipper: Any
+    build: Callable[[list[GroupSettings]], None]
 
     def active(self) -> AbstractContextManager[Any]:
         """What must be in force whenever the clipper is used."""
@@ -84,9 +85,6 @@ class Side:
         empty = GroupState.from_windows(groups[-1].settings, nameless, [[]], [0])
         self.build(groups)
         self.clipper.load_state_dict(replace(state, groups=(*state.groups, empty)).to_dict())
-
-    def build(self, groups: list[GroupSettings]) -> None:
-        raise NotImplementedError
 
 
 class Core(Side):

@@ -17,7 +17,7 @@ from autoclip.core._history import History, Report
 from autoclip.core._logging import log_values
 from autoclip.core._reading import read_states
 from autoclip.core._replay import Replay, replay, shares_clipped
-from autoclip.core._rows import row_names
+from autoclip.core._rows import parameter_names, row_names
 from autoclip.core._rule import RULES
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings, batches
@@ -132,11 +132,7 @@ def rows_of(source: Source) -> Rows:
         TypeError: it is something else.
     """
     state = _state_of(source)
-    names = [
-        parameter.name if parameter.name is not None else f"group {i}, parameter {k}"
-        for i, group in enumerate(state.groups)
-        for k, parameter in enumerate(group.parameters)
-    ]
+    names = parameter_names([[each.name for each in group.parameters] for group in state.groups])
     groups = [i for i, group in enumerate(state.groups) for _ in group.lengths]
     by_group = [_settings_of(state.rule, group) for group in state.groups]
     windows = [window for group in state.groups for window in group.windows()]

@@ -12,7 +12,7 @@ from autoclip.core._files import PathLike, read_file
 from autoclip.core._safetensors import check_beginning
 from autoclip.core._state import State
 
-__all__ = ["READERS", "read_states"]
+__all__ = ["CHECKPOINT_FILE", "READERS", "read_states"]
 
 READERS = "autoclip.readers"
 """The entry point group of functions that find histories in a framework's files.
@@ -22,8 +22,9 @@ file, an empty dict if there is none. It raises `StateError` for a damaged file.
 named after the suffix of the files that it reads, without the dot, or `folder`.
 """
 
-# What a trainer's callback writes into a checkpoint folder.
-_OWN_FILE = "autoclip.safetensors"
+CHECKPOINT_FILE = "autoclip.safetensors"
+"""The state file that a trainer's callback writes into a checkpoint's folder."""
+
 # A damaged file with one of these suffixes is a damaged state, not another program's file.
 _OWN_SUFFIXES = ("autoclip", "safetensors")
 
@@ -54,7 +55,7 @@ def read_states(path: PathLike) -> dict[str, State]:
     name = os.fspath(path)
     kind = Path(name).suffix.lower().removeprefix(".")
     if os.path.isdir(name):
-        own = os.path.join(name, _OWN_FILE)
+        own = os.path.join(name, CHECKPOINT_FILE)
         if os.path.isfile(own):
             return {"": State.from_bytes(read_file(own), own)}
         kind = "folder"

@@ -11,7 +11,20 @@ from autoclip.core._settings import GroupSettings, Mode
 from autoclip.core._state import GroupState, ParameterInfo, State
 from autoclip.core._version import __version__
 
-__all__ = ["make_state", "row_names", "split_state"]
+__all__ = ["make_state", "parameter_names", "row_names", "split_state"]
+
+
+def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
+    """What to call each parameter, group by group: by its place if it has no name.
+
+    Args:
+        groups: the names of each group's parameters.
+    """
+    return [
+        f"group {i}, parameter {k}" if name is None else name
+        for i, names in enumerate(groups)
+        for k, name in enumerate(names)
+    ]
 
 
 def row_names(mode: Mode, parameters: Sequence[str], groups: int) -> tuple[str, ...]:

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from autoclip.core._ring import RingBuffer
     from autoclip.core._tracker import Tracker
 
-__all__ = ["MAX_NAME", "RULES", "Rule", "needs_order", "register_rule", "rule_arguments"]
+__all__ = [
+    "MAX_NAME",
+    "RULES",
+    "Rule",
+    "needs_order",
+    "register_rule",
+    "rule_arguments",
+    "rule_instance",
+]
 
 MAX_NAME = 100
 """How many characters a saved state takes in the names of rules and settings."""

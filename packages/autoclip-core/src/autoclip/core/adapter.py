@@ -9,8 +9,9 @@ from autoclip.core._attachment import AttachmentHandle, constructor
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
 from autoclip.core._files import write_file
 from autoclip.core._logging import check_parameters
+from autoclip.core._reading import CHECKPOINT_FILE
 from autoclip.core._ring import SMALLEST_NORM, is_recorded
-from autoclip.core._rows import make_state, row_names, split_state
+from autoclip.core._rows import make_state, parameter_names, row_names, split_state
 from autoclip.core._rule import RULES, needs_order, rule_arguments, rule_instance
 from autoclip.core._settings import (
     CLIPPER_SETTINGS,
@@ -28,6 +29,7 @@ from autoclip.core._warnings import warn_user
 from autoclip.core._window import Window
 
 __all__ = [
+    "CHECKPOINT_FILE",
     "CLIPPER_SETTINGS",
     "RULES",
     "SMALLEST_NORM",
@@ -51,6 +53,7 @@ __all__ = [
     "make_state",
     "needs_order",
     "nonfinite_message",
+    "parameter_names",
     "row_names",
     "rule_arguments",
     "rule_instance",

@@ -147,7 +147,7 @@ def overview(
 
 
 def use_files_only() -> None:
-    """Draw into files only, where there is no display; for the command line."""
+    """Switch to matplotlib's Agg backend, which needs no display; for the command line."""
     _pyplot().switch_backend("Agg")
 
 
@@ -227,10 +227,10 @@ def _draw_norms(rows: Rows, row: int, ax: Axes) -> None:
 def _draw_distribution(rows: Rows, row: int, quantiles: Sequence[float], ax: Axes) -> None:
     window = rows.windows[row].astype(np.float64)
     title = f"{_short(rows.names[row], _LONGEST_NAME - 20)}: the last {len(window)} norms"
-    ax.set_title(title, loc="left", fontsize="medium")
     ax.set_xlabel("gradient norm")
     ax.set_ylabel("number of norms")
     if not len(window):
+        ax.set_title(title, loc="left", fontsize="medium")
         _say(ax, "nothing was recorded yet")
         return
     low, high = float(window.min()), float(window.max())

@@ -32,12 +32,15 @@ from autoclip.tf._private import (
 )
 from autoclip.tf._step import Pipeline
 
-__all__ = ["KerasSaving", "PendingState"]
+__all__ = ["CHECKPOINT_KEY", "STATE", "KerasSaving", "PendingState"]
 
 SavedT = TypeVar("SavedT", bound="KerasSaving")
 
-_STATE = "state"
-_KEY = f"/.ATTRIBUTES/{_STATE}"
+STATE = "state"
+"""Under which name Keras's and TensorFlow's files hold a clipper's state."""
+CHECKPOINT_KEY = f"/.ATTRIBUTES/{STATE}"
+"""How its name ends in a `tf.train.Checkpoint`."""
+
 _ASSET = "history.autoclip"
 
 
@@ -145,7 +148,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state into a Keras store; Keras calls this."""
-        store[_STATE] = np.frombuffer(self._bytes(), np.uint8)
+        store[STATE] = np.frombuffer(self._bytes(), np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
         """Take over the state from a Keras store; Keras calls this.
@@ -156,8 +159,8 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         Raises:
             StateError: the state is damaged, or of another rule or mode. Nothing has changed.
         """
-        if _STATE in store.keys():  # noqa: SIM118 (a store has no `in`)
-            data = np.asarray(store[_STATE], np.uint8).tobytes()
+        if STATE in store.keys():  # noqa: SIM118 (a store has no `in`)
+            data = np.asarray(store[STATE], np.uint8).tobytes()
             self._load_bytes(data, "the Keras checkpoint", by_name=True)
         else:
             self._warn("The Keras checkpoint")
@@ -194,22 +197,22 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
 
     def _warn_without_history(self, path: str) -> None:
         """Warn if the `tf.train.Checkpoint` at `path` has no clipper's state."""
-        if not any(name.endswith(_KEY) for name, _ in tf.train.list_variables(path)):
+        if not any(name.endswith(CHECKPOINT_KEY) for name, _ in tf.train.list_variables(path)):
             self._warn(f"The tf.train.Checkpoint {path}")
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         if saving_for_inference():
-            return {_STATE: tf.constant(b"")}
+            return {STATE: tf.constant(b"")}
         if not tf.executing_eagerly():
             raise RuntimeError(
                 "A checkpoint with a clipper is written outside of any tf.function. Inside, it "
                 "would hold the history of the moment when the function was traced."
             )
-        return {_STATE: tf.constant(self._bytes())}
+        return {STATE: tf.constant(self._bytes())}
 
     def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
         if not saving_for_inference():
-            data = restored_tensors[_STATE].numpy()
+            data = restored_tensors[STATE].numpy()
             self._load_bytes(data, "the tf.train.Checkpoint", by_name=False)
 
     # -- configurations, copies and pickles --------------------------------------------------

@@ -11,12 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from autoclip.core import State, StateError
+from autoclip.tf._keras_saving import CHECKPOINT_KEY, STATE
 
 __all__ = ["read_checkpoint", "read_h5", "read_keras"]
 
-# The weights in a .keras file, and the name under which a clipper stores its state.
+# The weights in a .keras file.
 _WEIGHTS = "model.weights.h5"
-_STATE = "state"
 
 
 def read_keras(path: str) -> dict[str, State]:
@@ -44,8 +44,8 @@ def _read_weights(file: Any, path: str) -> dict[str, State]:
 
     def visit(name: str, found: Any) -> None:
         is_bytes = isinstance(found, h5py.Dataset) and found.dtype == np.uint8
-        if is_bytes and name.rpartition("/")[2] == _STATE and found.size:
-            datasets[name.removesuffix(f"/vars/{_STATE}")] = found[()].tobytes()
+        if is_bytes and name.rpartition("/")[2] == STATE and found.size:
+            datasets[name.removesuffix(f"/vars/{STATE}")] = found[()].tobytes()
 
     try:
         with h5py.File(file, "r") as weights:
@@ -68,9 +68,9 @@ def read_checkpoint(path: str) -> dict[str, State]:
         reader = tf.train.load_checkpoint(path.removesuffix(".index"))
         types = reader.get_variable_to_dtype_map()
         found = {
-            name.partition("/.ATTRIBUTES/")[0]: reader.get_tensor(name)
+            name.removesuffix(CHECKPOINT_KEY): reader.get_tensor(name)
             for name, dtype in types.items()
-            if dtype == tf.string and name.endswith(f"/.ATTRIBUTES/{_STATE}")
+            if dtype == tf.string and name.endswith(CHECKPOINT_KEY)
         }
     except (tf.errors.OpError, ValueError) as error:
         raise StateError(f"{path} is damaged or not a TensorFlow checkpoint.") from error

@@ -15,6 +15,7 @@ from autoclip.core.adapter import (
     GroupSettings,
     ParameterInfo,
     ParamGroup,
+    parameter_names,
     row_names,
 )
 from autoclip.torch._parameters import checked_names, named, shape_of
@@ -256,11 +257,7 @@ class Groups:
 
     def names(self) -> list[str]:
         """What to call each parameter, group by group."""
-        return [
-            f"group {i}, parameter {k}" if name is None else name
-            for i, group in enumerate(self._groups)
-            for k, name in enumerate(group.names)
-        ]
+        return parameter_names([group.names for group in self._groups])
 
     def group_settings(self) -> list[GroupSettings]:
         """The settings of each group."""

@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
-import torch
-
 try:
     from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -23,10 +21,11 @@ except ModuleNotFoundError as error:
     ) from error
 
 from autoclip.core import Rule
-from autoclip.core.adapter import check_parameters, warn_user
+from autoclip.core.adapter import CHECKPOINT_FILE, check_parameters, warn_user
 from autoclip.torch._attach import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
+from autoclip.torch._reading import load_file
 from autoclip.torch._trainers import (
     ClipperClass,
     ClipperMaker,
@@ -40,7 +39,6 @@ __all__ = ["AutoClipCallback"]
 
 # In a checkpoint of the trainer's: its own name for the optimizer's state, and ours.
 OPTIMIZER_FILE = "optimizer.pt"
-OWN_FILE = "autoclip.safetensors"
 
 
 class AutoClipCallback(TrainerCallback):
@@ -61,8 +59,7 @@ class AutoClipCallback(TrainerCallback):
 
     DeepSpeed and FSDP1 clip all gradients together themselves: pass `global_clipping=True`. A norm
     is then compared with the norms before it. See `autoclip.torch.deepspeed.attach` and
-    `autoclip.torch.fsdp.attach`. Their checkpoints hold the
-    history as `autoclip.safetensors` too.
+    `autoclip.torch.fsdp.attach`. Their checkpoints hold the history as `autoclip.safetensors` too.
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
@@ -191,7 +188,7 @@ class AutoClipCallback(TrainerCallback):
             and not os.path.isfile(os.path.join(folder, OPTIMIZER_FILE))
         ):
             for clipper in self._clippers:
-                clipper.save(os.path.join(folder, OWN_FILE))
+                clipper.save(os.path.join(folder, CHECKPOINT_FILE))
 
     def on_train_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -212,8 +209,8 @@ class AutoClipCallback(TrainerCallback):
         # Another run may have left a checkpoint of the same step there.
         found = next((folder for folder in folders if _is_checkpoint_of(folder, state)), None)
         checkpoint = found if self._checkpoint is None else os.fspath(self._checkpoint)
-        if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, OWN_FILE)):
-            clipper.load(os.path.join(checkpoint, OWN_FILE))
+        if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, CHECKPOINT_FILE)):
+            clipper.load(os.path.join(checkpoint, CHECKPOINT_FILE))
         elif was_attached:
             return  # and loaded with the optimizer, which warns if there was no history
         elif checkpoint is not None:
@@ -260,8 +257,7 @@ def _calling_trainer() -> Trainer | None:
 def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> None:
     reason = f"There is no {path}"
     if os.path.isfile(path):
-        # Mapped, since the optimizer's own tensors in it are not needed.
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = load_file(path)
         if STATE_KEY in saved:
             clipper.load_state_dict(saved[STATE_KEY])
             return
