@@ -31,6 +31,22 @@ CHANGED = {
     "global": "quantile 0.9, global",
     "last 100 norms": "quantile 0.9, last 100",
 }
+# SI-SDR in dB on WSJ0-2mix, by percentile: Seetharaman et al., 2020, Table 1. The arms that clip to
+# these percentiles.
+PAPER = {
+    "deep clustering": (10.7, 10.7, 10.8, 10.7, 10.7, 10.5, 10.2),
+    "mask inference": (10.0, 10.3, 10.2, 9.9, 9.2, 8.7, 8.5),
+    "SNR": (9.9, 10.2, 10.4, 10.3, 9.9, 9.5, 8.3),
+}
+PERCENTILES = {
+    0: "",
+    1: "",
+    10: "quantile 0.1, global",
+    25: "",
+    50: "quantile 0.5, global",
+    90: "quantile 0.9, global",
+    100: NONE,
+}
 # The runs whose course is drawn.
 COURSE = (("separation", "SNR"), ("digits", "SGD, lr ×3"))
 
@@ -125,6 +141,24 @@ def task_table(study: Study, name: str) -> str:
         [arm] + [cell(task, study.scores(name, condition, arm)) for condition in task.conditions]
         for arm in ARMS
     ]
+    return markdown(head, rows)
+
+
+def paper_table(study: Study) -> str:
+    """The paper's Table 1 beside the same settings here."""
+    task = TASKS["separation"]
+    conditions = [condition for condition in task.conditions if condition.name in PAPER]
+    head = ["percentile"]
+    for condition in conditions:
+        head += [f"{condition.name}: paper", "here"]
+    rows = []
+    for i, (percentile, arm) in enumerate(PERCENTILES.items()):
+        row = [f"{percentile} (no clipping)" if arm == NONE else str(percentile)]
+        for condition in conditions:
+            scores = list(study.scores("separation", condition, arm).values())
+            here = f"{np.mean(scores):.1f}" if scores else "·"
+            row += [f"{PAPER[condition.name][i]:.1f}", here]
+        rows.append(row)
     return markdown(head, rows)
 
 
@@ -255,23 +289,48 @@ def rank_table(study: Study) -> str:
 
 
 def divergence_table(study: Study) -> str:
-    """How many runs diverged, of those that every arm has done."""
+    """How many runs diverged, of those that every arm has done, and tests against two arms."""
     groups = {
         "lr ×1": [(name, c) for name, c in study.comparable(seeds=1) if c.base],
         "larger lr": [(name, c) for name, c in study.comparable(seeds=1) if not c.base],
     }
-    rows = []
-    for arm in ARMS:
-        row = [arm]
-        for conditions in groups.values():
-            diverged = [
-                TASKS[name].diverged(study.scores(name, condition, arm)[seed])
-                for name, condition in conditions
-                for seed in study.shared_seeds(name, condition)
-            ]
-            row.append(f"{sum(diverged)} of {len(diverged)}")
-        rows.append(row)
-    return markdown(["diverged runs", *groups], rows)
+    diverged = {
+        arm: {
+            group: np.array(
+                [
+                    TASKS[name].diverged(study.scores(name, condition, arm)[seed])
+                    for name, condition in conditions
+                    for seed in study.shared_seeds(name, condition)
+                ],
+                bool,
+            )
+            for group, conditions in groups.items()
+        }
+        for arm in ARMS
+    }
+
+    def against(reference: str) -> dict[str, float]:
+        others = [arm for arm in ARMS if arm != reference]
+        theirs = diverged[reference]["larger lr"]
+        p_values = [mcnemar(theirs, diverged[arm]["larger lr"]) for arm in others]
+        return dict(zip(others, holm(p_values)))
+
+    tests = [against(NONE), against(DEFAULT)]
+    rows = [
+        [arm]
+        + [f"{runs.sum()} of {len(runs)}" for runs in diverged[arm].values()]
+        + [probability(test[arm]) if arm in test else "" for test in tests]
+        for arm in ARMS
+    ]
+    head = ["diverged runs", *groups, "p, against none", "p, against the default"]
+    return markdown(head, rows)
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """McNemar's exact test that two ways do equally often what they do in the same pairs."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    discordant = only_first + only_second
+    return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
 def defaults_table(study: Study) -> str:
@@ -395,6 +454,7 @@ def parts(study: Study, figures: Path, link: str) -> dict[str, str]:
     tables: dict[str, Callable[[], str]] = {
         "progress": lambda: progress_table(study),
         **{name: lambda name=name: task_table(study, name) for name in TASKS},
+        "paper": lambda: paper_table(study),
         "tuning": lambda: tuning_table(study),
         "robustness": lambda: robustness_table(study),
         "divergence": lambda: divergence_table(study),

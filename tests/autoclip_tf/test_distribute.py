@@ -69,7 +69,7 @@ def windows(clipper):
 def variables_of(clipper):
     pipeline = clipper._pipeline
     histories = [batch.history for batch in pipeline.rows._batches]
-    variables = [v for h in histories for v in (h._values, h._ordered, h._lengths, h._recorded)]
+    variables = [v for h in histories for v in (h._values, h._ordered, h._counters)]
     return [variable for variable in (*variables, pipeline._report) if variable is not None]
 
 

@@ -161,3 +161,16 @@ def test_intervals_hold_the_mean_and_move_with_the_values(
     np.testing.assert_allclose(shifted, (low + shift, high + shift), atol=1e-9)
     if len(set(values)) == 1:
         assert low == pytest.approx(values[0]) == high
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_mcnemar_looks_at_the_pairs_that_differ(
+    report: Any, pairs: list[tuple[bool, bool]]
+) -> None:
+    first, second = np.array(pairs).T
+    p = report.mcnemar(first, second)
+    assert p == report.mcnemar(second, first)
+    differ = first != second
+    assert p == report.mcnemar(first[differ], second[differ])
+    if len(set(pairs) & {(True, False), (False, True)}) == 1:  # all of them in one direction
+        assert p == pytest.approx(min(1.0, 2.0 ** (1 - int(differ.sum()))))

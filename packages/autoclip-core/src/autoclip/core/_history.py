@@ -277,25 +277,21 @@ class History(Saveable):
         listed = given.tolist()
         if [norm for norm in listed if norm < 0]:
             raise ValueError(_negative_norm(given))
-        ring, thresholds = self._ring, tracker.thresholds
+        push, update = self._ring.push_one, tracker.update_one
+        first, warmups, ceilings = self._includes_current, self._warmups, self._ceilings
         limits, coefficients = [], []
         for row, norm in enumerate(array("f", listed)):  # rounded; infinite beyond float32
             usable = SMALLEST_NORM <= norm < math.inf
-            warm = self._warmups is None or ring.recorded[row] >= self._warmups[row]
-            if usable and self._includes_current:
-                tracker.update_one(row, norm, ring.push_one(row, norm))
-            limit = thresholds[row] if warm else math.inf
-            if self._ceilings is not None:
-                limit = min(limit, float(self._ceilings[row]))
-            coefficient = 1.0
-            if usable:
-                if limit < norm:
-                    coefficient = limit / norm
-                if not self._includes_current:
-                    entered = norm
-                    if self._records_clipped:
-                        entered = float(np.float32(norm * coefficient))
-                    tracker.update_one(row, entered, ring.push_one(row, entered))
+            warm = warmups is None or self._ring.recorded[row] >= warmups[row]
+            if usable and first:
+                update(row, norm, push(row, norm))
+            limit = tracker.thresholds[row] if warm else math.inf
+            if ceilings is not None:
+                limit = min(limit, float(ceilings[row]))
+            coefficient = limit / norm if usable and limit < norm else 1.0
+            if usable and not first:
+                entered = float(np.float32(norm * coefficient)) if self._records_clipped else norm
+                update(row, entered, push(row, entered))
             limits.append(limit)
             coefficients.append(coefficient)
         return Report(given, np.array(limits), np.array(coefficients))

@@ -59,16 +59,21 @@ class RingBuffer:
         self._starts = np.cumsum(capacities) - capacities
         self._values: npt.NDArray[np.float32] = np.zeros(int(capacities.sum()), np.float32)
         self._grows = bool((capacities < self.history_length).any())
-        # For one row at a time: Python's numbers, without NumPy's price for a scalar.
-        self._view: Any = memoryview(self._values.data)
         self._row_starts = self._starts.tolist()
+        self._make_views()
+
+    def _make_views(self) -> None:
+        # For one row at a time: Python's numbers, without NumPy's price for a scalar.
+        self._values_view: Any = memoryview(self._values.data)
+        self._recorded_view: Any = memoryview(self.recorded.data)
+        self._lengths_view: Any = memoryview(self.lengths.data)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_view"}
+        return {n: value for n, value in self.__dict__.items() if not n.endswith("_view")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._view = memoryview(self._values.data)
+        self._make_views()
 
     @property
     def rows(self) -> int:
@@ -106,17 +111,17 @@ class RingBuffer:
 
     def push_one(self, row: int, entered: float) -> float | None:
         """Append one norm to one row; the norm that fell out of the window, or None."""
-        recorded, length = int(self.recorded[row]), int(self.lengths[row])
-        self.recorded[row] = recorded + 1
+        recorded, length = self._recorded_view[row], self._lengths_view[row]
+        self._recorded_view[row] = recorded + 1
         if length == self.history_length:
             slot = self._row_starts[row] + recorded % length
-            left: float = self._view[slot]
-            self._view[slot] = entered
+            left: float = self._values_view[slot]
+            self._values_view[slot] = entered
             return left
         if self._grows:
             self._reserve(np.array([row]), np.array([length]))
-        self._view[self._row_starts[row] + length] = entered
-        self.lengths[row] = length + 1
+        self._values_view[self._row_starts[row] + length] = entered
+        self._lengths_view[row] = length + 1
         self._renumber(np.array([row]), np.array([True]))
         return None
 
@@ -190,7 +195,7 @@ class RingBuffer:
         """The norms of one row at the places from `first` up to `end`."""
         start = self._row_starts[row]
         end = min(end, int(self.lengths[row]))
-        norms: list[float] = self._view[start + first : start + end].tolist()
+        norms: list[float] = self._values_view[start + first : start + end].tolist()
         return norms
 
     def padded(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -71,32 +71,32 @@ class _Numbers:
 
     def _unused(self, rows: int) -> dict[str, npt.NDArray[Any]]:
         return {
-            "max_norm": np.full(rows, np.inf),
-            "warmup_steps": np.zeros(rows, np.int64),
-            "drops": np.zeros(rows, bool),
+            "max_norm": np.full((rows, 1), np.inf),
+            "warmup_steps": np.zeros((rows, 1), np.int64),
+            "drops": np.zeros((rows, 1), bool),
         }
 
     def read(self, name: str) -> tf.Tensor | None:
-        """[rows], or [rows, 1] for a rule's settings; None if no row uses it."""
+        """[rows, 1]; None if no row uses it."""
         variable = self._variables.get(name)
         return None if variable is None else variable.read_value()
 
 
 def _columns(settings: Sequence[GroupSettings]) -> dict[str, npt.NDArray[Any]]:
-    """The numbers that some row uses, by name; a rule's are float64[rows, 1]."""
-    columns: dict[str, npt.NDArray[Any]] = {}
+    """The numbers that some row uses, by name: [rows, 1]."""
+    found: dict[str, npt.NDArray[Any]] = {}
     if any(each.max_norm is not None for each in settings):
         ceilings = [np.inf if each.max_norm is None else each.max_norm for each in settings]
-        columns["max_norm"] = np.array(ceilings, np.float64)
+        found["max_norm"] = np.array(ceilings, np.float64)
     if any(each.warmup_steps for each in settings):
-        columns["warmup_steps"] = np.array([each.warmup_steps for each in settings], np.int64)
+        found["warmup_steps"] = np.array([each.warmup_steps for each in settings], np.int64)
     if any(each.on_spike != "clip" for each in settings):
-        columns["drops"] = np.array([each.on_spike != "clip" for each in settings])
+        found["drops"] = np.array([each.on_spike != "clip" for each in settings])
     for name, value in settings[0].rule.settings.items():
         if isinstance(value, float):
-            column = [getattr(each.rule, name) for each in settings]
-            columns[f"rule/{name}"] = np.array(column, np.float64)[:, None]
-    return columns
+            numbers = [getattr(each.rule, name) for each in settings]
+            found[f"rule/{name}"] = np.array(numbers, np.float64)
+    return {name: numbers[:, None] for name, numbers in found.items()}
 
 
 class TensorHistory:
@@ -122,8 +122,8 @@ class TensorHistory:
         unused = np.full((rows, self.history_length), np.inf, np.float32)
         self._values = make_variable(unused, "values")
         self._ordered = make_variable(unused, "ordered") if needs_order(self._rule) else None
-        self._lengths = make_variable(np.zeros(rows, np.int64), "lengths")
-        self._recorded = make_variable(np.zeros(rows, np.int64), "recorded")
+        # The length of each window, and how many norms it has ever recorded: each variable costs.
+        self._counters = make_variable(np.zeros((rows, 2), np.int64), "counters")
 
     # -- settings ----------------------------------------------------------------------------
 
@@ -143,10 +143,10 @@ class TensorHistory:
         As `autoclip.core.History.record` does.
 
         Args:
-            norms: float64[rows].
+            norms: float64[rows, 1].
 
         Returns:
-            A report of float64 tensors, without names.
+            A report of float64[rows, 1], without names.
         """
         windows = self._read_windows()
         before = windows.recorded
@@ -176,7 +176,7 @@ class TensorHistory:
         return Report(norms, thresholds, coefficients)
 
     def thresholds(self) -> tf.Tensor:
-        """float64[rows]: the thresholds of the windows as they are now."""
+        """float64[rows, 1]: the thresholds of the windows as they are now."""
         windows = self._read_windows()
         return self._limited(self._judge(windows)[0], windows.recorded)
 
@@ -193,13 +193,13 @@ class TensorHistory:
 
         def by_row(found: Any, where: tf.Tensor) -> tf.Tensor:
             column = tf.broadcast_to(tf.convert_to_tensor(found, tf.float64), [len(self), 1])
-            return tf.where(where, tf.reshape(column, [len(self)]), infinity)
+            return tf.where(where, column, infinity)
 
         found = self._rule.threshold(window, **arguments)
         raw = by_row(found, filled)
         if norms is None or type(self._rule).clip_to is Rule.clip_to:
             return raw, raw
-        target = self._rule.clip_to(window, norms[:, None], found, **arguments)
+        target = self._rule.clip_to(window, norms, found, **arguments)
         return raw, raw if target is found else by_row(target, filled & (norms > raw))
 
     def _limited(self, thresholds: tf.Tensor, recorded: tf.Tensor) -> tf.Tensor:
@@ -213,51 +213,43 @@ class TensorHistory:
     # -- windows -----------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return int(self._lengths.shape[0])
+        return int(self._counters.shape[0])
 
     def _read_windows(self) -> _Windows:
         # Read first: XLA cannot gather from a variable, only from what was read.
         ordered = None if self._ordered is None else self._ordered.read_value()
-        return _Windows(
-            self._values.read_value(),
-            ordered,
-            self._lengths.read_value(),
-            self._recorded.read_value(),
-        )
+        return _Windows(self._values.read_value(), ordered, self._counters.read_value())
 
     def _assign_windows(self, windows: _Windows) -> None:
         # Dense assignments, never scattered ones: those are not mirrored over replicas.
         self._values.assign(windows.values)
         if self._ordered is not None:
             self._ordered.assign(windows.ordered)
-        self._lengths.assign(windows.lengths)
-        self._recorded.assign(windows.recorded)
+        self._counters.assign(windows.counters)
 
     def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """Copy all windows out; see `autoclip.core.History.read`."""
-        values, lengths = self._values.numpy(), self._lengths.numpy()
-        recorded = np.array(self._recorded.numpy(), np.int64)
+        values, counters = self._values.numpy(), np.array(self._counters.numpy(), np.int64)
         windows = [
             values[row, np.arange(count - length, count) % self.history_length]
-            for row, (length, count) in enumerate(zip(lengths, recorded))
+            for row, (length, count) in enumerate(counters)
         ]
-        return windows, recorded
+        return windows, counters[:, 1]
 
     def write(
         self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> None:
         """Replace all windows; of one longer than `history_length` the newest norms stay."""
         values = np.full((len(windows), self.history_length), np.inf, np.float32)
-        lengths = np.zeros(len(windows), np.int64)
+        counters = np.zeros((len(windows), 2), np.int64)
         for row, (window, count) in enumerate(zip(windows, recorded)):
             window = window[-self.history_length :]
-            lengths[row] = len(window)
+            counters[row] = len(window), count
             values[row, np.arange(count - len(window), count) % self.history_length] = window
         self._values.assign(values)
         if self._ordered is not None:
             self._ordered.assign(np.sort(values, axis=1))
-        self._lengths.assign(lengths)
-        self._recorded.assign(recorded)
+        self._counters.assign(counters)
 
 
 class _Windows:
@@ -266,32 +258,28 @@ class _Windows:
     Args:
         values: float32[rows, history_length], the ring of each row.
         ordered: the same in ascending order, or None.
-        lengths: int64[rows].
-        recorded: int64[rows].
+        counters: int64[rows, 2], `lengths` and `recorded`, which are its columns.
     """
 
-    def __init__(
-        self, values: tf.Tensor, ordered: tf.Tensor | None, lengths: tf.Tensor, recorded: tf.Tensor
-    ) -> None:
-        self.values, self.ordered = values, ordered
-        self.lengths, self.recorded = lengths, recorded
+    def __init__(self, values: tf.Tensor, ordered: tf.Tensor | None, counters: tf.Tensor) -> None:
+        self.values, self.ordered, self.counters = values, ordered, counters
+        self.lengths, self.recorded = tf.split(counters, 2, axis=1)
 
     def pushed(self, norms: tf.Tensor, usable: tf.Tensor) -> _Windows:
-        """These windows with one norm appended to each row where `usable`."""
+        """These windows with one norm appended to each row where `usable`; both [rows, 1]."""
         history_length = self.values.shape[1]
         slot = self.recorded % history_length
-        here = tf.one_hot(slot, history_length, on_value=True, off_value=False, dtype=tf.bool)
-        values = tf.where(here & usable[:, None], norms[:, None], self.values)
+        # A slot that was never used holds infinity. A row that does not record takes back what it
+        # held: nothing changes.
+        held = tf.gather(self.values, slot, batch_dims=1)
+        entered = tf.where(usable, norms, held)
+        here = tf.range(history_length, dtype=tf.int64) == slot
+        values = tf.where(here, entered, self.values)
         ordered = self.ordered
         if ordered is not None:
-            # A slot that was never used holds infinity, and so "leaves" without a trace. A row
-            # that does not record lets infinity come and go: nothing changes.
-            left = tf.where(usable, tf.gather(self.values, slot, batch_dims=1), np.inf)
-            entered = tf.where(usable, norms, np.inf)
-            ordered = _replace_in_order(ordered, entered[:, None], left[:, None])
-        one_more = tf.cast(usable, tf.int64)
-        lengths = tf.minimum(self.lengths + one_more, history_length)
-        return _Windows(values, ordered, lengths, self.recorded + one_more)
+            ordered = _replace_in_order(ordered, entered, held)
+        counters = self.counters + tf.cast(usable, tf.int64)
+        return _Windows(values, ordered, tf.minimum(counters, [history_length, tf.int64.max]))
 
 
 def _replace_in_order(ordered: tf.Tensor, entered: tf.Tensor, left: tf.Tensor) -> tf.Tensor:

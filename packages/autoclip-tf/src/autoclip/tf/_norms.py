@@ -1,7 +1,7 @@
 """The true L2 norms of a list of gradients, as tensor operations.
 
-Each operation costs milliseconds to trace and microseconds to run, so small gradients of equal
-shapes are stacked and take a few operations together, in float64. Each large gradient takes one
+Each operation costs milliseconds to trace and microseconds to run, so small gradients are
+summed in float64 with few operations, those of equal shapes together. Each large gradient takes one
 operation that reads it once, in float32.
 
 Norms leave this module as float64: wide enough that the norm of finite float32 elements is always
@@ -26,6 +26,8 @@ Gradient: TypeAlias = Any
 
 # With fewer elements than this, starting an operation costs more than what it does.
 _SMALL = 2**12
+# So many arrays of one shape take fewer operations stacked than one by one.
+_MANY = 3
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
 # XLA sums long vectors slowly on the CPU, and rows of this length, as a product, fast.
@@ -59,12 +61,15 @@ def gradient_norms(gradients: Sequence[Gradient | None], xla: bool) -> tf.Tensor
             stacks.setdefault((values.dtype, *values.shape), {})[i] = values
         else:
             large[i] = _real(values)
-    parts = []
-    if stacks:
-        parts.append(_small_norms([list(stack.values()) for stack in stacks.values()]))
+    many = [stack for stack in stacks.values() if len(stack) >= _MANY]
+    rest = [stack for stack in stacks.values() if len(stack) < _MANY]
+    few = dict(sorted((i, values) for stack in rest for i, values in stack.items()))
+    parts = [_stacked_norms(list(stack.values())) for stack in many]
+    if few:
+        parts.append(_small_norms(list(few.values())))
     if large:
         parts.append((_xla_norms if xla else _graph_norms)(list(large.values())))
-    order = [i for stack in stacks.values() for i in stack] + list(large)
+    order = [i for arrays in (*many, few, large) for i in arrays]
     none = [i for i, gradient in enumerate(gradients) if gradient is None]
     if none:
         parts.append(tf.zeros([len(none)], tf.float64))
@@ -119,19 +124,17 @@ def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _small_norms(stacks: Sequence[Sequence[tf.Tensor]]) -> tf.Tensor:
-    """The norms, in order, of arrays of at most 32 bits for each real number.
-
-    Args:
-        stacks: arrays of equal shapes and dtypes.
-    """
+def _stacked_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The norms of arrays of one shape and dtype, of at most 32 bits for each real number."""
     # In float64 the squares of float32 elements neither overflow nor underflow.
-    squares = []
-    for arrays in stacks:
-        wide = tf.cast(_real(tf.stack(arrays)), tf.float64)
-        axes = list(range(1, wide.shape.rank))
-        squares.append(tf.reduce_sum(tf.square(wide), axes))
-    return tf.sqrt(squares[0] if len(squares) == 1 else tf.concat(squares, axis=0))
+    wide = tf.cast(_real(tf.stack(arrays)), tf.float64)
+    return tf.sqrt(tf.reduce_sum(tf.square(wide), list(range(1, wide.shape.rank))))
+
+
+def _small_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The same for arrays of any shapes and dtypes."""
+    halves = [tf.nn.l2_loss(tf.cast(_real(array), tf.float64)) for array in arrays]
+    return tf.sqrt(2.0 * tf.stack(halves))
 
 
 def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -65,7 +65,7 @@ class Rows:
         self._settings = list(settings)
 
     def record(self, norms: tf.Tensor) -> Report[tf.Tensor]:
-        """Record a step in all rows; see `TensorHistory.record`."""
+        """Record a step in all rows, [rows, 1]; see `TensorHistory.record`."""
         if len(self._batches) == 1:
             return self._batches[0].history.record(norms)
         parts = [batch.history.record(tf.gather(norms, batch.rows)) for batch in self._batches]
@@ -77,7 +77,7 @@ class Rows:
 
     def thresholds(self) -> tf.Tensor:
         """float64[rows]: the thresholds of the windows as they are now."""
-        return self._in_order([batch.history.thresholds() for batch in self._batches])
+        return self._in_order([batch.history.thresholds() for batch in self._batches])[:, 0]
 
     def _in_order(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
         return parts[0] if len(parts) == 1 else tf.gather(tf.concat(parts, 0), self._places)

@@ -65,7 +65,7 @@ class Pipeline:
         # Norms, thresholds and coefficients in one variable: each assignment costs time. Zeros
         # throughout say that there is nothing to report; a step has coefficients of 1 where norms
         # are 0.
-        self._report = make_variable(np.zeros((3, len(self.rows))), "report")
+        self._report = make_variable(np.zeros((len(self.rows), 3)), "report")
         self._faults = (
             make_variable(np.zeros(len(variables), bool), "faults") if self._raises.any() else None
         )
@@ -152,11 +152,13 @@ class Pipeline:
                 after = self._refuse_nonfinite(fine)
         with tf.control_dependencies(after):
             report = self.rows.record(self._row_norms(tf.identity(norms), finite))
-            self._report.assign(tf.stack([report.norms, report.thresholds, report.coefficients]))
+            numbers = [report.norms, report.thresholds, report.coefficients]
+            self._report.assign(tf.concat(numbers, axis=1))
             if len(self.rows) == 1:  # a scalar costs no operation for each gradient
                 factors = tf.reshape(report.coefficients, [])
             else:
-                factors = _at(report.coefficients, self._row_of[list(present)])
+                by_row = tf.reshape(report.coefficients, [-1])
+                factors = _at(by_row, self._row_of[list(present)])
             if finite is not None:
                 dropped = _at(~finite & self._drops, present)
                 factors = tf.where(dropped, tf.zeros((), tf.float64), factors)
@@ -164,18 +166,18 @@ class Pipeline:
             return scale(given, factors, xla, may_be_zero=finite is not None)
 
     def _row_norms(self, norms: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
-        """float64[rows]: the norms of what the rows stand for, from those of all variables."""
+        """float64[rows, 1]: the norms of what the rows stand for, from those of all variables."""
         if finite is not None and self._zeroes.any():
             # Such a gradient becomes zero: the norm is that of what is left.
             norms = tf.where(self._zeroes & ~finite, tf.zeros((), tf.float64), norms)
         if self._mode == "parameter":
-            return norms
-        if len(self.rows) == 1:
-            return root_of_squares(norms)[None]
-        by_row = [
-            tf.gather(norms, np.flatnonzero(self._row_of == i)) for i in range(len(self.rows))
-        ]
-        return tf.stack([root_of_squares(each) for each in by_row])
+            by_row = norms
+        elif len(self.rows) == 1:
+            by_row = root_of_squares(norms)
+        else:
+            members = [np.flatnonzero(self._row_of == i) for i in range(len(self.rows))]
+            by_row = tf.stack([root_of_squares(tf.gather(norms, each)) for each in members])
+        return tf.reshape(by_row, [-1, 1])
 
     def _refuse_nonfinite(self, fine: tf.Tensor) -> list[tf.Operation]:
         """Raise, or an operation that fails when it runs, unless all is fine."""
@@ -218,7 +220,7 @@ class Pipeline:
         values = self._report.read_value()
         if tf.executing_eagerly() and not values.numpy().any():
             return None
-        norms, thresholds, coefficients = tf.unstack(tf.cast(values, tf.float32))
+        norms, thresholds, coefficients = tf.unstack(tf.cast(values, tf.float32), axis=1)
         return Report(norms, thresholds, coefficients, self.row_names)
 
     def read_report(self) -> Report[npt.NDArray[np.float32]] | None:
@@ -226,7 +228,7 @@ class Pipeline:
         values = self._report.read_value().numpy()
         if not values.any():
             return None
-        norms, thresholds, coefficients = values.astype(np.float32)
+        norms, thresholds, coefficients = values.astype(np.float32).T
         return Report(norms, thresholds, coefficients, self.row_names)
 
     def reset(self) -> None:

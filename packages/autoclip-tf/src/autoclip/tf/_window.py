@@ -20,8 +20,8 @@ class TensorWindow(Window[tf.Tensor]):
         values: float32[rows, history_length], infinite where a slot is unused. The norm that a row
             recorded as its k-th (from 0) is in slot `k % history_length`.
         ordered: the same in ascending order, or None if it is not kept.
-        lengths: int64[rows], how many norms each window holds.
-        recorded: int64[rows], how many norms each row has ever recorded.
+        lengths: int64[rows, 1], how many norms each window holds.
+        recorded: int64[rows, 1], how many norms each row has ever recorded.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class TensorWindow(Window[tf.Tensor]):
         self._values = values
         self._ordered = ordered
         self._recorded = recorded
-        self._last = tf.maximum(lengths - 1, 0)[:, None]
+        self._last = tf.maximum(lengths - 1, 0)
         self.count = tf.cast(self._last + 1, tf.float64)
 
     @cached_property
@@ -42,7 +42,7 @@ class TensorWindow(Window[tf.Tensor]):
     def age(self) -> tf.Tensor:
         """See `Window`; computed only for rules that ask."""
         slots = tf.range(self._values.shape[1], dtype=tf.int64)
-        ages = tf.math.floormod(self._recorded[:, None] - 1 - slots, self._values.shape[1])
+        ages = tf.math.floormod(self._recorded - 1 - slots, self._values.shape[1])
         return tf.cast(ages, tf.float64)
 
     @cached_property
@@ -65,9 +65,7 @@ class TensorWindow(Window[tf.Tensor]):
             ordered = tf.sort(self._values, axis=1) if self._ordered is None else self._ordered
         position = tf.convert_to_tensor(q, tf.float64) * tf.cast(self._last, tf.float64)
         lower = tf.cast(position, tf.int64)
-        upper = tf.minimum(lower + 1, self._last)
-        found = tf.gather(ordered, tf.concat([lower, upper], axis=1), batch_dims=1)
+        places = tf.minimum(lower + np.arange(2), self._last)
+        found = tf.gather(ordered, places, batch_dims=1)
         a, b = tf.split(tf.cast(found, tf.float64), 2, axis=1)
-        # From the nearer one, as numpy.quantile does.
-        t, difference = position - tf.cast(lower, tf.float64), b - a
-        return tf.where(t < 0.5, a + difference * t, b - difference * (1.0 - t))
+        return a + (b - a) * (position - tf.cast(lower, tf.float64))

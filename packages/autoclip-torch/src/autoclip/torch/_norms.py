@@ -42,6 +42,8 @@ _SMALL = 2**12
 _LARGE = 2**18
 # torch.cat takes vectors as they are, in a fifth of the time, but is one more call.
 _MANY_VECTORS = 32
+# Up to so many gradients are quicker looked at one by one.
+_FEW = 8
 # Elements that are gathered, or widened from 16 bits, at a time: the bound of temporary memory.
 _CHUNK = 2**18
 # Below this mean square the squares of single elements may underflow in float32.
@@ -93,6 +95,8 @@ def _flat(values: Tensor) -> Tensor:
 
 def _row_length(elements: int) -> int:
     """The longest row that `elements` divide into, up to `_ROW`; `_ROW` if none is long enough."""
+    if elements <= _ROW:
+        return max(1, elements)
     lengths = range(_ROW, _ROW // 8, -1)
     return next((length for length in lengths if elements % length == 0), _ROW)
 
@@ -140,10 +144,10 @@ class _Sums(NamedTuple):
     Attributes:
         places: which gradients, in the order of `starts`.
         starts: where each one's squares begin in `squares`.
-        squares: one for each element of a small gradient, and for each row of a large one; float64.
+        squares: one for each element that is gathered, and for each row of the others; float64.
         gathered: small gradients that one call brings together, whether they are all vectors, and
             their part of `squares`.
-        in_rows: a large gradient, the length of its rows, and its part of `squares`, [rows, 1, 1].
+        in_rows: another gradient, the length of its rows, and its part of `squares`, [rows, 1, 1].
     """
 
     places: npt.NDArray[np.int64]
@@ -167,7 +171,7 @@ class CpuNorms:
         self._sums: list[_Sums] = []
         self._others: list[int] = []
         self._smallest_squares = np.full(len(gradients), -1.0)
-        # For each dtype: small gradients, small vectors, large gradients.
+        # For each dtype: arrays and vectors to be gathered, gradients to be taken in rows.
         plain: dict[torch.dtype, tuple[list[int], list[int], list[int]]] = {}
         sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
         for i in range(len(gradients)) if places is None else places:
@@ -175,19 +179,22 @@ class CpuNorms:
             if gradient is None or not sizes[i] or is_fake(gradient):
                 continue
             self._smallest_squares[i] = _SMALL_MEAN_SQUARE * sizes[i]
-            arrays, vectors, large = plain.setdefault(gradient.dtype, ([], [], []))
+            arrays, vectors, in_rows = plain.setdefault(gradient.dtype, ([], [], []))
             if gradient.layout is not torch.strided or gradient.dtype not in REAL_DTYPES:
                 self._others.append(i)
             elif sizes[i] <= _SMALL:
                 (vectors if gradient.dim() == 1 else arrays).append(i)
-            elif gradient.dtype in _WIDE and sizes[i] % _row_length(sizes[i]) == 0:
-                large.append(i)
+            elif _goes_in_rows(gradient):
+                in_rows.append(i)
             else:
                 self._others.append(i)
-        for arrays, vectors, large in plain.values():
-            if arrays and len(vectors) < _MANY_VECTORS:
-                arrays, vectors = arrays + vectors, []
-            self._sums += _sums(arrays, vectors, large, sizes)
+        for arrays, vectors, in_rows in plain.values():
+            small = sorted(arrays + vectors)
+            if len(small) <= _FEW and all(_goes_in_rows(gradients[i]) for i in small):  # type: ignore[arg-type]
+                arrays, vectors, in_rows = [], [], sorted(small + in_rows)
+            elif arrays and len(vectors) < _MANY_VECTORS:
+                arrays, vectors = small, []
+            self._sums += _sums(arrays, vectors, in_rows, sizes)
 
     def of(self, gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
         """The norms of gradients like those that the plan was made of.
@@ -209,30 +216,45 @@ class CpuNorms:
                 found[places] = np.add.reduceat(squares, starts)
             for i in self._others:
                 found[i] = _square(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
-            sure = found > self._smallest_squares
-            is_sure = np.count_nonzero(sure) == len(sure) and math.isfinite(np.add.reduce(found))
             norms = np.sqrt(found)
         # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
-        if not is_sure:
-            for i in np.flatnonzero(~(sure & np.isfinite(found))).tolist():
-                norms[i] = _careful_norm(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
+        for i in self._unsure(found):
+            norms[i] = _careful_norm(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
         return norms
+
+    def _unsure(self, squares: npt.NDArray[np.float64]) -> Sequence[int]:
+        """Where the sum of squares may not be right."""
+        least = self._smallest_squares
+        if len(least) <= _FEW:
+            pairs = enumerate(zip(squares.tolist(), least.tolist()))
+            return [i for i, (square, bound) in pairs if not bound < square < math.inf]
+        sure = squares > least
+        if np.count_nonzero(sure) == len(sure) and math.isfinite(np.add.reduce(squares)):
+            return []
+        unsure: list[int] = np.flatnonzero(~(sure & np.isfinite(squares))).tolist()
+        return unsure
+
+
+def _goes_in_rows(gradient: Tensor) -> bool:
+    """Whether the elements of a strided gradient of a real dtype divide into rows for a sum."""
+    elements = gradient.numel()
+    return gradient.dtype in _WIDE and elements % _row_length(elements) == 0
 
 
 def _sums(
     arrays: Sequence[int],
     vectors: Sequence[int],
-    large: Sequence[int],
+    in_rows: Sequence[int],
     sizes: Sequence[int],
 ) -> Iterator[_Sums]:
     """Plan the sums of gradients of one dtype, at most `_CHUNK` squares at a time."""
     counts = list(sizes)
-    for i in large:
+    for i in in_rows:
         counts[i] //= _row_length(sizes[i])
-    parts = list(chunks([*arrays, *vectors, *large], counts, _CHUNK))
+    parts = list(chunks([*arrays, *vectors, *in_rows], counts, _CHUNK))
     longest = max((sum(counts[i] for i in part) for part in parts), default=0)
     buffer: npt.NDArray[np.float64] = np.empty(longest)
-    kinds = {**dict.fromkeys(arrays, 0), **dict.fromkeys(vectors, 1), **dict.fromkeys(large, 2)}
+    kinds = {**dict.fromkeys(arrays, 0), **dict.fromkeys(vectors, 1), **dict.fromkeys(in_rows, 2)}
     for part in parts:
         ends = np.cumsum([counts[i] for i in part])
         starts = ends - [counts[i] for i in part]
@@ -242,12 +264,12 @@ def _sums(
             if here:
                 region = buffer[starts[here[0]] : ends[here[-1]]]
                 gathered.append(([part[k] for k in here], kind == 1, region))
-        in_rows = [
+        rows = [
             (i, _row_length(sizes[i]), buffer[starts[k] : ends[k], None, None])
             for k, i in enumerate(part)
             if kinds[i] == 2
         ]
-        yield _Sums(np.array(part), starts, buffer[: ends[-1]], gathered, in_rows)
+        yield _Sums(np.array(part), starts, buffer[: ends[-1]], gathered, rows)
 
 
 def _sum_rows(values: Tensor, length: int, out: npt.NDArray[np.float64]) -> None:

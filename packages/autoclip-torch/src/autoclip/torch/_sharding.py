@@ -26,6 +26,8 @@ from autoclip.torch._rows import as_tensor
 
 __all__ = ["Sharding", "called_by_loss_scaler", "sharding_of"]
 
+# The classes of parameters that are whole on each process.
+_PLAIN = {Tensor, torch.nn.Parameter}
 # Squares of norms up to this, of as many processes as there are, add up within float64.
 _LARGEST = 2.0**496
 _OTHER_PROCESS = (
@@ -52,6 +54,8 @@ def sharding_of(
             all processes.
     """
     refuse_unsupported(parameters)
+    if _PLAIN.issuperset(map(type, parameters)):  # the usual case
+        return None
     kind = _dtensor_class()
     if kind is None or not any(isinstance(p, kind) for p in parameters):
         return None

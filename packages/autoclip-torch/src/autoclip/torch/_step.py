@@ -58,9 +58,9 @@ class StepResult(NamedTuple):
         """0-d float32: `norm`. Made when asked for, which an optimizer's hook does not do."""
         if isinstance(self.norm, Tensor):
             return self.norm.float()
-        # In a fifth of the time that torch.tensor takes, which accepts what is beyond float32.
+        # In less than half of the time that torch.tensor takes; on the CPU whatever the default is.
         narrow = math.inf if self.norm > _LARGEST else self.norm
-        return torch.scalar_tensor(narrow, dtype=torch.float32, device=_CPU)
+        return torch.from_numpy(np.array(narrow, np.float32))
 
 
 class Pipeline:
@@ -125,13 +125,13 @@ class Pipeline:
         gradients: Sequence[Tensor | None] = [p.grad for p in parameters]
         mode = groups.settings.mode
         self._sharding = sharding_of(parameters, self._sharding, mode)
-        if all(gradient is None for gradient in gradients):
+        if next((True for gradient in gradients if gradient is not None), False):
+            self._has_seen_a_gradient = True
+        else:
             self._warn_without_gradients()
             if self._sharding is None:  # otherwise the other processes wait for this one
                 self.reports = []
                 return StepResult(0.0)
-        else:
-            self._has_seen_a_gradient = True
         if self._sharding is not None and (found_inf is not None or called_by_loss_scaler()):
             self._sharding.refuse_loss_scaler()
 
