@@ -181,7 +181,7 @@ class TensorFlow(Side):
             gradients = [0.0 if value is None else value for value in gradients]
         given = [None if each is None else tf.constant([each], dtype) for each in gradients]
         before = self.thresholds()
-        _, thresholds, coefficients = self.call(given).numpy()
+        _, thresholds, coefficients = self.call(given).numpy().T
         if all(value is None for value in given):
             return before, np.ones(len(given))
         return thresholds, coefficients

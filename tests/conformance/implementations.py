@@ -228,7 +228,7 @@ def _tensorflow(file: File, compiled: bool | None) -> Rows:
     for values in steps:
         given = [None if value is None else tf.constant([value]) for value in values]
         gradients, report = step(given)
-        _, thresholds, coefficients = report.numpy()
+        _, thresholds, coefficients = report.numpy().T
         if not report.numpy().any():  # a step without gradients
             thresholds, coefficients = clipper.thresholds.numpy(), np.ones(len(rows))
         reports.append((thresholds, coefficients))
