@@ -7,16 +7,32 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from measure import Timing, add_output_options, compare, full_history, write_output
 from shapes import MODELS
 from torch_gradients import Gradients, add_torch_options
 
-from autoclip.core import Quantile, Rule, Standard
+from autoclip.core import Quantile, Rule, Standard, register_rule, setting
 from autoclip.torch import Clipper
+
+
+@register_rule
+@dataclass(frozen=True)
+class Mean(Rule):
+    """A rule of one's own, which no tracker follows: it reads the windows at each step."""
+
+    factor: float = setting(1.2, gt=0)
+    name: ClassVar[str] = "mean"
+
+    @staticmethod
+    def threshold(window: Any, factor: Any) -> Any:
+        """See `Rule.threshold`."""
+        return factor * window.mean()
+
 
 RIVAL = "Quantile(0.9)"
 # A ceiling that no norm reaches, and a warm-up that is over: the settings at work.
@@ -36,6 +52,7 @@ SETTINGS: dict[str, tuple[Rule, dict[str, Any]]] = {
     "Standard()": (Standard(), {}),
     "Standard(decay=0.97)": (Standard(decay=0.97), {}),
     "Standard(decay=0.97, shrink=True)": (Standard(decay=0.97, shrink=True), {}),
+    "an own rule: Mean()": (Mean(), {}),
 }
 MODES = {
     "parameter-wise": {},
