@@ -273,8 +273,10 @@ class _Windows:
         # held: nothing changes.
         held = tf.gather(self.values, slot, batch_dims=1)
         entered = tf.where(usable, norms, held)
-        here = tf.range(history_length, dtype=tf.int64) == slot
-        values = tf.where(here, entered, self.values)
+        rows = np.arange(self.values.shape[0], dtype=np.int64)[:, None]
+        values = tf.tensor_scatter_nd_update(
+            self.values, tf.concat([rows, slot], axis=1), tf.reshape(entered, [-1])
+        )
         ordered = self.ordered
         if ordered is not None:
             ordered = _replace_in_order(ordered, entered, held)
