@@ -68,4 +68,5 @@ class TensorWindow(Window[tf.Tensor]):
         places = tf.minimum(lower + np.arange(2), self._last)
         found = tf.gather(ordered, places, batch_dims=1)
         a, b = tf.split(tf.cast(found, tf.float64), 2, axis=1)
+        # Right to float64's rounding. numpy.quantile starts from the nearer one, for its last bit.
         return a + (b - a) * (position - tf.cast(lower, tf.float64))

@@ -125,7 +125,7 @@ class Pipeline:
         gradients: Sequence[Tensor | None] = [p.grad for p in parameters]
         mode = groups.settings.mode
         self._sharding = sharding_of(parameters, self._sharding, mode)
-        if next((True for gradient in gradients if gradient is not None), False):
+        if any(gradient is not None for gradient in gradients):
             self._has_seen_a_gradient = True
         else:
             self._warn_without_gradients()
