@@ -23,7 +23,7 @@ PROJECTS = {
     "autoclip-tf": REPOSITORY / "packages" / "autoclip-tf",
 }
 CODE = [name for name in PROJECTS if name != "autoclip"]
-PLACEHOLDERS = {"autoclip/torch.py", "autoclip/tf.py"}
+PLACEHOLDERS = {f"autoclip/{name}.py" for name in ("torch", "tf", "QuantileClip", "StandardClip")}
 
 
 def declared(name: str) -> ProjectMetadata:

@@ -111,6 +111,15 @@ def test_core_alone_says_what_to_install(make_environment: Callable) -> None:
         assert environment.succeed(attempt) == f"autoclip.{name}"
 
 
+@pytest.mark.parametrize("name", ["QuantileClip", "StandardClip"])
+def test_a_clipper_is_imported_from_its_framework(name: str, make_environment: Callable) -> None:
+    environment = make_environment()
+    environment.pip("install", "autoclip")
+    error = environment.fail(f"from autoclip import {name}")
+    assert f"from autoclip.torch import {name}, or from autoclip.tf import {name}" in error
+    assert environment.succeed("import autoclip; print(hasattr(autoclip, '__file__'))") == "False"
+
+
 def test_an_empty_folder_of_the_adapter_is_not_the_adapter(
     tmp_path: Path, make_environment: Callable
 ) -> None:
