@@ -1,7 +1,10 @@
 """Optimizers as other libraries write them, by stand-ins with the same interface.
 
 `Quantized` overrides what bitsandbytes' optimizers (0.50) override, `Sam` has the methods of
-pytorch_optimizer's SAM (4.1), and `Lomo` those of its LOMO. The libraries are not installed here.
+pytorch_optimizer's SAM (4.1), and `Lomo` those of its LOMO. `WarmingUp` has a hyperparameter with
+the name of a clipper's setting, as schedulefree's optimizers (1.4) and heavyball's (3.2) do,
+`Container` is torchtitan's container of optimizers, and `Lookahead` pytorch_optimizer's. The
+libraries are not installed here.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from autoclip.torch import QuantileClip, StateError
+from autoclip.core.adapter import CLIPPER_SETTINGS
+from autoclip.torch import QuantileClip, StandardClip, StateError
 
 SETTINGS: dict[str, Any] = {"quantile": 0.5, "history_length": 16}
 
@@ -105,6 +109,55 @@ class Sam(Optimizer):
 class Lomo(SGD):
     def fused_backward(self, loss: Tensor, lr: float) -> None:
         """The weights are updated in here."""
+
+
+class WarmingUp(SGD):
+    """With hyperparameters of its own, by any name."""
+
+    def __init__(self, params: Any, lr: float = 0.1, **own: Any) -> None:
+        super().__init__(params, lr)
+        for name, value in (own or {"warmup_steps": 0}).items():
+            self.defaults[name] = value
+            for group in self.param_groups:
+                group.setdefault(name, value)
+
+
+class Container(Optimizer):
+    def __init__(self, params: Any, **settings: Any) -> None:
+        params = list(params)
+        self.inner = AdamW(params, **settings)
+        super().__init__(params, settings)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+class Lookahead(Optimizer):
+    """Shares the groups of the optimizer inside, and has defaults of its own."""
+
+    def __init__(self, optimizer: Optimizer, k: int = 2) -> None:
+        super().__init__(optimizer.param_groups, {"k": k})
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "optimizer" in vars(self):  # not while torch's __init__ calls it
+            self.optimizer.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+
+
+class OwnStep(AdamW):
+    """A torch optimizer with a step of its own, which knows nothing of the attribute."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.sub_(p.grad, alpha=group["lr"])
 
 
 def make_model() -> nn.Module:
@@ -260,3 +313,142 @@ def test_sam_clips_what_its_weights_are_updated_with() -> None:
 def test_weights_that_are_updated_in_the_backward_pass() -> None:
     with pytest.warns(UserWarning, match=r"Lomo\.fused_backward updates the weights"):
         QuantileClip.as_optimizer(Lomo(make_model().parameters()))
+
+
+# -- hyperparameters with the names of settings --------------------------------------------------
+
+# Settings of the clippers below, and values that no clipper has by default.
+OWN: dict[str, Any] = {
+    "quantile": 0.123,
+    "factor": 7.0,
+    "history_length": 77,
+    "max_norm": 1e-3,
+    "warmup_steps": 2000,
+    "include_current": False,
+    "record": "clipped",
+    "on_spike": "skip",
+    "on_nonfinite": "raise",
+}
+
+
+def test_every_setting_is_tried() -> None:
+    assert {*CLIPPER_SETTINGS, "quantile", "factor"} == OWN.keys()
+
+
+@pytest.mark.parametrize("how", ["as_optimizer", "attach", "wrapped"])
+@pytest.mark.parametrize("mode", [{}, {"group_clipping": True}, {"global_clipping": True}])
+def test_an_optimizers_hyperparameter_is_no_setting(how: str, mode: dict[str, Any]) -> None:
+    """Whatever its name: the clipper's settings are those that it was given."""
+    model = make_model()
+    optimizer: Any = WarmingUp(model[0].parameters(), **OWN)
+    if how == "wrapped":
+        optimizer = Lookahead(optimizer)
+    if how == "attach":
+        QuantileClip(model[0].parameters(), **SETTINGS, **mode).attach(optimizer)
+    else:
+        QuantileClip.as_optimizer(optimizer, **SETTINGS, **mode)
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": list(model[2].parameters()), **OWN})
+    train(model, optimizer, range(2, 4))
+    clipper = optimizer.clipper
+    for group in clipper.param_groups:
+        assert {name: group[name] for name in OWN} == clipper.defaults
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [group["history_length"] for group in clipper.param_groups] == [16, 16]
+    windows = [w for g in clipper.export_state().groups for w in g.windows()]
+    assert (
+        sum(map(len, windows))
+        == {"": 12, "group_clipping": 6, "global_clipping": 4}[next(iter(mode), "")]
+    )
+
+
+def test_an_optimizers_warm_up_does_not_replace_the_clippers() -> None:
+    model = make_model()
+    standard: Any = StandardClip.as_optimizer(WarmingUp(model.parameters(), warmup_steps=2000))
+    assert standard.clipper.param_groups[0]["warmup_steps"] == 25
+    expected, other = make_model(), WarmingUp(model.parameters(), warmup_steps=2000)
+    plain = SGD(expected.parameters(), lr=0.1)
+    for clipped, parameters in ((other, model), (plain, expected)):
+        QuantileClip.as_optimizer(clipped, quantile=0.1)
+        train(parameters, clipped, range(6))
+    assert torch.equal(weights(model), weights(expected))
+
+
+def test_what_a_user_wrote_into_a_group_is_a_setting() -> None:
+    model = make_model()
+    groups = [
+        {"params": model[0].parameters(), "quantile": 0.3, "warmup_steps": 5},
+        {"params": model[2].parameters(), "max_norm": 2.0},
+    ]
+    optimizer = QuantileClip.as_optimizer(WarmingUp(groups), warmup_steps=7)
+    found = optimizer.clipper.param_groups  # type: ignore[attr-defined]
+    assert [group["quantile"] for group in found] == [0.3, 0.9]
+    assert [group["max_norm"] for group in found] == [None, 2.0]
+    assert [group["warmup_steps"] for group in found] == [7, 7]  # the groups' are the optimizer's
+    found[0]["warmup_steps"] = 3
+    assert [group["warmup_steps"] for group in optimizer.param_groups] == [5, 0]
+
+
+# -- a step that is skipped on the device --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Container, OwnStep, "lookahead", AdamW])
+def test_a_spike_is_skipped_whatever_reads_found_inf(path: str, kind: Any) -> None:
+    """All of these have groups with `fused=True`; only torch's own step looks at `found_inf`."""
+    weight = nn.Parameter(torch.zeros(4))
+    if kind == "lookahead":
+        optimizer: Any = Lookahead(AdamW([weight], lr=0.1, fused=True))
+    else:
+        optimizer = kind([weight], lr=0.1, fused=True)
+    QuantileClip.as_optimizer(
+        optimizer, global_clipping=True, include_current=False, factor=3.0, on_spike="skip"
+    )
+    for size in (1.0, 1.0, 1.0, 100.0, 1.0):
+        before = weight.detach().clone()
+        weight.grad = torch.full((4,), size)
+        optimizer.step()
+        assert torch.equal(weight, before) is (size == 100.0)
+        assert weight.grad is not None
+        assert not hasattr(optimizer, "found_inf")
+    assert bool(optimizer.clipper.last.spikes[0]) is False
+
+
+# -- subclasses of a clipper ---------------------------------------------------------------------
+
+
+class Trainable(QuantileClip):
+    """Looks at its parameters first, as subclasses of torch's optimizers do."""
+
+    def __init__(self, parameters: Any, **settings: Any) -> None:
+        parameters = list(parameters)
+        self.kinds = {type(each) for each in parameters}
+        self.count = len(parameters)
+        super().__init__((each for each in parameters), **settings)
+
+
+def test_a_subclass_may_iterate_over_its_parameters() -> None:
+    expected, plain = make(SGD)
+    train(expected, plain, range(4))
+
+    def run(optimizer: Any, model: nn.Module) -> Any:
+        train(model, Trainable.as_optimizer(optimizer, **SETTINGS), range(4))
+        assert torch.equal(weights(model), weights(expected))
+        return optimizer.clipper
+
+    model = make_model()
+    clipper = run(SGD(model.parameters()), model)
+    assert (clipper.kinds, clipper.count) == ({nn.Parameter}, 4)
+    model = make_model()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = SGD([{"params": model.parameters(), "param_names": names}])
+    torch.optim.lr_scheduler.StepLR(optimizer, 100)  # writes into the groups
+    clipper = run(optimizer, model)
+    assert (clipper.kinds, clipper.count) == ({tuple}, 4)
+    assert clipper.last.names == tuple(names)
+    model = make_model()
+    groups = [{"params": model[0].parameters(), "lr": 0.001}, {"params": model[2].parameters()}]
+    clipper = run(SGD(groups), model)
+    assert (clipper.count, len(clipper.param_groups)) == (2, 2)
+    # One group that has a setting: the setting must reach the clipper.
+    one = Trainable.as_optimizer(SGD([{"params": model.parameters(), "quantile": 0.25}]))
+    assert one.clipper.param_groups[0]["quantile"] == 0.25  # type: ignore[attr-defined]

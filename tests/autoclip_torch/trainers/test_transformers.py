@@ -126,6 +126,28 @@ ATTACHED = pytest.mark.parametrize("by", ["optimizers", "callback"])
 # -- training ----------------------------------------------------------------------------------
 
 
+class ScheduleFree(torch.optim.AdamW):
+    """With a hyperparameter of its own, as `optim="schedule_free_adamw"` has."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.defaults["warmup_steps"] = 2000
+        for group in self.param_groups:
+            group["warmup_steps"] = 2000
+
+
+@pytest.mark.parametrize("global_clipping", [False, True])
+def test_an_optimizers_own_warm_up_is_not_the_clippers(
+    tmp_path: Path, global_clipping: bool
+) -> None:
+    callback = AutoClipCallback(quantile=0.1, global_clipping=global_clipping)
+    trainer = make_trainer(tmp_path, "none", [callback])
+    trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=1e-2)
+    clipper = train(trainer)
+    assert [group["warmup_steps"] for group in clipper.param_groups] == [0]
+    assert bool((clipper.last.coefficients < 1).any())
+
+
 @ATTACHED
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_as_clipped_by_hand(tmp_path: Path, by: str, accumulate: int) -> None:

@@ -211,7 +211,7 @@ class Attachment:
             result = self._steps.step(
                 scale,
                 found_inf,
-                defers_skip=_obeys_found_inf(optimizer),
+                defers_skip=_reads_found_inf(optimizer),
             )
         except BaseException:
             # GradScaler removes them after the step, but not if the step raises.
@@ -315,9 +315,14 @@ def _warn_of_other_steps(optimizer: Optimizer) -> None:
         )
 
 
-def _obeys_found_inf(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernels skip the update if its attribute `found_inf` is not 0."""
-    return all(group.get("fused") for group in optimizer.param_groups)
+def _reads_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the step is known to skip the update on the device if `found_inf` is not 0.
+
+    torch's own fused steps do. Containers and subclasses have the flag in their groups too, but
+    their own steps need not look at the attribute, or look for it on an optimizer inside.
+    """
+    is_torchs = type(optimizer).step.__module__.startswith("torch.optim.")
+    return is_torchs and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

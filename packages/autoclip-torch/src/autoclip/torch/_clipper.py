@@ -23,7 +23,13 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch import _legacy
 from autoclip.torch._attach import Attachment, check_optimizer
-from autoclip.torch._parameters import OptimizerGroups, ParamsT, entries_of, overrides_of
+from autoclip.torch._parameters import (
+    OptimizerGroup,
+    OptimizerGroups,
+    ParamsT,
+    entries_of,
+    overrides_of,
+)
 from autoclip.torch._private import disable_dynamo
 from autoclip.torch._rows import as_tensor
 from autoclip.torch._step import Pipeline
@@ -66,8 +72,8 @@ class Clipper(Saveable):
             * `on_spike` (`"clip"`): `"zero"` zeroes a gradient above its threshold; `"skip"` leaves
               its parameter untouched by this update, momentum and weight decay included, by
               setting `grad` to None. An attached optimizer gives the gradient back after the step.
-              On an accelerator this waits for the device, except under global clipping on a fused
-              optimizer.
+              On an accelerator this waits for the device, except under global clipping on one of
+              torch's own optimizers with `fused=True`.
             * `on_nonfinite` (`"keep"`): what happens to a gradient that holds a NaN or an infinity;
               its norm is never recorded. `"keep"` leaves it as it is; under global or group
               clipping there is no norm then, and nothing is scaled. `"zero"` sets it to zero, and
@@ -114,11 +120,14 @@ class Clipper(Saveable):
         self._pipeline = Pipeline(made)
         self._attachment: Attachment | None = None
         if isinstance(parameters, OptimizerGroups):
-            for group in parameters.optimizer.param_groups:
-                own = made.taken_from(group)
-                self._pipeline.groups.add(group["params"], own, group.get("param_names"))
-            return
-        for entry in entries_of(parameters):
+            entries: list[Any] = parameters.groups
+        else:
+            entries = entries_of(parameters)
+        for entry in entries:
+            if isinstance(entry, OptimizerGroup):
+                own = made.taken_from(entry)
+                self._pipeline.groups.add(entry["params"], own, entry.get("param_names"))
+                continue
             if not isinstance(entry, dict):
                 raise TypeError(
                     "A clipper takes groups or tensors, but after a group came "
@@ -323,7 +332,8 @@ class Clipper(Saveable):
 
         Args:
             optimizer: a torch optimizer. One of its groups that names a setting of the clipper,
-                such as `"history_length"`, overrides it for that group.
+                such as `"history_length"`, overrides it for that group, unless the optimizer has a
+                hyperparameter of that name (in `optimizer.defaults`): that is the optimizer's.
             args: the class's arguments after `parameters`.
             settings: the class's settings by keyword. `on_nonfinite` acts as `"keep"` under a loss
                 scaler.

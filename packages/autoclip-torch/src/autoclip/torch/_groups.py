@@ -18,7 +18,7 @@ from autoclip.core.adapter import (
     parameter_names,
     row_names,
 )
-from autoclip.torch._parameters import checked_names, named, shape_of
+from autoclip.torch._parameters import checked_names, hyperparameters, named, shape_of
 from autoclip.torch._rows import Rows
 
 __all__ = ["Group", "Groups"]
@@ -62,6 +62,7 @@ class Groups:
         # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._theirs: list[dict[str, Any]] = []
+        self._hyperparameters: set[str] = set()
         self._counts: list[int] = []
         self._is_one_to_one = False
         if settings.mode == "global":
@@ -148,6 +149,7 @@ class Groups:
         self._known = set()
         self._optimizer = weakref.ref(optimizer)
         self._theirs = optimizer.param_groups
+        self._hyperparameters = hyperparameters(optimizer)
         self._counts = [len(group["params"]) for group in self._theirs]
         self._look_whether_one_to_one()
 
@@ -201,7 +203,7 @@ class Groups:
             owners = dict(enumerate(self._groups))
         grown = [i for i, (count, before) in enumerate(zip(counts, known)) if count > before]
         # All new groups before any is added: a wrong setting must leave the clipper as it was.
-        new = {i: self.settings.taken_from(self._theirs[i]) for i in grown if i not in owners}
+        new = {i: self._settings_in(self._theirs[i]) for i in grown if i not in owners}
         owners.update({i: self._append(settings) for i, settings in new.items()})
         for i in grown:
             before, count = known[i], counts[i]
@@ -211,6 +213,11 @@ class Groups:
             owners[i].positions += [(i, j) for j in range(before, count)]
         self._counts = counts
         self._look_whether_one_to_one()
+
+    def _settings_in(self, group: dict[str, Any]) -> GroupSettings:
+        """The settings of an optimizer's group, its own hyperparameters left out."""
+        own = self._hyperparameters
+        return self.settings.taken_from({k: v for k, v in group.items() if k not in own})
 
     # -- reading -----------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -11,24 +10,75 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
+    "OptimizerGroup",
     "OptimizerGroups",
     "ParamsT",
     "checked_names",
     "entries_of",
+    "hyperparameters",
     "named",
     "overrides_of",
     "shape_of",
+    "wrapped_optimizers",
 ]
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """What torch's optimizers take: tensors, named tensors, or group dicts."""
 
 
-@dataclass(frozen=True)
-class OptimizerGroups:
-    """The groups of an optimizer, as what a clipper's constructor takes from `as_optimizer`."""
+# Every learning rate scheduler writes this into the groups.
+_SCHEDULERS = {"initial_lr"}
 
-    optimizer: Optimizer
+
+class OptimizerGroup(dict[str, Any]):
+    """A parameter group of an optimizer without the optimizer's own hyperparameters.
+
+    Keys that are no setting of the clipper are ignored, unlike those of a group that users write.
+    """
+
+
+class OptimizerGroups(list[Any]):
+    """An optimizer's parameters, as `as_optimizer` passes them to a clipper's constructor.
+
+    A list, since the constructor of a subclass may iterate over its `parameters`: tensors, or
+    (name, tensor) pairs, if the optimizer has a single group without settings for the clipper;
+    otherwise groups.
+
+    Args:
+        optimizer: the optimizer.
+
+    Attributes:
+        groups: the groups, also of a list of tensors.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        own = hyperparameters(optimizer)
+        self.groups = [
+            OptimizerGroup({name: value for name, value in group.items() if name not in own})
+            for group in optimizer.param_groups
+        ]
+        first = self.groups[0] if len(self.groups) == 1 else {}
+        if first.get("params") and first.keys() <= {"params", "param_names"} | _SCHEDULERS:
+            names = first.get("param_names")
+            super().__init__(zip(names, first["params"]) if names else first["params"])
+        else:
+            super().__init__(self.groups)
+
+
+def hyperparameters(optimizer: Optimizer) -> set[str]:
+    """The names of an optimizer's own hyperparameters, those of optimizers inside it included.
+
+    Some have the name of a clipper's setting: dozens of optimizers have `warmup_steps`.
+    """
+    inside = wrapped_optimizers(optimizer).values()
+    defaults = [getattr(each, "defaults", {}) for each in (optimizer, *inside)]
+    return {name for each in defaults for name in each} - {"params", "param_names"}
+
+
+def wrapped_optimizers(wrapper: object) -> dict[str, Optimizer]:
+    """The torch optimizers among the attributes of an object, by the attributes' names."""
+    attributes = getattr(wrapper, "__dict__", {})
+    return {name: each for name, each in attributes.items() if isinstance(each, Optimizer)}
 
 
 def entries_of(parameters: ParamsT) -> list[Any]:
