@@ -364,6 +364,120 @@ def test_on_a_gpu_an_error_needs_the_callback(settings, monkeypatch):
         attached(**settings)
 
 
+class TestAttachedAfterTraining:
+    """Keras keeps the graph of a training step in the model, which an optimizer does not know."""
+
+    @pytest.mark.parametrize(
+        ("wrap", "options"),
+        [
+            (lambda optimizer: optimizer, {"steps_per_execution": 2}),
+            (lambda optimizer: optimizer, {"jit_compile": True}),
+            (keras.optimizers.LossScaleOptimizer, {"jit_compile": False}),
+        ],
+        ids=["graph", "xla", "loss scaling"],
+    )
+    def test_the_next_fit_clips(self, model, fit, windows, wrap, options):
+        ours = model()
+        ours.compile(optimizer=wrap(keras.optimizers.SGD(1e-2)), loss="mse", **options)
+        fit(ours)
+        optimizer = QuantileClip.as_optimizer(ours.optimizer, 0.5)
+        fit(ours)
+        assert [len(window) for window in windows(optimizer.clipper)] == [4] * 4
+
+    def test_in_the_middle_of_fit(self, model, fit, windows):
+        ours, clipper = model(), QuantileClip(0.5)
+        ours.compile(optimizer=keras.optimizers.SGD(1e-2), loss="mse", jit_compile=False)
+        attach = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: epoch == 1 and clipper.attach(ours.optimizer)
+        )
+        fit(ours, epochs=3, callbacks=[attach])
+        assert [len(window) for window in windows(clipper)] == [8] * 4
+
+    def test_a_handle_stops_it_again(self, model, fit, windows):
+        ours, clipper = model(), QuantileClip(0.5)
+        ours.compile(optimizer=keras.optimizers.SGD(1e-2), loss="mse", jit_compile=False)
+        ours.optimizer.build(ours.trainable_variables)
+        with clipper.attach(ours.optimizer):
+            fit(ours)
+        fit(ours)
+        assert [len(window) for window in windows(clipper)] == [4] * 4
+
+    def test_every_model_of_the_optimizer_and_no_other(self, model, growing, windows):
+        """Also one whose `train_step` has two optimizers, in a list."""
+
+        class Two(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.parts = [model(), model()]
+                self.mine = [keras.optimizers.SGD(1e-2) for _ in range(2)]
+
+            def train_step(self, data):
+                for part, optimizer in zip(self.parts, self.mine):
+                    with tf.GradientTape() as tape:
+                        loss = tf.reduce_mean(tf.square(part(data[0]) - data[1]))
+                    variables = part.trainable_variables
+                    optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+                return {"loss": loss}
+
+        two, other = Two(), model()
+        two.compile(jit_compile=False)
+        other.compile(optimizer="sgd", loss="mse", jit_compile=False)
+        for each in (two, other):
+            each.fit(*growing, verbose=0, batch_size=16)
+        before = other.train_function
+        clippers = [QuantileClip.as_optimizer(each, 0.5).clipper for each in two.mine]
+        two.fit(*growing, verbose=0, batch_size=16)
+        for clipper in clippers:
+            assert [len(window) for window in windows(clipper)] == [4] * 4
+        assert other.train_function is before
+
+
+class TestByHandWhileAttached:
+    def test_each_norm_is_recorded_once(self, windows):
+        variable = tf.Variable([0.0, 0.0])
+        clipper, optimizer = QuantileClip(0.5), keras.optimizers.SGD(1.0)
+        handle = clipper.attach(optimizer)
+        for size in (1.0, 2.0):
+            pairs = [(tf.constant([3.0 * size, 4.0 * size]), variable)]
+            with pytest.raises(RuntimeError, match=r"clipper\.total_norm, or detach"):
+                clipper(pairs)
+            optimizer.apply_gradients(pairs)
+            assert float(clipper.total_norm) == 5.0 * size
+        np.testing.assert_equal(windows(clipper), [[5.0, 10.0]])
+        handle.remove()
+        clipper(pairs)
+        assert len(windows(clipper)[0]) == 3
+
+    @pytest.mark.parametrize("settings", [{}, {"global_clipping": True}])
+    def test_the_total_norm(self, settings):
+        """Before clipping, of all variables, eagerly and in a graph."""
+        variables = [tf.Variable([0.0]), tf.Variable([0.0, 0.0])]
+        optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD(1.0), 0.0, **settings)
+        assert float(optimizer.clipper.total_norm) == 0.0
+
+        def step(size):
+            gradients = [tf.constant([2.0]) * size, tf.constant([3.0, 6.0]) * size]
+            optimizer.apply_gradients(zip(gradients, variables))
+            return optimizer.clipper.total_norm
+
+        for run in (step, tf.function(step)):
+            for size in (1.0, 5.0):
+                assert float(run(tf.constant(size))) == 7.0 * size
+
+
+@pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_keras_clips_first(name):
+    with pytest.warns(UserWarning, match=f"has {name}=0.5, which acts before AutoClip does"):
+        QuantileClip.as_optimizer(keras.optimizers.SGD(**{name: 0.5}))
+    optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD())
+    with pytest.warns(UserWarning, match=f"has {name}=0.5, which acts before") as said:
+        setattr(optimizer, name, 0.5)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setattr(optimizer, name, None)
+
+
 class TestRemove:
     @pytest.mark.parametrize("built", [False, True])
     @pytest.mark.parametrize("make", [keras.optimizers.Adam, Momentum])

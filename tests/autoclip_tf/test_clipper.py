@@ -442,3 +442,25 @@ def test_a_thousand_variables_are_traced_in_linear_size():
 
     ten, hundred = operations(10), operations(100)
     assert (hundred - ten) / 90 < 12
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+@pytest.mark.parametrize(
+    "settings", [{}, {"global_clipping": True}, {"on_nonfinite": "zero"}], ids=str
+)
+def test_a_coefficient_is_a_constant_to_a_tape(mode, size, settings):
+    """Eagerly, in a graph and under XLA: d(c * x ** 2)/dx is 2 * c * x."""
+    clipper, variable = QuantileClip(0.5, **settings), tf.Variable(tf.zeros(size))
+    clipper.build([variable])
+
+    def derivative(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            [(clipped, _)] = clipper([(x * x, variable)])
+            total = tf.reduce_sum(clipped)
+        return tape.gradient(total, x)
+
+    run = derivative if mode == "eager" else tf.function(derivative, jit_compile=mode == "xla")
+    for value, coefficient in ((1.0, 1.0), (2.0, 2.5 / 4), (5.0, 4 / 25)):
+        found = run(tf.fill([size], value))
+        np.testing.assert_allclose(found, np.full(size, 2 * coefficient * value), rtol=1e-5)

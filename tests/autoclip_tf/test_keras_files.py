@@ -460,6 +460,47 @@ class TestInference:
         fit(model)
         assert clipper_of(model).state_dict() != state
 
+    @pytest.mark.parametrize(
+        ("make", "direct", "jit_compile"),
+        [
+            (lambda: QuantileClip(0.5, 5), False, False),
+            (lambda: QuantileClip(0.5, 5), True, True),
+            (lambda: QuantileClip(0.5, 5, True, on_nonfinite="zero"), False, True),
+            (lambda: StandardClip(1.0, warmup_steps=2, max_norm=9.0), False, False),
+            (lambda: QuantileClip(group_settings=[{"match": "bias"}]), True, False),
+        ],
+        ids=["quantile", "by hand, XLA", "global, XLA", "standard", "groups, by hand"],
+    )
+    def test_a_module_that_trains(self, make, direct, jit_compile, tmp_path):
+        """What is loaded goes on as the module does: the histories are in it."""
+
+        class Trained(tf.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = tf.Variable(tf.zeros(4), name="weight")
+                self.bias = tf.Variable(0.0, name="bias")
+                self.optimizer, self.clipper = keras.optimizers.SGD(0.1, momentum=0.5), make()
+                self.optimizer.build([self.weight, self.bias])
+                if direct:
+                    self.clipper.build([self.weight, self.bias])
+                else:
+                    self.clipper.attach(self.optimizer)
+
+            @tf.function(input_signature=[tf.TensorSpec([])], jit_compile=jit_compile)
+            def train(self, size):
+                pairs = [(tf.fill([4], size), self.weight), (size, self.bias)]
+                self.optimizer.apply_gradients(self.clipper(pairs) if direct else pairs)
+                return tf.concat([self.weight, self.bias[None]], axis=0)
+
+        module = Trained()
+        for size in (1.0, 5.0, 2.0):
+            module.train(tf.constant(size))
+        tf.saved_model.save(module, str(tmp_path))
+        loaded = tf.saved_model.load(str(tmp_path))
+        for size in (7.0, 1.0, 11.0):
+            expected = module.train(tf.constant(size)).numpy()
+            np.testing.assert_array_equal(loaded.train(tf.constant(size)), expected)
+
     def test_a_module_with_a_clipper(self, tmp_path):
         module = tf.Module()
         module.weight = tf.Variable([1.0, 2.0])
@@ -589,3 +630,25 @@ def test_a_model_in_float8(tmp_path):
     other = keras.saving.load_model(tmp_path / "model.keras")
     other.fit(x, x, verbose=0)
     assert clipper_of(other).export_state().groups[0].recorded.tolist() == [2, 2]
+
+
+def test_keras_evaluates_no_property_of_a_clipper(tmp_path, monkeypatch):
+    """It looks at every attribute of what it saves and loads, and some of ours read the device."""
+    asked = []
+
+    def noted(name):
+        found = getattr(QuantileClip, name)
+        return property(lambda clipper: asked.append(name) or found.__get__(clipper))
+
+    model = fit(make_model(adam()))
+    for name in ("thresholds", "last", "param_groups", "total_norm"):
+        assert name in dir(model.optimizer.clipper)
+        monkeypatch.setattr(QuantileClip, name, noted(name))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    model.load_weights(tmp_path / "model.weights.h5")
+    copied = copy.deepcopy(model)
+    assert asked == []
+    for other in (loaded, copied):
+        assert clipper_of(other).state_dict() == clipper_of(model).state_dict()

@@ -15,7 +15,13 @@ from autoclip.core.adapter import (
     second_clipper_message,
     warn_user,
 )
-from autoclip.tf._private import REDUCE_METHOD, check_reduce_method, check_strategy
+from autoclip.tf._private import (
+    REDUCE_METHOD,
+    check_backend,
+    check_reduce_method,
+    check_strategy,
+    retrace_models,
+)
 
 __all__ = [
     "AttachableClipper",
@@ -27,6 +33,8 @@ __all__ = [
 
 CONFIG_KEY = "autoclip"
 """Where the optimizer's own class and the clipper are in `get_config()`."""
+
+_KERAS_CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 class AttachableClipper(Protocol):
@@ -83,12 +91,7 @@ def check_optimizer(optimizer: Any) -> Any:
         RuntimeError: it has a clipper already, or its `tf.distribute` strategy is not supported.
     """
     optimizers = keras.optimizers
-    if keras.config.backend() != "tensorflow":
-        raise TypeError(
-            f"Keras runs on {keras.config.backend()!r} here, and autoclip.tf is for "
-            'TensorFlow. Set KERAS_BACKEND="tensorflow" before Keras is imported; for PyTorch '
-            "there is autoclip.torch."
-        )
+    check_backend()
     optimizer = optimizer_with_updates(optimizer)
     if isinstance(optimizer, getattr(optimizers, "MultiOptimizer", ())):
         raise TypeError(
@@ -122,15 +125,11 @@ def attach(clipper: AttachableClipper, optimizer: Any) -> AttachmentHandle:
         raise RuntimeError(attached_message(clipper))
     if optimizer.built:
         clipper.build(optimizer._trainable_variables)
-    for name in ("clipnorm", "clipvalue", "global_clipnorm"):
-        if getattr(optimizer, name, None) is not None:
-            warn_user(
-                f"The optimizer has {name}={getattr(optimizer, name)}, which acts before "
-                f"AutoClip does: the history is one of gradients that {name} has clipped. "
-                "Leave it out unless that is what you want."
-            )
+    for name in _KERAS_CLIPPING:
+        _warn_of_keras_clipping(name, getattr(optimizer, name, None))
     optimizer.__class__ = _attached_class(optimizer.__class__)
     optimizer.clipper = clipper
+    retrace_models(optimizer)
 
     def forget(_: Any = None) -> None:
         clipper._handle = None
@@ -144,9 +143,18 @@ def attach(clipper: AttachableClipper, optimizer: Any) -> AttachmentHandle:
         if optimizer is not None:
             del optimizer.clipper
             optimizer.__class__ = type(optimizer)._plain_class
+            retrace_models(optimizer)
 
     clipper._handle = AttachmentHandle(detach)
     return clipper._handle
+
+
+def _warn_of_keras_clipping(name: str, value: Any) -> None:
+    if value is not None:
+        warn_user(
+            f"The optimizer has {name}={value}, which acts before AutoClip does: the history is "
+            f"one of gradients that {name} has clipped. Leave it out unless that is what you want."
+        )
 
 
 @keras.saving.register_keras_serializable("autoclip", "Optimizer")
@@ -156,6 +164,11 @@ class _Attached:
     clipper: AttachableClipper
     built: bool
     _plain_class: type
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _KERAS_CLIPPING:
+            _warn_of_keras_clipping(name, value)
+        super().__setattr__(name, value)
 
     def build(self, variables: Iterable[Any]) -> None:
         variables = list(variables)

@@ -32,6 +32,7 @@ from autoclip.tf._keras_saving import KerasSaving
 from autoclip.tf._norms import Gradient
 from autoclip.tf._private import (
     build_scope,
+    collected_variables,
     name_of,
     overwritten_by_gradient,
     variable_key,
@@ -120,6 +121,9 @@ class Clipper(KerasSaving):
 
         Learning-rate schedules, callbacks, `isinstance` and hyperparameters keep working. The
         clipper is `optimizer.clipper`; its state is saved wherever the optimizer's is.
+
+        Models that the optimizer has trained already trace their training step again at the next
+        `fit`. A `tf.function` of your own that was traced before does not clip: attach first.
 
         Args:
             optimizer: a Keras optimizer. Of a `LossScaleOptimizer` the inner one gets the clipper.
@@ -236,11 +240,11 @@ class Clipper(KerasSaving):
             return
         groups = assign_variables(variables, self._patterns, self._settings.default)
         # Where a step builds the clipper, a graph may be under construction.
-        with tf.init_scope(), build_scope(variables):
+        with tf.init_scope(), build_scope(variables), collected_variables() as created:
             pipeline = Pipeline(groups, self._settings.mode, owner)
             if self._pending is not None:
                 self._write(pipeline, self._pending.match(self._state_of(pipeline)))
-        self._pipeline, self._pending = pipeline, None
+        self._pipeline, self._pending, self._variables = pipeline, None, created
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -249,7 +253,9 @@ class Clipper(KerasSaving):
         """Record the norms of gradients and return them clipped.
 
         For training loops of your own, and for `gradient_transformers=[clipper]` of the legacy
-        optimizers of Keras 2. Works eagerly, in a `tf.function`, and with `jit_compile=True`.
+        optimizers of Keras 2. Works eagerly, in a `tf.function`, and with `jit_compile=True`. To a
+        `tf.GradientTape` the coefficients are constants, as everything that the clipper remembers:
+        the derivative of a clipped gradient is that of the gradient times its coefficient.
 
         Args:
             grads_and_vars: (gradient, variable) pairs, the gradients dense or `IndexedSlices`,
@@ -261,11 +267,19 @@ class Clipper(KerasSaving):
         Raises:
             TypeError: a gradient is of integers.
             ValueError: a variable is not one that the clipper was built with.
-            RuntimeError: called under a strategy with several replicas.
+            RuntimeError: called under a strategy with several replicas, or while the clipper is
+                attached to an optimizer, which calls it at each update.
             FloatingPointError: `on_nonfinite` is `"raise"` and a gradient holds a NaN or an
                 infinity; in a graph it is `tf.errors.InvalidArgumentError`. Nothing was recorded.
                 Compiled by XLA, see `check`.
         """
+        if self._handle is not None:
+            raise RuntimeError(
+                f"This {type(self).__name__} is attached to an optimizer, which calls it at each "
+                "update: another call would record each norm twice. Read the norm of the last step "
+                "from clipper.total_norm, or detach the clipper first, with the handle that attach "
+                "returned."
+            )
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise RuntimeError(
                 "A direct call takes gradients that are summed over all replicas already, and "
@@ -314,6 +328,16 @@ class Clipper(KerasSaving):
         return self._report
 
     @property
+    def total_norm(self) -> tf.Tensor:
+        """float32[]: the L2 norm of all gradients of the last step together, before clipping.
+
+        0 before the first step, and if the last one had no gradient. Gradients that
+        `on_nonfinite="zero"` zeroed count as zero. Inside a `tf.function` it can be read after the
+        update.
+        """
+        return tf.zeros(()) if self._pipeline is None else self._pipeline.total_norm
+
+    @property
     def _report(self) -> Report[tf.Tensor] | None:
         return None if self._pipeline is None else self._pipeline.report
 
@@ -355,8 +379,9 @@ class Clipper(KerasSaving):
 
         Returns:
             A handle; its `remove()`, or the end of a `with` block, detaches the clipper. The
-            optimizer's class is then what it was, and the clipper keeps its history. A
-            `tf.function` that was traced before goes on clipping: call `model.compile` again.
+            optimizer's class is then what it was, and the clipper keeps its history. Models trace
+            their training step again after both. A `tf.function` of your own stays as it was
+            traced, with or without the clipper.
 
         Raises:
             TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers inside.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +26,7 @@ from autoclip.tf._private import (
     KerasSaveable,
     Trackable,
     name_of,
+    saved_by_keras,
     saving_for_inference,
     saving_for_orbax,
     tf_variable,
@@ -63,6 +64,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     _settings: ClipperSettings
     _patterns: list[GroupPattern]
     _pipeline: Pipeline | None
+    _variables: list[tf.Variable]
     _pending: PendingState | None
     _handle: AttachmentHandle | None
     _warned: bool
@@ -71,6 +73,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         """Begin without variables and without a history."""
         self._settings, self._patterns = settings, overrides
         self._pipeline = self._pending = self._handle = None
+        self._variables = []
         self._updates, self._unseen, self._warned = 0, False, False
 
     # -- state -------------------------------------------------------------------------------
@@ -146,6 +149,11 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     def _obj_type(self) -> str:
         return "Optimizer"  # Keras's list of kinds is closed
 
+    def __dir__(self) -> Iterable[str]:
+        # Keras evaluates every attribute of what it saves or loads, in search of more to save.
+        # The state is all there is, and properties such as `thresholds` take time.
+        return () if saved_by_keras() else super().__dir__()
+
     def save_own_variables(self, store: Any) -> None:
         """Write the state into a Keras store; Keras calls this."""
         store[STATE] = np.frombuffer(self._bytes(), np.uint8)
@@ -199,6 +207,14 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         """Warn if the `tf.train.Checkpoint` at `path` has no clipper's state."""
         if not any(name.endswith(CHECKPOINT_KEY) for name, _ in tf.train.list_variables(path)):
             self._warn(f"The tf.train.Checkpoint {path}")
+
+    def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> dict[str, Any]:
+        # A checkpoint has the state, as one string. A SavedModel has the variables themselves: the
+        # graphs in it, such as a signature that trains, read and write them.
+        children: dict[str, Any] = super()._trackable_children(save_type, **options)
+        if save_type == "savedmodel":
+            children |= {f"variable_{i}": each for i, each in enumerate(self._variables)}
+        return children
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         if saving_for_inference():

@@ -5,9 +5,10 @@ When a new version of either breaks something, it is here.
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -21,11 +22,15 @@ __all__ = [
     "KerasSaveable",
     "Trackable",
     "build_scope",
+    "check_backend",
     "check_reduce_method",
     "check_strategy",
+    "collected_variables",
     "compiled_by_xla",
     "name_of",
     "overwritten_by_gradient",
+    "retrace_models",
+    "saved_by_keras",
     "saving_for_inference",
     "saving_for_orbax",
     "tf_variable",
@@ -55,6 +60,33 @@ def check_reduce_method(optimizer_class: type) -> None:
         f"{optimizer_class.__name__} of Keras {keras.__version__} does not call {REDUCE_METHOD}, "
         "where AutoClip clips. Clip in a training loop of your own, with clipper(grads_and_vars), "
         "or use a version of Keras that autoclip-tf was tested with; its documentation lists them."
+    )
+
+
+def check_backend() -> None:
+    """Make sure that Keras runs on TensorFlow.
+
+    Raises:
+        TypeError: it runs on another backend.
+    """
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        return
+    without = {
+        "torch": (
+            "On this backend clip in a train_step of your own: clipper = "
+            "autoclip.torch.QuantileClip([v.value for v in model.trainable_variables]) once, and "
+            "clipper.step() between loss.backward() and optimizer.apply(gradients, variables)."
+        ),
+        "jax": (
+            "For JAX there is no adapter; autoclip.core.History has the thresholds for a loop of "
+            "your own that measures the norms."
+        ),
+    }
+    raise TypeError(
+        f"autoclip.tf clips gradients of TensorFlow, but Keras runs on the {backend!r} backend. "
+        'Set the environment variable KERAS_BACKEND to "tensorflow" before Keras is imported. '
+        + without.get(backend, "")
     )
 
 
@@ -92,6 +124,30 @@ def compiled_by_xla() -> bool:
     return not tf.executing_eagerly() and bool(
         GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     )
+
+
+def retrace_models(optimizer: Any) -> None:
+    """Let models that `optimizer` trains trace their steps again, as `compile` does.
+
+    A graph that was traced before a clipper was attached does not call it. Keras keeps the graph
+    in the model, and an optimizer does not know its models.
+    """
+    trained = {id(variable) for variable in getattr(optimizer, "_trainable_variables", ())}
+    if not trained:
+        return  # not built: nothing has been traced
+    for found in gc.get_objects():
+        # By its type: some proxies import what they stand for when they are asked for __class__.
+        if (
+            issubclass(type(found), keras.Model)
+            and getattr(found, "train_function", None) is not None
+            and any(id(variable) in trained for variable in found.trainable_variables)
+        ):
+            found.make_train_function(force=True)
+
+
+def saved_by_keras() -> bool:
+    """Whether Keras asks for an object's attributes, to find what else there is to be saved."""
+    return sys._getframe(2).f_code.co_name == "_walk_saveable"
 
 
 def saving_for_inference() -> bool:
@@ -156,3 +212,16 @@ def build_scope(variables: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext()
     check_strategy(strategy)
     return strategy.scope()
+
+
+@contextmanager
+def collected_variables() -> Iterator[list[tf.Variable]]:
+    """The list that every variable made in the block is appended to."""
+    variables: list[tf.Variable] = []
+
+    def collect(make: Any, **arguments: Any) -> tf.Variable:
+        variables.append(make(**arguments))
+        return variables[-1]
+
+    with tf.variable_creator_scope(collect):
+        yield variables

@@ -163,6 +163,8 @@ class Pipeline:
                 dropped = _at(~finite & self._drops, present)
                 factors = tf.where(dropped, tf.zeros((), tf.float64), factors)
             given = [gradients[place] for place in present]
+            # Constants to a tape, eagerly and in a graph: eagerly they have been on the host.
+            factors = tf.stop_gradient(factors)
             return scale(given, factors, xla, may_be_zero=finite is not None)
 
     def _row_norms(self, norms: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
@@ -222,6 +224,11 @@ class Pipeline:
             return None
         norms, thresholds, coefficients = tf.unstack(tf.cast(values, tf.float32), axis=1)
         return Report(norms, thresholds, coefficients, self.row_names)
+
+    @property
+    def total_norm(self) -> tf.Tensor:
+        """float32[]: the norm of all gradients of the last step together; 0 if it had none."""
+        return tf.cast(root_of_squares(self._report.read_value()[:, 0]), tf.float32)
 
     def read_report(self) -> Report[npt.NDArray[np.float32]] | None:
         """The same in NumPy's arrays, with one read from the device; outside of any graph."""
