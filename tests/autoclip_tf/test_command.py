@@ -42,6 +42,50 @@ def test_keras_files(trained, name, tmp_path, capsys):
     assert trained.trainable_variables[0].path in captured.out
 
 
+@pytest.mark.parametrize("kind", ["not zipped", "shards", "backup", "manager"])
+def test_folders_and_shards(trained, kind, tmp_path, capsys):
+    path = tmp_path / "saved"
+    if kind == "not zipped":
+        trained.save(path, zipped=False)
+    elif kind == "shards":
+        path = tmp_path / "saved.weights.json"
+        trained.save_weights(path, max_shard_size=1.2e-6)
+        assert len(list(tmp_path.glob("*.h5"))) > 1
+    elif kind == "backup":
+        backup = keras.callbacks.BackupAndRestore(path, delete_checkpoint=False)
+        copied = keras.models.clone_model(trained)
+        copied.compile(optimizer=QuantileClip.as_optimizer(keras.optimizers.SGD()), loss="mse")
+        copied.fit(np.ones((8, 4)), np.ones((8, 1)), callbacks=[backup], verbose=0)
+    else:
+        checkpoint = tf.train.Checkpoint(model=trained)
+        for _ in range(2):
+            tf.train.CheckpointManager(checkpoint, str(path), 5).save()
+    [(place, state)] = read_states(path).items()
+    assert place == ("model/optimizer/clipper" if kind == "manager" else "optimizer/clipper")
+    if kind != "backup":
+        assert state.to_bytes() == saved(trained)
+    assert main(["show", str(path)]) == 0
+    assert "kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("", "no index of Keras's sharded weights"),
+        ("[]", "no index of Keras's sharded weights"),
+        ('{"weight_map": 3}', "no index of Keras's sharded weights"),
+        ('{"weight_map": {"a": 3}}', "no index of Keras's sharded weights"),
+        ('{"weight_map": {"a": "../s.weights.h5"}}', "not a file of the same folder"),
+        ('{"weight_map": {"a": ["s.weights.h5"]}}', "which is not beside it"),
+        ("[" * 100_000, "no index of Keras's sharded weights"),
+    ],
+)
+def test_damaged_indices_of_shards(index, words, tmp_path):
+    (tmp_path / "s.weights.json").write_text(index)
+    with pytest.raises(StateError, match=words):
+        read_states(tmp_path / "s.weights.json")
+
+
 def test_a_tensorflow_checkpoint(trained, tmp_path):
     prefix = tf.train.Checkpoint(model=trained).save(tmp_path / "checkpoint")
     [(place, state)] = read_states(f"{prefix}.index").items()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import h5py  # type: ignore[import-untyped]
@@ -13,10 +15,12 @@ import tensorflow as tf
 from autoclip.core import State, StateError
 from autoclip.tf._keras_saving import CHECKPOINT_KEY, STATE
 
-__all__ = ["read_checkpoint", "read_h5", "read_keras"]
+__all__ = ["read_checkpoint", "read_folder", "read_h5", "read_keras", "read_shards"]
 
-# The weights in a .keras file.
+# The weights in a .keras file, and in a folder that model.save(zipped=False) wrote.
 _WEIGHTS = "model.weights.h5"
+# The weights in a folder of keras.callbacks.BackupAndRestore.
+_BACKUP = "latest.weights.h5"
 
 
 def read_keras(path: str) -> dict[str, State]:
@@ -37,6 +41,48 @@ def read_keras(path: str) -> dict[str, State]:
 def read_h5(path: str) -> dict[str, State]:
     """Every history in an `.h5` file, such as a `.weights.h5`; see `read_keras`."""
     return _read_weights(path, path)
+
+
+def read_shards(path: str) -> dict[str, State]:
+    """Every history in weights saved with `max_shard_size`, given their `.weights.json`.
+
+    Raises:
+        StateError: the file, a shard that it names, or a history is damaged, or a shard is missing.
+        OSError: a file cannot be read.
+    """
+    try:
+        entries = json.loads(Path(path).read_bytes())["weight_map"].values()
+        names = {name for each in entries for name in ([each] if isinstance(each, str) else each)}
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError("a shard is not a file of the same folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StateError(
+            f"{path} is damaged or no index of Keras's sharded weights: {error!r:.200}."
+        ) from error
+    states: dict[str, State] = {}
+    for name in sorted(names):
+        shard = Path(path).with_name(name)
+        if not shard.is_file():
+            raise StateError(f"{path} names the shard {name!r:.200}, which is not beside it.")
+        states.update(read_h5(str(shard)))
+    return states
+
+
+def read_folder(path: str) -> dict[str, State]:
+    """Every history in a folder that Keras or TensorFlow writes.
+
+    That is one of `model.save(path, zipped=False)` or of `BackupAndRestore`; of a folder of
+    TensorFlow checkpoints, the newest one is read.
+
+    Raises:
+        StateError: a history is damaged.
+        OSError: a file cannot be read.
+    """
+    for name in (_WEIGHTS, _BACKUP):
+        if Path(path, name).is_file():
+            return read_h5(str(Path(path, name)))
+    newest = tf.train.latest_checkpoint(path)
+    return {} if newest is None else read_checkpoint(f"{newest}.index")
 
 
 def _read_weights(file: Any, path: str) -> dict[str, State]:
