@@ -243,16 +243,37 @@ class TestWhatIsRefused:
         assert type(optimizer) is Later and not hasattr(optimizer, "clipper")
 
     def test_another_backend(self):
+        """The message names a way to clip there, which works."""
         program = """
-import keras
+import keras, torch
+import autoclip.torch
 from autoclip.tf import QuantileClip
-optimizer = keras.optimizers.Adam()
+
+optimizer = keras.optimizers.SGD(1.0)
+model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1, use_bias=False)])
 before = type(optimizer)
-try:
-    QuantileClip.as_optimizer(optimizer)
-except TypeError as error:
-    print(error)
+for refused in (
+    lambda: QuantileClip.as_optimizer(optimizer),
+    lambda: QuantileClip().build(model.trainable_variables),
+    lambda: QuantileClip()([(torch.ones(2, 1), model.trainable_variables[0])]),
+):
+    try:
+        refused()
+    except TypeError as error:
+        print(error)
 assert type(optimizer) is before
+
+clipper = autoclip.torch.QuantileClip([v.value for v in model.trainable_variables], 0.5)
+for size in (1.0, 2.0, 9.0):
+    model.zero_grad()
+    start = model.get_weights()[0]
+    (size * model(torch.tensor([[3.0, 4.0]]))).sum().backward()
+    clipper.step()
+    with torch.no_grad():
+        gradients = [v.value.grad for v in model.trainable_variables]
+        optimizer.apply(gradients, model.trainable_variables)
+step = start - model.get_weights()[0]
+assert abs((step**2).sum() ** 0.5 - 10.0) < 1e-4, step  # norms of 5, 10, 45
 """
         found = subprocess.run(
             [sys.executable, "-c", program],
@@ -261,9 +282,12 @@ assert type(optimizer) is before
             text=True,
             check=True,
         )
-        assert "Keras runs on 'torch' here, and autoclip.tf is for TensorFlow" in found.stdout
-        assert 'KERAS_BACKEND="tensorflow"' in found.stdout
-        assert "autoclip.torch" in found.stdout
+        said = found.stdout.splitlines()
+        assert len(said) == 3
+        for message in said:
+            assert "Keras runs on the 'torch' backend" in message
+            assert 'KERAS_BACKEND to "tensorflow" before Keras is imported' in message
+            assert "autoclip.torch.QuantileClip([v.value for v in model.train" in message
 
 
 def test_attaching_and_training_warn_of_nothing(model, fit):

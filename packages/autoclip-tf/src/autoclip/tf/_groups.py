@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 from autoclip.core.adapter import ClipperSettings, GroupSettings
-from autoclip.tf._private import name_of, tf_variable, variable_key
+from autoclip.tf._private import check_backend, name_of, tf_variable, variable_key
 
 __all__ = [
     "Group",
@@ -118,6 +118,7 @@ def check_variables(variables: Iterable[Variable], owner: str) -> list[Variable]
     variables = list(variables)
     for variable in variables:
         if not isinstance(tf_variable(variable), tf.Variable):
+            check_backend()
             raise TypeError(
                 f"build takes tf.Variables or Keras variables, but got {variable!r:.200}."
             )

@@ -79,8 +79,8 @@ def check_backend() -> None:
             "clipper.step() between loss.backward() and optimizer.apply(gradients, variables)."
         ),
         "jax": (
-            "For JAX there is no adapter; autoclip.core.History has the thresholds for a loop of "
-            "your own that measures the norms."
+            "For JAX there is no adapter yet; the documentation builds one on autoclip.core, in "
+            '"A backend of your own".'
         ),
     }
     raise TypeError(
