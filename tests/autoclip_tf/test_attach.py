@@ -402,6 +402,16 @@ class TestAttachedAfterTraining:
         fit(ours)
         assert [len(window) for window in windows(clipper)] == [4] * 4
 
+    def test_a_function_of_ones_own_says_why_there_is_nothing(self):
+        variable, optimizer = tf.Variable([0.0]), keras.optimizers.SGD(1.0)
+        optimizer.build([variable])
+        step = tf.function(lambda: optimizer.apply_gradients([(tf.constant([1.0]), variable)]))
+        step()
+        QuantileClip.as_optimizer(optimizer)
+        step()
+        with pytest.raises(RuntimeError, match=r"traced before the clipper was attached"):
+            _ = optimizer.clipper.last
+
     def test_every_model_of_the_optimizer_and_no_other(self, model, growing, windows):
         """Also one whose `train_step` has two optimizers, in a list."""
 

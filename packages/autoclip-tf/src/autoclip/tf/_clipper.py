@@ -324,7 +324,14 @@ class Clipper(KerasSaving):
             RuntimeError: no step has found a gradient yet, or the last one found none.
         """
         if self._report is None:
-            raise RuntimeError("There is nothing to report: the last step had no gradient.")
+            raise RuntimeError(
+                "There is nothing to report: the last step had no gradient"
+                + (
+                    ", or its tf.function was traced before the clipper was attached."
+                    if self._handle is not None
+                    else "."
+                )
+            )
         return self._report
 
     @property

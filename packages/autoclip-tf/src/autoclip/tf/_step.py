@@ -66,6 +66,7 @@ class Pipeline:
         # throughout say that there is nothing to report; a step has coefficients of 1 where norms
         # are 0.
         self._report = make_variable(np.zeros((len(self.rows), 3)), "report")
+        self._steps = make_variable(np.zeros((), np.int64), "steps")
         self._faults = (
             make_variable(np.zeros(len(variables), bool), "faults") if self._raises.any() else None
         )
@@ -127,6 +128,7 @@ class Pipeline:
         present = [place for place in places if gradients[place] is not None]
         if not present:
             self._report.assign(tf.zeros_like(self._report))
+            self._steps.assign_add(1)
             return list(pairs)
         with tf.name_scope("autoclip"):
             scaled = self._clip_present(gradients, present)
@@ -154,6 +156,7 @@ class Pipeline:
             report = self.rows.record(self._row_norms(tf.identity(norms), finite))
             numbers = [report.norms, report.thresholds, report.coefficients]
             self._report.assign(tf.concat(numbers, axis=1))
+            self._steps.assign_add(1)
             if len(self.rows) == 1:  # a scalar costs no operation for each gradient
                 factors = tf.reshape(report.coefficients, [])
             else:
@@ -229,6 +232,15 @@ class Pipeline:
     def total_norm(self) -> tf.Tensor:
         """float32[]: the norm of all gradients of the last step together; 0 if it had none."""
         return tf.cast(root_of_squares(self._report.read_value()[:, 0]), tf.float32)
+
+    @property
+    def steps(self) -> int:
+        """How often `clip` has run, with or without gradients; waits for the device.
+
+        The report is a new one exactly if this has grown. If the optimizer's iterations grow and
+        this does not, updates pass by the clipper: their graph was traced before it was attached.
+        """
+        return int(self._steps.numpy())
 
     def read_report(self) -> Report[npt.NDArray[np.float32]] | None:
         """The same in NumPy's arrays, with one read from the device; outside of any graph."""
