@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -220,21 +219,160 @@ def test_a_dropped_optimizer_is_freed_at_once() -> None:
     assert [id(p) for p in clipper.param_groups[0]["params"]] == [*map(id, model.parameters())]
 
 
-def test_copies_and_pickles_are_not_attached() -> None:
+def test_a_copy_of_a_clipper_is_attached_to_nothing() -> None:
     model = make_model()
     optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)
     train(model, optimizer, 2)
-    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert not hasattr(other, "clipper")
-        assert "autoclip" not in other.state_dict()
-        other.step()
-    # A copy of the clipper is a clipper of its own.
     clipper = copy.deepcopy(optimizer.clipper)
     recorded = windows(clipper)
     train(model, optimizer, 1)
     assert windows(clipper) == recorded
     assert len(windows(optimizer.clipper)[0]) == 3
     clipper.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+
+
+# -- called by its optimizer alone ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"group_clipping": True}, {"global_clipping": True}])
+def test_an_attached_clipper_refuses_a_step_by_hand(path: str, settings: dict[str, Any]) -> None:
+    """It would record each norm twice. The total norm is there without it."""
+    expected = make_model()
+    clipper = QuantileClip(expected.parameters(), **SETTINGS, **settings)
+    plain = SGD(expected.parameters(), lr=0.1)
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(SGD(model.parameters(), lr=0.1), **SETTINGS, **settings)
+    attached = optimizer.clipper  # type: ignore[attr-defined]
+    for each in (clipper, attached):
+        with pytest.raises(RuntimeError, match="no total norm yet"):
+            _ = each.total_norm
+    for batch in batches():
+        backward(expected, batch)
+        total = clipper.step()
+        assert torch.equal(clipper.total_norm, total)
+        plain.step()
+        backward(model, batch)
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        recorded = windows(attached)
+        with pytest.raises(RuntimeError, match=r"clipper\.total_norm after optimizer\.step"):
+            attached.step()
+        assert windows(attached) == recorded
+        assert all(map(torch.equal, gradients, (p.grad for p in model.parameters())))
+        optimizer.step()
+        assert torch.equal(attached.total_norm, total)
+        assert (attached.total_norm.shape, attached.total_norm.dtype) == ((), torch.float32)
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="found no gradient"):
+        optimizer.step()
+    assert attached.total_norm == 0.0
+    attached.reset()
+    with pytest.raises(RuntimeError, match="no total norm yet"):
+        _ = attached.total_norm
+
+
+def test_detaching_allows_steps_by_hand() -> None:
+    model = make_model()
+    optimizer = Adam(model.parameters())
+    before = snapshot(optimizer)
+    clipper = QuantileClip.as_optimizer(optimizer, **SETTINGS).clipper  # type: ignore[attr-defined]
+    train(model, optimizer, 2)
+    clipper.detach()
+    clipper.detach()  # a second call does nothing
+    assert snapshot(optimizer) == before
+    backward(model, batches()[0])
+    clipper.step()
+    handle = clipper.attach(optimizer)
+    clipper.detach()
+    other = clipper.attach(optimizer)
+    handle.remove()  # of an attachment that has ended: it does not end the present one
+    train(model, optimizer, 1)
+    assert [len(window) for window in windows(clipper)] == [4] * 4
+    other.remove()
+    train(model, optimizer, 1)
+    assert [len(window) for window in windows(clipper)] == [4] * 4
+
+
+def test_a_clipper_outlives_its_optimizer() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)
+    train(model, optimizer, 2)
+    clipper = optimizer.clipper
+    del optimizer
+    gc.collect()
+    backward(model, batches()[0])
+    clipper.step()
+    clipper.attach(Adam(model.parameters()))
+    assert [len(window) for window in windows(clipper)] == [3] * 4
+
+
+# -- an optimizer that has been trained ------------------------------------------------------------
+
+
+def trained(make: Any) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """A model, and its optimizer after some steps; the checkpoint of one with a clipper."""
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 3)
+    other = make_model()
+    clipped = QuantileClip.as_optimizer(make(other), **SETTINGS)
+    train(other, clipped, 3)
+    return model, optimizer, copy.deepcopy(clipped.state_dict())
+
+
+MAKERS = [
+    lambda model: Adam(model.parameters()),
+    lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9),
+    lambda model: torch.optim.Adagrad(model.parameters()),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("how", ["as_optimizer", "attach"])
+def test_a_history_that_starts_late_is_said_once(make: Any, how: str) -> None:
+    model, optimizer, _ = trained(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a history may be loaded until the first step
+        if how == "attach":
+            QuantileClip(model.parameters()).attach(optimizer)
+        else:
+            QuantileClip.as_optimizer(optimizer)
+    backward(model, batches()[0])
+    with pytest.warns(UserWarning, match="starts with an empty history") as caught:
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_history_that_is_there_is_not_said_to_start_late(make: Any) -> None:
+    """A new optimizer; a clipper with a history; each order of loading one."""
+    model, optimizer, saved = trained(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh_model = make_model()
+        fresh = QuantileClip.as_optimizer(make(fresh_model), **SETTINGS)
+        train(fresh_model, fresh, 2)
+        fresh = QuantileClip.as_optimizer(make(fresh_model), **SETTINGS)
+        fresh.load_state_dict(saved)
+        train(fresh_model, fresh, 2)
+        clipper = fresh.clipper
+        clipper.detach()
+        clipper.attach(fresh)
+        train(fresh_model, fresh, 2)
+        QuantileClip.as_optimizer(optimizer, **SETTINGS)
+        optimizer.clipper.load_state_dict(saved["autoclip"])
+        train(model, optimizer, 2)
+    # A checkpoint without a history is said to be one, and that is all.
+    saved.pop("autoclip")
+    model, optimizer, _ = trained(make)
+    QuantileClip.as_optimizer(optimizer, **SETTINGS)
+    with pytest.warns(UserWarning, match="has no 'autoclip' entry"):
+        optimizer.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 2)
 
 
 # -- groups ------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 import warnings
 import weakref
 from collections import defaultdict
@@ -256,10 +258,113 @@ def test_detaching_gives_the_methods_back(kind: type[Optimizer]) -> None:
     assert "autoclip" not in optimizer.state_dict()
 
 
+class OwnCopies(Adam):
+    """Copies what it likes, as pytorch_optimizer's and schedulefree's wrappers do."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"own": (self.state, self.param_groups, self.defaults)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "own" in state:
+            self.state, self.param_groups, self.defaults = state["own"]
+            state = {}
+        super().__setstate__(state)
+
+
+class CopiesEverything(Adam):
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+class CopiesByConstructor(Adam):
+    def __reduce__(self) -> Any:
+        return type(self), (self.param_groups,), super().__getstate__()
+
+
+class OwnDeepcopy(Adam):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+COPYING = [*OVERRIDING, OwnCopies, CopiesEverything, CopiesByConstructor, OwnDeepcopy]
+
+
+def through_torch_save(pair: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("kind", COPYING)
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair)), through_torch_save],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_clips_with_a_history_of_its_own(kind: type[Optimizer], duplicate: Any) -> None:
+    model, optimizer = make(kind)
+    train(model, optimizer, range(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin_model, twin = duplicate((model, optimizer))
+        twin_of_twin_model, twin_of_twin = duplicate((twin_model, twin))
+        train(twin_model, twin, range(4, 9))
+        train(twin_of_twin_model, twin_of_twin, range(4, 9))
+    assert twin.clipper is not optimizer.clipper
+    train(model, optimizer, range(4, 9))
+    for other_model, other in ((twin_model, twin), (twin_of_twin_model, twin_of_twin)):
+        assert torch.equal(weights(other_model), weights(model))
+        assert other.clipper.state_dict() == optimizer.clipper.state_dict()
+        assert bool((other.clipper.last.coefficients < 1).any())
+    # It is attached like any other: once, and without a trace after it has been detached.
+    twin.clipper.detach()
+    train(twin_model, twin, range(1))
+    assert "autoclip" not in twin.state_dict()
+    assert not hasattr(twin, "clipper")
+    assert type(copy.deepcopy(twin)) is kind
+
+
+@pytest.mark.parametrize("kind", COPYING)
+def test_a_shallow_copy_shares_parameters_and_has_a_history_of_its_own(
+    kind: type[Optimizer],
+) -> None:
+    model, optimizer = make(kind)
+    train(model, optimizer, range(3))
+    other = copy.copy(optimizer)
+    assert other.param_groups[0]["params"][0] is model[0].weight
+    train(model, other, range(3, 5))
+    assert [len(w) for w in other.clipper.export_state().groups[0].windows()] == [5] * 4
+    assert [len(w) for w in optimizer.clipper.export_state().groups[0].windows()] == [3] * 4
+    train(model, optimizer, range(3, 4))
+    assert [len(w) for w in optimizer.clipper.export_state().groups[0].windows()] == [4] * 4
+
+
+class Forgetful(Adam):
+    """A class whose copies have other parameters than those that were copied."""
+
+    def __reduce__(self) -> Any:
+        return type(self), (list(nn.Linear(2, 2).parameters()),)
+
+
+def test_a_copy_that_cannot_clip_says_so_at_its_first_step() -> None:
+    _, optimizer = make(Forgetful)
+    twin = copy.deepcopy(optimizer)
+    for parameter in twin.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.warns(UserWarning, match="its steps are not clipped: .* same parameters") as caught:
+        twin.step()
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin.step()
+
+
 @pytest.mark.parametrize("kind", OVERRIDING)
-def test_copies_are_not_attached_and_nothing_is_kept_alive(kind: type[Optimizer]) -> None:
+def test_nothing_is_kept_alive(kind: type[Optimizer]) -> None:
     _, optimizer = make(kind)
-    assert "autoclip" not in copy.deepcopy(optimizer).state_dict()
     alive = weakref.ref(optimizer)
     gc.disable()
     try:
@@ -292,22 +397,18 @@ def train_sam(model: nn.Module, optimizer: Sam, before_update: Callable[[], Any]
 
 
 def test_sam_clips_what_its_weights_are_updated_with() -> None:
-    """In `step(closure)` by itself, between the two steps by hand: the same weights."""
+    """In `step(closure)` by itself; between the two steps by hand, as the warning says."""
     model, optimizer = make_sam()
     for step in range(6):
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step(lambda step=step: backward(model, step))
-    by_hand, other = make_sam()
-    train_sam(by_hand, other, other.clipper.step)
+    by_hand = make_model()
+    plain = Sam(by_hand.parameters(), SGD, lr=0.1)
+    clipper = QuantileClip(by_hand.parameters(), **SETTINGS)
+    train_sam(by_hand, plain, clipper.step)
     assert torch.equal(weights(by_hand), weights(model))
-    assert other.clipper.state_dict() == optimizer.clipper.state_dict()
-
-    expected = make_model()
-    plain = Sam(expected.parameters(), SGD, lr=0.1)
-    clipper = QuantileClip(expected.parameters(), **SETTINGS)
-    train_sam(expected, plain, clipper.step)
-    assert torch.equal(weights(expected), weights(model))
+    assert clipper.state_dict() == optimizer.clipper.state_dict()
 
 
 def test_weights_that_are_updated_in_the_backward_pass() -> None:

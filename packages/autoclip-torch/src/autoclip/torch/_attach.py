@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from autoclip.core import State
 from autoclip.core.adapter import second_clipper_message, warn_user
 from autoclip.torch import _legacy
+from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
 from autoclip.torch._groups import Groups
-from autoclip.torch._private import disable_dynamo
+from autoclip.torch._private import disable_dynamo, is_fake
 from autoclip.torch._step import StepResult
 
 __all__ = ["STATE_KEY", "Attachment", "check_optimizer"]
@@ -45,8 +46,11 @@ class Steps(Protocol):
 class Stateful(Protocol):
     """What an attachment needs of a clipper to carry its state."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def export_state(self) -> State:
         """The state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as a dict."""
 
     def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
         """Check a state; nothing changes."""
@@ -94,7 +98,7 @@ def _without_init(optimizer: Optimizer) -> str:
     )
 
 
-class Attachment:
+class Attachment(Hooks):
     """A clipper on an optimizer: its hooks.
 
     Args:
@@ -124,6 +128,14 @@ class Attachment:
         self._withheld: Sequence[tuple[Tensor, Tensor]] = ()
         self._set_found_inf = False
         self._cleans_up = False
+        # Whether the first step has to look whether a history was loaded since `begin`.
+        self._began_late = False
+        self._attributes: list[str] = []
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the optimizer still exists."""
+        return self._optimizer() is not None
 
     def begin(self, optimizer: Optimizer) -> None:
         """Attach; see `Clipper.attach`."""
@@ -145,12 +157,17 @@ class Attachment:
             if isinstance(error, AttributeError):
                 raise TypeError(_without_init(optimizer)) from error
             raise
+        attributes: dict[str, Any] = {"clipper": self._clipper, "__reduce_ex__": self._reduce_ex}
         # A class's own method need not call torch's, nor the hooks: bitsandbytes' does not.
         if type(optimizer).state_dict is not Optimizer.state_dict:
-            optimizer.state_dict = self._state_dict  # type: ignore[method-assign]
+            attributes["state_dict"] = self._state_dict
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
-            optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
-        optimizer.clipper = self._clipper  # type: ignore[attr-defined]
+            attributes["load_state_dict"] = self._load_state_dict
+        if hasattr(type(optimizer), "__deepcopy__"):
+            attributes["__deepcopy__"] = self._deepcopy
+        self._attributes = [*attributes]
+        optimizer.__dict__.update(attributes)
+        self._began_late = _has_been_trained(optimizer)
         _warn_of_other_steps(optimizer)
 
     def end(self) -> None:
@@ -160,7 +177,7 @@ class Attachment:
             self._groups.release()
         optimizer = self._optimizer()
         if optimizer is not None:
-            for name in ("clipper", "state_dict", "load_state_dict"):
+            for name in self._attributes:
                 optimizer.__dict__.pop(name, None)
 
     def _remove_hooks(self) -> None:
@@ -203,6 +220,9 @@ class Attachment:
     @torch.no_grad()
     def _clip(self, optimizer: Optimizer) -> None:
         self._forget_step(optimizer)
+        if self._began_late:
+            self._began_late = False
+            self._warn_without_history(optimizer)
         # A GradScaler leaves these on fused optimizers, whose gradients are still scaled then.
         # Without a scale, but with a verdict, they have been unscaled already.
         scale = getattr(optimizer, "grad_scale", None)
@@ -249,6 +269,23 @@ class Attachment:
             self._set_found_inf = False
             optimizer.__dict__.pop("found_inf", None)
 
+    def _warn_without_history(self, optimizer: Optimizer) -> None:
+        if not any(group.recorded.any() for group in self._clipper.export_state().groups):
+            warn_user(
+                f"This {type(optimizer).__name__} was trained before the clipper was attached, and "
+                "the clipper starts with an empty history: its first steps are compared with "
+                "few norms. If the training was resumed, attach the clipper before you load the "
+                "optimizer's state, or load the history with clipper.load_state_dict()."
+            )
+
+    # -- copies ------------------------------------------------------------------------------
+
+    def _reduce_ex(self, protocol: Any) -> Any:
+        return reduce_with(self._attached(), self._clipper, protocol)
+
+    def _deepcopy(self, memo: dict[int, Any]) -> Any:
+        return deepcopy_with(self._attached(), self._clipper, memo)
+
     # -- state -------------------------------------------------------------------------------
 
     @disable_dynamo
@@ -287,6 +324,7 @@ class Attachment:
             self._pending = self._clipper.check_state_dict(entry, source)
         elif not self._has_warned:
             self._has_warned = True
+            self._began_late = False  # this says so already
             warn_user(
                 f"The optimizer's checkpoint has no {STATE_KEY!r} entry: it was saved without "
                 "AutoClip. The clipper keeps the history that it has."
@@ -305,7 +343,8 @@ def _warn_of_other_steps(optimizer: Optimizer) -> None:
     if all(hasattr(optimizer, step) for step in _SAM_STEPS):
         warn_user(
             f"AutoClip clips in {name}.step(closure), but not in {name}.first_step and "
-            "second_step. If you call these yourself, call optimizer.clipper.step() after the "
+            "second_step. If you call these yourself, do not attach the clipper: make it from the "
+            "same parameters, QuantileClip(model.parameters()), and call clipper.step() after the "
             "last backward pass, before the method that updates the weights."
         )
     if hasattr(optimizer, "fused_backward"):
@@ -313,6 +352,25 @@ def _warn_of_other_steps(optimizer: Optimizer) -> None:
             f"{name}.fused_backward updates the weights during the backward pass, where AutoClip "
             "cannot clip. Use an optimizer that updates them in step()."
         )
+
+
+def _has_been_trained(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's state says that it has made steps, or was loaded.
+
+    A few optimizers, such as Adagrad, fill their state before: with zeros, with masks.
+    """
+    state = getattr(optimizer, "state", {})
+    return any(_counts_steps(each) for each in state.values() if isinstance(each, Mapping))
+
+
+def _counts_steps(state: Mapping[str, Any]) -> bool:
+    values: Iterable[Any] = [state["step"]] if "step" in state else state.values()
+    return any(
+        bool(value.any()) if isinstance(value, Tensor) else value > 0
+        for value in values
+        if isinstance(value, (int, float))
+        or (isinstance(value, Tensor) and value.dtype != torch.bool and not is_fake(value))
+    )
 
 
 def _reads_found_inf(optimizer: Optimizer) -> bool:

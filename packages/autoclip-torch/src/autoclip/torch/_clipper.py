@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -218,7 +219,9 @@ class Clipper(Saveable):
         """Record the norms of the gradients and clip them, in place.
 
         Call it after `backward()`, after `scaler.unscale_(optimizer)` if a `GradScaler` scales
-        the loss, and before `optimizer.step()`. An attached clipper is called by its optimizer.
+        the loss, and before `optimizer.step()`. An attached clipper is called by its optimizer
+        alone; after a step, `total_norm` is what this method would have returned. Not thread-safe:
+        use one clipper from one thread at a time.
 
         Returns:
             A 0-d float32 tensor on the gradients' device: the L2 norm of all gradients together
@@ -228,9 +231,33 @@ class Clipper(Saveable):
         Raises:
             FloatingPointError: a gradient holds a NaN or an infinity, and `on_nonfinite` is
                 `"raise"`. Nothing was recorded or scaled.
+            RuntimeError: the clipper is attached to an optimizer. Nothing was recorded or scaled.
         """
+        if self._attachment is not None and self._attachment.is_alive:
+            raise RuntimeError(
+                f"This {type(self).__name__} is attached to an optimizer, whose step() calls it: "
+                "another call would record and clip each gradient twice. For the total norm, read "
+                "clipper.total_norm after optimizer.step(). To call step() yourself, call "
+                "clipper.detach() first, or make the clipper without attaching it."
+            )
         with torch.no_grad():  # as a decorator it takes twice as long
             return self._pipeline.step().total
+
+    @property
+    def total_norm(self) -> Tensor:
+        """The L2 norm of all gradients together before clipping, at the last step.
+
+        A 0-d float32 tensor on the gradients' device, as `step()` returns it. Reading it does not
+        wait for the device, `float(clipper.total_norm)` does. 0 if no parameter had a gradient; NaN
+        in a step in which a loss scaler found an overflow.
+
+        Raises:
+            RuntimeError: no step has been made since the clipper was made or reset.
+        """
+        total = self._pipeline.total
+        if total is None:
+            raise RuntimeError("There is no total norm yet: the clipper has not made a step.")
+        return total
 
     def reset(self) -> None:
         """Forget all norms, as if no step had been made."""
@@ -304,17 +331,36 @@ class Clipper(Saveable):
         If it raises, the optimizer and the clipper are as they were.
         """
         check_optimizer(optimizer, "attach")
-        if self._attachment is not None:
+        if self._attachment is not None and self._attachment.is_alive:
             raise RuntimeError(attached_message(self))
+        self.detach()
         attachment = Attachment(self._pipeline, self, optimizer, self._pipeline.groups)
         attachment.begin(optimizer)
         self._attachment = attachment
 
         def detach() -> None:
-            attachment.end()
-            self._attachment = None
+            if self._attachment is attachment:
+                self.detach()
 
         return AttachmentHandle(detach)
+
+    def detach(self) -> None:
+        """Detach the clipper from its optimizer, as the handle that `attach` returned does.
+
+        The optimizer is as it was before. The clipper keeps its history, and the parameters that
+        the optimizer has now. Does nothing if the clipper is not attached.
+        """
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            attachment.end()
+
+    def _attach_to_copy(self, optimizer: Optimizer) -> None:
+        """Attach to a copy of this clipper's optimizer; see `_copies`."""
+        clipper = self
+        if self._attachment is not None:  # copy.copy has copied neither parameters nor clipper
+            own = {id(parameter): parameter for parameter in self._pipeline.groups.parameters()}
+            clipper = copy.deepcopy(self, own)
+        clipper.attach(optimizer)
 
     @constructor
     def as_optimizer(
@@ -327,8 +373,8 @@ class Clipper(Saveable):
 
         Schedulers, `GradScaler`, trainers and `isinstance` keep working. The clipper is
         `optimizer.clipper`, its groups are the optimizer's, one to one, and its state travels in
-        `optimizer.state_dict()["autoclip"]`. Copies and pickles of the optimizer are not
-        attached: torch drops an optimizer's hooks.
+        `optimizer.state_dict()["autoclip"]`. A copy or a pickle of the optimizer has a copy of the
+        clipper, with a history of its own. `optimizer.clipper.detach()` undoes this.
 
         Args:
             optimizer: a torch optimizer. One of its groups that names a setting of the clipper,

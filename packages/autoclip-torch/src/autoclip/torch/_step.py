@@ -56,11 +56,16 @@ class StepResult(NamedTuple):
     @property
     def total(self) -> Tensor:
         """0-d float32: `norm`. Made when asked for, which an optimizer's hook does not do."""
-        if isinstance(self.norm, Tensor):
-            return self.norm.float()
-        # In less than half of the time that torch.tensor takes; on the CPU whatever the default is.
-        narrow = math.inf if self.norm > _LARGEST else self.norm
-        return torch.from_numpy(np.array(narrow, np.float32))
+        return _as_scalar(self.norm)
+
+
+def _as_scalar(norm: Tensor | float) -> Tensor:
+    """0-d float32."""
+    if isinstance(norm, Tensor):
+        return norm.float()
+    # In less than half of the time that torch.tensor takes; on the CPU whatever the default is.
+    narrow = math.inf if norm > _LARGEST else norm
+    return torch.from_numpy(np.array(narrow, np.float32))
 
 
 class Pipeline:
@@ -80,6 +85,7 @@ class Pipeline:
         self.rows = Rows()
         self.groups = Groups(settings, self.rows)
         self.reports: list[tuple[list[int], Report[Any]]] = []
+        self._norm: Tensor | float | None = None
         self._has_seen_a_gradient = False
         self._has_warned = False
         self._forget_plans()
@@ -100,6 +106,11 @@ class Pipeline:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_plans()
+
+    @property
+    def total(self) -> Tensor | None:
+        """0-d float32, the norm of all gradients at the last step; None before the first."""
+        return None if self._norm is None else _as_scalar(self._norm)
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -131,6 +142,7 @@ class Pipeline:
             self._warn_without_gradients()
             if self._sharding is None:  # otherwise the other processes wait for this one
                 self.reports = []
+                self._norm = 0.0
                 return StepResult(0.0)
         if self._sharding is not None and (found_inf is not None or called_by_loss_scaler()):
             self._sharding.refuse_loss_scaler()
@@ -150,6 +162,7 @@ class Pipeline:
             coefficients = coefficients_on(device, found, mode)
             if coefficients is not None:
                 part.scaling.apply(gradients, coefficients)  # type: ignore[arg-type]
+        self._norm = total
         return StepResult(total, _withheld(parameters, skipped), skips_update)
 
     def _measure(
@@ -301,6 +314,7 @@ class Pipeline:
         """Forget all norms."""
         self.rows.reset()
         self.reports = []
+        self._norm = None
 
     def _warn_without_gradients(self) -> None:
         # An optimizer's parameters may be exchanged at any time, and it then does nothing either.
