@@ -113,6 +113,7 @@ def test_a_step_is_reported_and_logged() -> None:
     assert report.names == ("all parameters",)
     assert log_values(report) == {
         "autoclip/total_norm": 8.0,
+        "autoclip/clipped_norm": 2.0,
         "autoclip/threshold": 2.0,
         "autoclip/clipped": 1.0,
     }

@@ -13,7 +13,7 @@ from autoclip.tf import QuantileClip
 from autoclip.tf.callbacks import AutoClipCallback
 from autoclip.tf.logging import log_values
 
-NAMES = ["autoclip/clipped", "autoclip/threshold", "autoclip/total_norm"]
+NAMES = ["autoclip/clipped", "autoclip/clipped_norm", "autoclip/total_norm"]
 
 
 def compiled(model, optimizer=None, quantile=0.5, settings=None, **options):
@@ -43,9 +43,11 @@ class Recorder(keras.callbacks.Callback):
         )
         values = {
             "autoclip/total_norm": np.linalg.norm(norms),
-            "autoclip/threshold": np.median(thresholds),
+            "autoclip/clipped_norm": np.linalg.norm(norms * coefficients),
             "autoclip/clipped": (coefficients < 1).mean(),
         }
+        if len(norms) == 1:
+            values["autoclip/threshold"] = thresholds[0]
         for row, name in enumerate(last.names):
             if name != "all parameters":
                 values[f"autoclip/norm/{name}"] = norms[row]
@@ -56,14 +58,15 @@ class Recorder(keras.callbacks.Callback):
 
 class TestCallback:
     @pytest.mark.parametrize("global_clipping", [False, True], ids=["parameter-wise", "global"])
-    def test_three_values_are_means_over_each_epoch(self, model, fit, global_clipping):
+    def test_the_values_are_means_over_each_epoch(self, model, fit, global_clipping):
         trained = compiled(model, settings={"global_clipping": global_clipping})
         recorder = Recorder()
         history = fit(trained, epochs=3, callbacks=[AutoClipCallback(), recorder])
-        assert sorted(history) == [*NAMES, "loss"]
+        names = [*NAMES, "autoclip/threshold"] if global_clipping else NAMES
+        assert sorted(history) == sorted([*names, "loss"])
         for epoch, batches in enumerate(recorder.values):
             assert len(batches) == 4
-            for name in NAMES:
+            for name in names:
                 found = history[name][epoch]
                 assert type(found) is float
                 assert found == pytest.approx(np.mean([each[name] for each in batches]), rel=1e-12)
@@ -103,7 +106,7 @@ class TestCallback:
         x, y = (each.copy() for each in data)
         y[20] = np.inf  # in the second batch of four
         recorder = Recorder()
-        trained = compiled(model, settings={"warmup_steps": 3, "on_nonfinite": "zero"})
+        trained = compiled(model, settings={"warmup_steps": 3, "global_clipping": True})
         history = trained.fit(
             x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[AutoClipCallback(), recorder]
         ).history
@@ -260,11 +263,11 @@ class TestLogValues:
             clipper(zip(map(tf.constant, norms), variables))
         assert log_values(clipper) == {
             "autoclip/total_norm": pytest.approx(np.nan, nan_ok=True),
-            "autoclip/threshold": 6.0,  # of the rows that recorded: 2 and 10
-            "autoclip/clipped": 0.5,
+            "autoclip/clipped_norm": pytest.approx(np.nan, nan_ok=True),
+            "autoclip/clipped": 0.5,  # of the rows that recorded
         }
         clipper(zip(map(tf.constant, [0.0, 0.0, 0.0]), variables))
-        assert log_values(clipper) == {"autoclip/total_norm": 0.0}
+        assert log_values(clipper) == {"autoclip/total_norm": 0.0, "autoclip/clipped_norm": 0.0}
 
 
 class TestSeveralClippers:

@@ -262,7 +262,7 @@ class TestAStepAndAfter:
         with pytest.raises(RuntimeError, match="nothing to report"):
             _ = clipper.last
         clipper([(tf.constant([0.0]), variable)])
-        assert log_values(clipper) == {"autoclip/total_norm": 0.0}
+        assert set(log_values(clipper).values()) == {0.0}
 
     def test_thresholds_after_a_load(self):
         variable = tf.Variable([0.0], name="v")

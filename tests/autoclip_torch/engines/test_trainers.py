@@ -29,7 +29,7 @@ from training import (
 
 STEPS = 6
 ZERO = [pytest.param(f"ZeRO {stage}", marks=NEEDS_DEEPSPEED) for stage in range(4)]
-NAMES = {"autoclip/total_norm", "autoclip/threshold", "autoclip/clipped"}
+NAMES = {f"autoclip/{name}" for name in ("total_norm", "clipped_norm", "clipped", "threshold")}
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "zero_allow_untested_optimizer": True,

@@ -23,7 +23,7 @@ from autoclip.torch.lightning import AutoClipCallback
 
 SETTINGS: dict[str, Any] = {"quantile": 0.5, "history_length": 16}
 BATCHES = 6
-NAMES = {"autoclip/total_norm", "autoclip/threshold", "autoclip/clipped"}
+NAMES = {"autoclip/total_norm", "autoclip/clipped_norm", "autoclip/clipped"}
 
 pytestmark = [
     # Lightning's own: too few workers, no validation, a folder that exists.
@@ -361,7 +361,8 @@ def test_the_values_are_those_of_the_step(tmp_path: Path) -> None:
         last = clipper.last
         row = recorder.rows[step]
         assert row["autoclip/total_norm"] == pytest.approx(float(total_norm))
-        assert row["autoclip/threshold"] == pytest.approx(float(last.thresholds.quantile(0.5)))
+        after = torch.cat([p.grad.flatten() for p in other.parameters()]).norm()
+        assert row["autoclip/clipped_norm"] == pytest.approx(float(after))
         assert row["autoclip/clipped"] == float((last.coefficients < 1).float().mean())
         clipped.add(row["autoclip/clipped"])
     assert len(clipped) > 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoclip.core import read_states
 
 NAMES = ["net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"]
-THREE = {"autoclip/total_norm", "autoclip/threshold", "autoclip/clipped"}
+THREE = {"autoclip/total_norm", "autoclip/clipped_norm", "autoclip/clipped"}
 
 
 def keys(names: list[str]) -> set[str]:

@@ -29,7 +29,7 @@ from autoclip.torch.transformers import AutoClipCallback
 
 SETTINGS: dict[str, Any] = {"quantile": 0.5, "history_length": 16}
 STEPS = 8
-NAMES = {"autoclip/total_norm", "autoclip/threshold", "autoclip/clipped"}
+NAMES = {"autoclip/total_norm", "autoclip/clipped_norm", "autoclip/clipped"}
 
 
 class Examples(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -452,7 +452,7 @@ def test_the_values_are_logged_with_the_trainers_own(tmp_path: Path) -> None:
             reports.append(
                 {
                     "autoclip/total_norm": float(last.norms.norm()),
-                    "autoclip/threshold": float(last.thresholds.quantile(0.5)),
+                    "autoclip/clipped_norm": float((last.norms * last.coefficients).norm()),
                     "autoclip/clipped": float((last.coefficients < 1).float().mean()),
                 }
             )

@@ -14,13 +14,14 @@ import numpy.typing as npt
 from autoclip.core._errors import StateError
 from autoclip.core._files import PathLike
 from autoclip.core._history import History, Report
-from autoclip.core._logging import log_values
+from autoclip.core._logging import log_values, recorded_rows
+from autoclip.core._notices import idle_notice, state_notices
 from autoclip.core._reading import read_states
 from autoclip.core._replay import Replay, replay, shares_clipped
 from autoclip.core._rows import parameter_names, row_names
 from autoclip.core._rule import RULES
 from autoclip.core._saving import Saveable
-from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings, batches
+from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state import GroupState, State
 
 __all__ = ["CANDIDATES", "RowSummary", "Rows", "Source", "Summary", "rows_of", "summarize"]
@@ -82,13 +83,14 @@ class Rows:
     @cached_property
     def thresholds(self) -> npt.NDArray[np.float64]:
         """float64[rows]: the thresholds of the windows as they are; NaN if the rule is unknown."""
-        found = np.full(len(self), np.nan)
-        for rows in batches(self.settings or []).values():
-            history = History.of([self.settings[row] for row in rows])  # type: ignore[index]
-            history.write(
-                range(len(rows)), [self.windows[row] for row in rows], self.recorded[rows]
-            )
-            found[rows] = history.thresholds
+        if self.replay is None or self.settings is None:
+            return np.full(len(self), np.nan)
+        found = self.replay.final.copy()
+        for row, window in enumerate(self.windows):
+            if len(window) > _MOST_NORMS:  # the replay has seen the newest ones only
+                history = History.of([self.settings[row]])
+                history.write([0], [window], self.recorded[[row]])
+                found[row] = history.thresholds[0]
         return found
 
     @cached_property
@@ -218,12 +220,15 @@ class Summary:
         rows: one summary a row, in the order of the parameter groups.
         last: the values of `log_values` for the clipper's last step; empty if there is none.
         last_coefficients: what each row's gradient was multiplied by in that step, by name.
+        notices: sentences about faults outside of AutoClip: total norms that do not vary, because
+            something clips first, and a last step that recorded nothing.
     """
 
     state: State
     rows: tuple[RowSummary, ...]
     last: dict[str, float]
     last_coefficients: dict[str, float]
+    notices: tuple[str, ...]
     _rows: Rows = field(repr=False)
 
     def hardest(self, count: int = 10) -> list[RowSummary]:
@@ -279,6 +284,7 @@ class Summary:
                 for row in self.rows
             ],
             "last": {name: _json(value) for name, value in self.last.items()},
+            "notices": list(self.notices),
             "clipped_at": {f"{q:g}": _json(share) for q, share in self.clipped_at().items()},
         }
 
@@ -326,6 +332,8 @@ class Summary:
             names = [f"{name} * {value:.3g}" for name, value in hardest if value < 1.0][:5]
             lines += ["", f"last step  {values}"]
             lines += [f"clipped hardest  {', '.join(names)}"] if names else []
+        for notice in self.notices:
+            lines += ["", f"notice  {notice}"]
         return "\n".join(lines)
 
 
@@ -356,26 +364,41 @@ def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
     shapes: list[tuple[int, ...] | None] = [None] * len(rows)
     if rows.state.mode == "parameter":
         shapes = [each.shape for group in rows.state.groups for each in group.parameters]
-    summaries = [
-        RowSummary(
-            name=rows.names[row],
-            group=rows.groups[row],
-            shape=shapes[row],
-            length=len(window),
-            recorded=int(rows.recorded[row]),
-            newest=float(window[-1]) if len(window) else math.nan,
-            median=float(np.median(window.astype(np.float64))) if len(window) else math.nan,
-            threshold=float(rows.thresholds[row]),
-            clipped=float(shares[row]),
-            coefficient=float(coefficients[row]),
-        )
-        for row, window in enumerate(rows.windows)
-    ]
+    summaries = map(
+        RowSummary,
+        rows.names,
+        rows.groups,
+        shapes,
+        map(len, rows.windows),
+        rows.recorded.tolist(),
+        (float(window[-1]) if len(window) else math.nan for window in rows.windows),
+        _medians(rows.windows).tolist(),
+        rows.thresholds.tolist(),
+        shares.tolist(),
+        coefficients.tolist(),
+    )
     last = {} if report is None else log_values(report)
     by_name = {}
     if report is not None:
         by_name = dict(zip(report.names, np.asarray(report.coefficients, np.float64).tolist()))
-    return Summary(rows.state, tuple(summaries), last, by_name, rows)
+    notices = state_notices(rows.state)
+    if report is not None and not recorded_rows(report).any():
+        notices.append(idle_notice("The last step", last["autoclip/total_norm"]))
+    return Summary(rows.state, tuple(summaries), last, by_name, tuple(notices), rows)
+
+
+def _medians(windows: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+    """The median of each window; NaN for an empty one."""
+    by_length: dict[int, list[int]] = {}
+    for row, window in enumerate(windows):
+        by_length.setdefault(len(window), []).append(row)
+    medians = np.full(len(windows), np.nan)
+    for length, rows in by_length.items():
+        if length:
+            ordered = np.sort([windows[row] for row in rows], axis=1)
+            middle = ordered[:, [(length - 1) // 2, length // 2]].astype(np.float64)
+            medians[rows] = middle.mean(axis=1)
+    return medians
 
 
 _MODES = {

@@ -341,7 +341,8 @@ def batches(
     """
     found: dict[Hashable, list[int]] = {}
     # Groups share their settings among many rows, and a look at each row's structure takes long.
-    known = {id(each): each.structure for each in settings}
+    distinct = {id(each): each for each in settings}
+    known = {key: each.structure for key, each in distinct.items()}
     for row, each in enumerate(settings):
         key = (known[id(each)], *(values[row] for values in keys))
         found.setdefault(key, []).append(row)

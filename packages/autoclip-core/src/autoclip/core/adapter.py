@@ -9,6 +9,7 @@ from autoclip.core._attachment import AttachmentHandle, constructor
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
 from autoclip.core._files import write_file
 from autoclip.core._logging import check_parameters
+from autoclip.core._notices import log_and_watch
 from autoclip.core._reading import CHECKPOINT_FILE
 from autoclip.core._ring import SMALLEST_NORM, is_recorded
 from autoclip.core._rows import make_state, parameter_names, row_names, split_state
@@ -50,6 +51,7 @@ __all__ = [
     "check_parameters",
     "constructor",
     "is_recorded",
+    "log_and_watch",
     "make_state",
     "needs_order",
     "nonfinite_message",

@@ -52,7 +52,7 @@ class AutoClipCallback(keras.callbacks.Callback):
     ...     np.ones((8, 3)), np.ones((8, 1)), callbacks=[AutoClipCallback()], verbose=0
     ... )
     >>> sorted(history.history)
-    ['autoclip/clipped', 'autoclip/threshold', 'autoclip/total_norm', 'loss']
+    ['autoclip/clipped', 'autoclip/clipped_norm', 'autoclip/total_norm', 'loss']
     """
 
     def __init__(

@@ -6,13 +6,14 @@ from typing import Any
 
 from autoclip import core
 from autoclip.core import Report, Summary
+from autoclip.core.adapter import log_and_watch
 from autoclip.tf._clipper import Clipper
 
 __all__ = ["log_values", "summarize"]
 
 
 def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, float]:
-    """The last step in three numbers and, on request, two for each variable.
+    """Values of the last step and, on request, two for each variable.
 
     `AutoClipCallback` logs these in `fit`. In a loop of your own, call it outside of any
     `tf.function`, on the steps that you log: it waits for the device.
@@ -26,15 +27,20 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
         The values by name.
 
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
-        * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
-          this step; with global clipping, the threshold.
-        * `"autoclip/clipped"`: of these rows, the share whose norm was above its threshold, 0 … 1:
-          the gradients that were clipped or zeroed.
+        * `"autoclip/clipped_norm"`: the same after clipping.
+        * `"autoclip/clipped"`: of the rows that recorded a norm in this step, the share whose norm
+          was above its threshold, 0 … 1: the gradients that were clipped or zeroed.
+        * `"autoclip/threshold"`: the threshold of the total norm, if there is one row: under global
+          clipping, or with a single variable.
         * `"autoclip/norm/NAME"` and `"autoclip/threshold/NAME"` for each variable that recorded a
           norm, on request; none with global clipping.
 
-        Only the first one if no row recorded a norm; nothing before the first step, or if the last
+        Only the first two if no row recorded a norm; nothing before the first step, or if the last
         step had no gradient at all.
+
+    Warns:
+        UserWarning: once, if the total norm does not vary, since something clips first; once, if no
+            norm was recorded for many logged steps.
 
     Raises:
         TypeError, ValueError: `parameters` is neither a bool nor a regular expression.
@@ -46,11 +52,11 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
     >>> clipper = QuantileClip(quantile=0.5)
     >>> for size in (1.0, 2.0, 9.0):
     ...     pairs = clipper([(tf.fill([4], size / 2), weight)])  # a norm of 1, 2, 9
-    >>> log_values(clipper)
-    {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
+    >>> round(log_values(clipper)["autoclip/clipped_norm"], 6)
+    2.0
     """
     report = _report(clipper)
-    return {} if report is None else core.log_values(report, parameters)
+    return {} if report is None else log_and_watch(clipper, report, parameters)
 
 
 def summarize(clipper: Clipper) -> Summary:

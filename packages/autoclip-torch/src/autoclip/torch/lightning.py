@@ -33,7 +33,7 @@ class AutoClipCallback(Callback):
 
     The clippers' histories are part of the optimizers' states, so Lightning's checkpoints carry
     them, and `Trainer.fit(ckpt_path=...)` restores them. At each step that Lightning logs, the
-    callback logs the three values of `autoclip.torch.logging.log_values`. If the module has
+    callback logs the values of `autoclip.torch.logging.log_values`. If the module has
     several optimizers, their index is appended: `"autoclip/total_norm/0"`.
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments

@@ -10,6 +10,7 @@ from torch import nn
 
 from autoclip import core
 from autoclip.core import Report, State, Summary
+from autoclip.core.adapter import log_and_watch
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
 
@@ -22,7 +23,7 @@ def log_values(
     *,
     model: nn.Module | None = None,
 ) -> dict[str, float]:
-    """The last step in three numbers and, on request, two for each parameter.
+    """Values of the last step and, on request, two for each parameter.
 
     The callbacks for Lightning and for the Hugging Face Trainer log these. In a loop of your own,
     call it on the steps that you log: it waits for the device, once.
@@ -39,13 +40,19 @@ def log_values(
         The values by name.
 
         * `"autoclip/total_norm"`: the L2 norm of all gradients together before clipping.
-        * `"autoclip/threshold"`: the median of the thresholds of the rows that recorded a norm in
-          this step; with global clipping, the threshold.
-        * `"autoclip/clipped"`: of these rows, the share whose norm was above its threshold, 0 … 1.
+        * `"autoclip/clipped_norm"`: the same after clipping.
+        * `"autoclip/clipped"`: of the rows that recorded a norm in this step, the share whose norm
+          was above its threshold, 0 … 1: the gradients that were clipped, zeroed or skipped.
+        * `"autoclip/threshold"`: the threshold of the total norm, if there is one row: under global
+          clipping, or with a single parameter.
         * `"autoclip/norm/NAME"` and `"autoclip/threshold/NAME"` for each parameter that recorded a
           norm, on request; none with global clipping.
 
-        Only the first one if no row recorded a norm, nothing if there was no gradient at all.
+        Only the first two if no row recorded a norm, nothing if there was no gradient at all.
+
+    Warns:
+        UserWarning: once, if the total norm does not vary, since something clips first; once, if no
+            norm was recorded for many logged steps.
 
     Raises:
         TypeError, ValueError: `parameters` is neither a bool nor a regular expression.
@@ -58,13 +65,13 @@ def log_values(
     >>> for size in (1.0, 2.0, 9.0):
     ...     weight.grad = torch.full((4,), size / 2)  # a norm of 1, 2, 9
     ...     total_norm = clipper.step()
-    >>> log_values(clipper)
-    {'autoclip/total_norm': 9.0, 'autoclip/threshold': 2.0, 'autoclip/clipped': 1.0}
+    >>> round(log_values(clipper)["autoclip/clipped_norm"], 6)
+    2.0
     >>> log_values(clipper, parameters=r"weight$")["autoclip/norm/weight"]
     9.0
     """
     report = _report(clipper, None if parameters is False else model)
-    return {} if report is None else core.log_values(report, parameters)
+    return {} if report is None else log_and_watch(clipper, report, parameters)
 
 
 def summarize(clipper: Clipper | EngineClipper, *, model: nn.Module | None = None) -> Summary:

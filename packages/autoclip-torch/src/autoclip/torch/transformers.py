@@ -50,7 +50,7 @@ class AutoClipCallback(TrainerCallback):
     and what is saved instead drops the history; there the callback writes it into the checkpoint
     as `autoclip.safetensors`.
 
-    At each step that the trainer logs, the three values of `autoclip.torch.logging.log_values` are
+    At each step that the trainer logs, the values of `autoclip.torch.logging.log_values` are
     logged with the trainer's own. While a step computes its gradients, `args.max_grad_norm` is 0:
     with the trainer's default of 1, the history would hold norms that are clipped already.
 
