@@ -17,11 +17,15 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from autoclip.core.adapter import CLIPPER_SETTINGS
@@ -167,7 +171,7 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-def make(kind: type[Optimizer]) -> tuple[nn.Module, Any]:
+def make(kind: Callable[..., Optimizer]) -> tuple[nn.Module, Any]:
     model = make_model()
     return model, QuantileClip.as_optimizer(kind(model.parameters()), **SETTINGS)
 
@@ -374,6 +378,78 @@ def test_nothing_is_kept_alive(kind: type[Optimizer]) -> None:
         gc.enable()
 
 
+# -- wrappers that call no hook ------------------------------------------------------------------
+
+
+class ScheduleFreeWrapper:
+    """Not an optimizer, as schedulefree's; fastai's `OptimWrapper` has it as `opt`."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+
+    def step(self) -> None:
+        self.base.step()
+
+
+class UnhookedLookahead(Optimizer):
+    """Does not call torch's __init__, as timm's (1.0)."""
+
+    def __init__(self, base_optimizer: Optimizer) -> None:
+        self._base_optimizer = base_optimizer
+        self.param_groups = base_optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        self._base_optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(ScheduleFreeWrapper, "base"), (UnhookedLookahead, "_base_optimizer")]
+)
+def test_a_wrapper_is_refused_with_the_name_of_the_optimizer_inside(wrap: Any, name: str) -> None:
+    model = make_model()
+    wrapper = wrap(SGD(model.parameters(), lr=0.1))
+    for attach in (QuantileClip.as_optimizer, QuantileClip(model.parameters()).attach):
+        with pytest.raises(TypeError, match=rf"optimizer inside, its attribute `\.{name}`"):
+            attach(wrapper)
+    QuantileClip.as_optimizer(getattr(wrapper, name), **SETTINGS)  # the way out works
+    train(model, cast("Any", _Zeroing(wrapper, model)), range(4))
+    expected, plain = make(lambda parameters: SGD(parameters, lr=0.1))
+    train(expected, plain, range(4))
+    assert torch.equal(weights(model), weights(expected))
+
+
+class _Zeroing:
+    def __init__(self, wrapper: Any, model: nn.Module) -> None:
+        self.step, self.zero_grad = wrapper.step, model.zero_grad
+
+
+def test_what_holds_no_optimizer_is_refused_without_advice() -> None:
+    with pytest.raises(TypeError, match=r"but got .*Sequential\.$"):
+        QuantileClip.as_optimizer(make_model())  # type: ignore[type-var]
+
+
+# -- a checkpoint whose entry was dropped ----------------------------------------------------------
+
+
+def test_the_entry_that_distributed_checkpoints_drop() -> None:
+    """The true cause; and nothing if the history was saved separately and loaded before."""
+    model, optimizer = make(Adam)
+    train(model, optimizer, range(3))
+    saved = get_optimizer_state_dict(model, optimizer)
+    history = optimizer.clipper.state_dict()
+    other_model, other = make(Adam)
+    with pytest.warns(UserWarning, match=r"torch\.distributed\.checkpoint keeps only") as caught:
+        set_optimizer_state_dict(other_model, other, saved)
+    assert len(caught) == 1
+    other_model, other = make(Adam)
+    other.clipper.load_state_dict(history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_optimizer_state_dict(other_model, other, copy.deepcopy(saved))
+        train(other_model, other, range(3, 5))
+    assert [len(w) for w in other.clipper.export_state().groups[0].windows()] == [5] * 4
+
+
 # -- weights updated without step ----------------------------------------------------------------
 
 
@@ -412,6 +488,38 @@ def test_sam_clips_what_its_weights_are_updated_with() -> None:
 
 
 def test_weights_that_are_updated_in_the_backward_pass() -> None:
+    """Each optimizer that a hook steps may have a clipper; one after the pass comes too late."""
+    expected, plain = make(lambda parameters: SGD(parameters, lr=0.1))
+    train(expected, plain, range(5))
+    model = make_model()
+    optimizers: dict[Tensor, Any] = {}
+    late = QuantileClip(model.parameters(), **SETTINGS)
+
+    def update(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        optimizers[parameter] = QuantileClip.as_optimizer(SGD([parameter], lr=0.1), **SETTINGS)
+        parameter.register_post_accumulate_grad_hook(update)
+    for step in range(5):
+        backward(model, step)
+    assert torch.equal(weights(model), weights(expected))
+    with pytest.warns(UserWarning, match="hooks that run in the backward pass"):
+        late.step()
+
+
+def test_parameters_that_are_never_trained() -> None:
+    """As in the optimizer that stands for others in layer-wise training."""
+    dummy = SGD([torch.zeros(1)], lr=0.1)
+    dummy.optimizer_dict = {}  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match=r"SGD\.step\(\) updates nothing.*galore_adamw"):
+        QuantileClip.as_optimizer(dummy)
+    with pytest.warns(UserWarning, match="none of its parameters requires one"):
+        dummy.step()
+
+
+def test_lomo() -> None:
     with pytest.warns(UserWarning, match=r"Lomo\.fused_backward updates the weights"):
         QuantileClip.as_optimizer(Lomo(make_model().parameters()))
 

@@ -216,7 +216,7 @@ def test_a_checkpoint_without_or_with_another_history(tmp_path):
     clipper = attach(engine)
     train(engine, next(batches()), 1.0)
     saved = clipper.state_dict()
-    with pytest.warns(UserWarning, match="saved without AutoClip"):
+    with pytest.warns(UserWarning, match="has no 'autoclip' entry in its client state"):
         engine.load_checkpoint(str(tmp_path), tag="plain")
     engine.save_checkpoint(str(tmp_path), tag="ours")
     assert clipper.state_dict() == saved

@@ -23,6 +23,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from autoclip.torch import Clipper, QuantileClip, StandardClip
 from autoclip.torch.transformers import AutoClipCallback
@@ -124,6 +125,15 @@ ATTACHED = pytest.mark.parametrize("by", ["optimizers", "callback"])
 
 
 # -- training ----------------------------------------------------------------------------------
+
+
+def test_a_layer_wise_optimizer_is_said_to_update_nothing(tmp_path: Path) -> None:
+    """`optim="galore_adamw_layerwise"` gives the trainer this one."""
+    trainer = make_trainer(tmp_path, "callback", max_steps=1)
+    trainer.optimizer = LayerWiseDummyOptimizer(optimizer_dict={})
+    updates_nothing = pytest.warns(UserWarning, match=r"DummyOptimizer\.step\(\) updates nothing")
+    with updates_nothing, pytest.warns(UserWarning, match="none of its parameters requires one"):
+        train(trainer)
 
 
 class ScheduleFree(torch.optim.AdamW):

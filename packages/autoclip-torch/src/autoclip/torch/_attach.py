@@ -18,6 +18,7 @@ from autoclip.core.adapter import second_clipper_message, warn_user
 from autoclip.torch import _legacy
 from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
 from autoclip.torch._groups import Groups
+from autoclip.torch._parameters import wrapped_optimizers
 from autoclip.torch._private import disable_dynamo, is_fake
 from autoclip.torch._step import StepResult
 
@@ -76,19 +77,36 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
             f"{caller}(torch.optim.{optimizer.__name__}(model.parameters()), ...)."
         )
     if not isinstance(optimizer, Optimizer):
+        inside = _inside(optimizer)
         raise TypeError(
             f"{caller} takes a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
+            + (f" {inside}" if inside else "")
         )
     if not getattr(type(optimizer).step, "hooked", False):
         # Accelerate's and Lightning's pass for an Optimizer, but their steps call no hook.
         raise TypeError(
             f"{torch.typename(optimizer)} only wraps an optimizer, and no hook of its own is "
-            "ever called. Attach to the optimizer inside, often its attribute `.optimizer`."
+            "ever called. "
+            + (_inside(optimizer) or "Attach to the torch optimizer that updates the weights.")
         )
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(_without_init(optimizer))
     if hasattr(optimizer, "clipper"):
         raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
+
+
+def _inside(wrapper: object) -> str:
+    """Where the optimizer is that an object wraps; empty if there is none."""
+    names = [f"`.{name}`" for name in wrapped_optimizers(wrapper)]
+    if names:
+        return f"Attach to the optimizer inside, its attribute {' or '.join(names)}."
+    if type(wrapper).__module__.startswith("fastai."):
+        return (
+            "fastai's own optimizers are none of torch's. Train with "
+            "opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), and attach to `learn.opt.opt` "
+            "after learn.create_opt()."
+        )
+    return ""
 
 
 def _without_init(optimizer: Optimizer) -> str:
@@ -270,13 +288,16 @@ class Attachment(Hooks):
             optimizer.__dict__.pop("found_inf", None)
 
     def _warn_without_history(self, optimizer: Optimizer) -> None:
-        if not any(group.recorded.any() for group in self._clipper.export_state().groups):
+        if not self._has_history():
             warn_user(
                 f"This {type(optimizer).__name__} was trained before the clipper was attached, and "
                 "the clipper starts with an empty history: its first steps are compared with "
                 "few norms. If the training was resumed, attach the clipper before you load the "
                 "optimizer's state, or load the history with clipper.load_state_dict()."
             )
+
+    def _has_history(self) -> bool:
+        return any(group.recorded.any() for group in self._clipper.export_state().groups)
 
     # -- copies ------------------------------------------------------------------------------
 
@@ -323,13 +344,26 @@ class Attachment(Hooks):
             source = f"the optimizer's state_dict[{STATE_KEY!r}]"
             self._pending = self._clipper.check_state_dict(entry, source)
         elif not self._has_warned:
-            self._has_warned = True
-            self._began_late = False  # this says so already
-            warn_user(
-                f"The optimizer's checkpoint has no {STATE_KEY!r} entry: it was saved without "
-                "AutoClip. The clipper keeps the history that it has."
-            )
+            self._warn_of_missing_entry()
         return replaced
+
+    def _warn_of_missing_entry(self) -> None:
+        reason = "it was saved without a clipper, or by a framework that dropped the entry"
+        if _is_called_by("torch.distributed.checkpoint"):
+            if self._has_history():  # saved and loaded separately, as the documentation says
+                return
+            reason = (
+                "torch.distributed.checkpoint keeps only the entries that it knows, also in "
+                "Composer and Accelerate"
+            )
+        self._has_warned = True
+        self._began_late = False  # no second warning of the same
+        warn_user(
+            f"The optimizer's checkpoint has no {STATE_KEY!r} entry: {reason}. The clipper keeps "
+            "the history that it has. Where entries are dropped, save "
+            "optimizer.clipper.state_dict() separately, and load it with "
+            "optimizer.clipper.load_state_dict()."
+        )
 
     @disable_dynamo
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -350,7 +384,14 @@ def _warn_of_other_steps(optimizer: Optimizer) -> None:
     if hasattr(optimizer, "fused_backward"):
         warn_user(
             f"{name}.fused_backward updates the weights during the backward pass, where AutoClip "
-            "cannot clip. Use an optimizer that updates them in step()."
+            f"cannot clip. Use {name}'s own clipping, or an optimizer that updates them in step()."
+        )
+    if isinstance(getattr(optimizer, "optimizer_dict", None), Mapping):
+        warn_user(
+            f"{name}.step() updates nothing: optimizers in its optimizer_dict update each "
+            "parameter during the backward pass, where this clipper cannot clip. Use an optimizer "
+            "that updates all parameters in step(): for example, in the Hugging Face Trainer, "
+            'optim="galore_adamw" instead of "galore_adamw_layerwise".'
         )
 
 
@@ -381,6 +422,16 @@ def _reads_found_inf(optimizer: Optimizer) -> bool:
     """
     is_torchs = type(optimizer).step.__module__.startswith("torch.optim.")
     return is_torchs and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def _is_called_by(module: str) -> bool:
+    """Whether a function of `module`, or of a module in it, is on the call stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if f"{frame.f_globals.get('__name__')}.".startswith(f"{module}."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

@@ -322,6 +322,22 @@ class Pipeline:
         if self._has_warned or (self._has_seen_a_gradient and not is_attached):
             return
         self._has_warned = True
+        parameters = self.groups.parameters()
+        if not any(parameter.requires_grad for parameter in parameters):
+            warn_user(
+                "A clipper's step found no gradient, and none of its parameters requires one: they "
+                "are frozen, or the optimizer updates other parameters than those in its groups."
+            )
+            return
+        if any(map(_has_backward_hooks, parameters)):
+            warn_user(
+                "A clipper's step found no gradient on any parameter, but the parameters have "
+                "hooks that run in the backward pass. If these update the weights and free the "
+                "gradients (LOMO, layer-wise optimizers, fused backward passes), a clipper after "
+                "the backward pass comes too late. Attach a clipper to each optimizer that a hook "
+                "steps, or update all weights in one optimizer.step()."
+            )
+            return
         if is_attached:
             caller = "optimizer"
             remedy = "optimizer afterwards; this one does not train them"
@@ -362,6 +378,11 @@ class _Choices:
 
 def _fitting(plan: Plan | None, gradients: Sequence[Tensor | None]) -> Plan:
     return plan if plan is not None and plan.fits(gradients) else Plan(gradients, _rows.uses_numpy)
+
+
+def _has_backward_hooks(parameter: Tensor) -> bool:
+    own = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return any(own)
 
 
 def _withheld(parameters: Sequence[Tensor], places: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -226,8 +226,9 @@ class _Attachment:
         if load_optimizer_states and not load_module_only:
             if entry is None:
                 warn_user(
-                    f"The checkpoint {path} was saved without AutoClip. The clipper keeps the "
-                    "history that it has."
+                    f"The checkpoint {path} has no {STATE_KEY!r} entry in its client state: it was "
+                    "saved before a clipper was attached, or the entry was dropped since. The "
+                    "clipper keeps the history that it has."
                 )
             else:
                 source = f"the client state of {path}"
