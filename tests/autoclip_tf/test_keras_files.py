@@ -439,6 +439,29 @@ class TestCopies:
         recorded = [group.recorded.tolist() for group in clipper_of(clone).export_state().groups]
         assert recorded == [[8, 8], [8, 8]]
 
+    @pytest.mark.skipif(
+        not hasattr(keras.optimizers, "MultiOptimizer"), reason="newer than this Keras"
+    )
+    @pytest.mark.parametrize("come_back", ["file", "deepcopy", "config"])
+    def test_every_optimizer_in_a_multi_optimizer(self, come_back, tmp_path):
+        choose = keras.optimizers.OptimizerMap(adam(), {"out.*": adam(global_clipping=True)})
+        model = fit(make_model(keras.optimizers.MultiOptimizer(choose)))
+        if come_back == "file":
+            model.save(tmp_path / "model.keras")
+            other = keras.saving.load_model(tmp_path / "model.keras")
+        elif come_back == "deepcopy":
+            other = copy.deepcopy(model)
+        else:
+            config = model.optimizer.get_config()
+            other = make_model(keras.optimizers.MultiOptimizer.from_config(config))
+        fit(other)
+        steps = 8 if come_back == "config" else 16
+        recorded = [
+            each.clipper.export_state().groups[0].recorded.tolist()
+            for each in other.optimizer.optimizers
+        ]
+        assert sorted(recorded) == [[steps], [steps, steps]]
+
 
 class TestInference:
     """What is exported for inference has no use for a history, and is not disturbed by one."""

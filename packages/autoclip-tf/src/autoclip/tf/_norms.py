@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from autoclip.tf._conditional import Conditional
+from autoclip.tf._private import numerics_are_checked
 
 __all__ = ["Gradient", "gradient_norms", "is_small", "root_of_squares"]
 
@@ -68,7 +69,9 @@ def gradient_norms(gradients: Sequence[Gradient | None], xla: bool) -> tf.Tensor
     if few:
         parts.append(_small_norms(list(few.values())))
     if large:
-        parts.append((_xla_norms if xla else _graph_norms)(list(large.values())))
+        # A sum of squares in float32 may be infinite until it is looked at more closely.
+        is_careful = xla or numerics_are_checked()
+        parts.append((_careful_norms if is_careful else _graph_norms)(list(large.values())))
     order = [i for arrays in (*many, few, large) for i in arrays]
     none = [i for i, gradient in enumerate(gradients) if gradient is None]
     if none:
@@ -148,7 +151,7 @@ def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
         sizes = [tf.size(array, tf.int64) for array in arrays]
     # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
     least = _SMALL_MEAN_SQUARE * tf.cast(tf.stack(sizes), tf.float64)
-    unsure = ~((squares > least) & (squares < np.inf))
+    unsure = ~((squares > least) & tf.math.is_finite(squares))
     norms = tf.sqrt(squares)
 
     def look_closely() -> tf.Tensor:
@@ -173,8 +176,8 @@ def _careful_norm_if(dtype: tf.DType) -> Conditional:
     )
 
 
-def _xla_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
-    # Carefully from the start: a condition would cost more than it saves.
+def _careful_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+    # From the start: under XLA a condition would cost more than it saves.
     ones = tf.ones([_BLOCK, 1], tf.float64)
 
     def half_of_squares(vector: tf.Tensor) -> tf.Tensor:
@@ -200,7 +203,8 @@ def _careful_norm(
     """
     if vector.dtype == tf.float32:  # its squares are far inside the range of float64
         return tf.sqrt(2.0 * half_of_squares(tf.cast(vector, tf.float64)))
-    largest = tf.reduce_max(tf.abs(vector))  # -inf if there are no elements
+    # With a zero: the maximum of no elements is -inf.
+    largest = tf.reduce_max(tf.concat([tf.abs(vector), tf.zeros([1], vector.dtype)], axis=0))
     unit = tf.where((largest > 0.0) & tf.math.is_finite(largest), largest, 1.0)
     root = tf.sqrt(2.0 * half_of_squares(vector / unit))
     # A finite gradient never has the norm "infinity", not even beyond float64.

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src.saving.keras_saveable import KerasSaveable
+from tensorflow.python.framework.op_callbacks import should_invoke_op_callbacks
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.saved_model.save_context import in_save_context
 
@@ -28,6 +29,7 @@ __all__ = [
     "collected_variables",
     "compiled_by_xla",
     "name_of",
+    "numerics_are_checked",
     "overwritten_by_gradient",
     "retrace_models",
     "saved_by_keras",
@@ -193,6 +195,11 @@ def name_of(variable: Any) -> str:
 def overwritten_by_gradient(variable: Any) -> bool:
     """Whether Keras writes the gradient into the variable, as it does with the scales of float8."""
     return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
+def numerics_are_checked() -> bool:
+    """Whether the output of each operation is looked at: `tf.debugging.enable_check_numerics`."""
+    return bool(should_invoke_op_callbacks())
 
 
 def build_scope(variables: Sequence[Any]) -> AbstractContextManager[Any]:
