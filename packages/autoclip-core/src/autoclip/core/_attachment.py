@@ -44,10 +44,11 @@ if TYPE_CHECKING:
 else:
 
     class constructor(classmethod):
-        """A class method that makes a clipper from an optimizer and the constructor's settings.
+        """A class method that makes clippers from an optimizer and the constructor's settings.
 
-        Its signature is the constructor's, with `optimizer` in the place of the parameters. On an
-        instance, whose settings and history it would silently drop, it raises TypeError.
+        Its signature is the constructor's, with its own first argument in the place of the
+        parameters. On an instance, whose settings and history it would silently drop, it raises
+        TypeError.
         """
 
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -64,7 +65,7 @@ else:
                     "clipper.attach(optimizer)."
                 )
 
-            optimizer = inspect.signature(self.__func__).parameters["optimizer"]
+            _, optimizer, *_ = inspect.signature(self.__func__).parameters.values()
             settings = [
                 each
                 for name, each in inspect.signature(owner.__init__).parameters.items()

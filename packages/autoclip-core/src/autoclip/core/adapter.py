@@ -7,6 +7,7 @@ coefficients; its settings, rules, states and messages come from here.
 
 from autoclip.core._attachment import AttachmentHandle, constructor
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
+from autoclip.core._factory import make_factory
 from autoclip.core._files import write_file
 from autoclip.core._logging import check_parameters
 from autoclip.core._notices import log_and_watch
@@ -52,6 +53,7 @@ __all__ = [
     "constructor",
     "is_recorded",
     "log_and_watch",
+    "make_factory",
     "make_state",
     "needs_order",
     "nonfinite_message",

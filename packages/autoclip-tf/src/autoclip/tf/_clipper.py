@@ -20,6 +20,7 @@ from autoclip.core.adapter import (
     warn_user,
 )
 from autoclip.tf._attach import attach
+from autoclip.tf._factory import optimizer_factory
 from autoclip.tf._groups import (
     Variable,
     assign_variables,
@@ -138,6 +139,39 @@ class Clipper(KerasSaving):
         """
         cls(*args, **settings).attach(optimizer)
         return optimizer
+
+    @constructor
+    def optimizer_factory(
+        cls: Callable[P, Clipper],
+        optimizer_class: type[OptimizerT],
+        *args: P.args,
+        **settings: P.kwargs,
+    ) -> type[OptimizerT]:
+        """Make a class of optimizers that have a clipper, for frameworks that ask for a class.
+
+        `factory(learning_rate=1e-3)` is `as_optimizer(optimizer_class(learning_rate=1e-3), ...)`:
+        an optimizer of `optimizer_class`, with a new clipper attached. The factory is a subclass of
+        `optimizer_class` with its name, module and signature. It can be copied, and pickled if
+        `optimizer_class` and the settings can be. See "Other frameworks" in the documentation.
+
+        Args:
+            optimizer_class: a subclass of `keras.optimizers.Optimizer`.
+            args: the class's arguments.
+            settings: the class's settings by keyword.
+
+        Raises:
+            TypeError: it is not a class of Keras optimizers, or a factory already, or a setting is
+                unknown or has the wrong type.
+            ValueError: a setting has the wrong value.
+
+        >>> import keras
+        >>> from autoclip.tf import QuantileClip
+        >>> make = QuantileClip.optimizer_factory(keras.optimizers.Adam, quantile=0.9)
+        >>> optimizer = make(learning_rate=1e-3)
+        >>> optimizer.clipper.defaults["quantile"]
+        0.9
+        """
+        return optimizer_factory(cls, optimizer_class, args, settings)
 
     # -- settings and groups -----------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch import _legacy
 from autoclip.torch._attach import Attachment, check_optimizer
+from autoclip.torch._factory import optimizer_factory
 from autoclip.torch._parameters import (
     OptimizerGroup,
     OptimizerGroups,
@@ -393,6 +394,39 @@ class Clipper(Saveable):
         clipper = cls(cast("Any", OptimizerGroups(optimizer)), *args, **settings)
         clipper.attach(optimizer)
         return optimizer
+
+    @constructor
+    def optimizer_factory(
+        cls: Callable[Concatenate[ParamsT, P], Clipper],
+        optimizer_class: type[OptimizerT],
+        *args: P.args,
+        **settings: P.kwargs,
+    ) -> type[OptimizerT]:
+        """Make a class of optimizers that have a clipper, for frameworks that ask for a class.
+
+        `factory(params, lr=1e-3)` is `as_optimizer(optimizer_class(params, lr=1e-3), ...)`: an
+        optimizer of `optimizer_class`, with a new clipper attached. The factory is a subclass of
+        `optimizer_class` with its name, module and signature. It can be copied, and pickled if
+        `optimizer_class` and the settings can be. See "Other frameworks" in the documentation.
+
+        Args:
+            optimizer_class: a subclass of `torch.optim.Optimizer`.
+            args: the class's arguments after `parameters`.
+            settings: the class's settings by keyword; see `as_optimizer`.
+
+        Raises:
+            TypeError: it is not a class of torch optimizers, or a factory already, or a setting is
+                unknown or has the wrong type.
+            ValueError: a setting has the wrong value.
+
+        >>> import torch
+        >>> from autoclip.torch import QuantileClip
+        >>> make = QuantileClip.optimizer_factory(torch.optim.AdamW, quantile=0.9)
+        >>> optimizer = make(torch.nn.Linear(3, 1).parameters(), lr=1e-3)
+        >>> type(optimizer), optimizer.clipper.param_groups[0]["quantile"]
+        (<class 'torch.optim.adamw.AdamW'>, 0.9)
+        """
+        return optimizer_factory(cls, optimizer_class, args, settings)
 
     # -- state -------------------------------------------------------------------------------
 

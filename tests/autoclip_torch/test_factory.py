@@ -1,0 +1,199 @@
+"""`optimizer_factory`: a class wherever one is asked for, and optimizers that clip."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import multiprocessing
+import pickle
+from abc import ABC
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from autoclip.core import Quantile, Standard
+from autoclip.torch import Clipper, QuantileClip, StandardClip
+
+FACTORIES = {
+    "quantile": QuantileClip.optimizer_factory(SGD, quantile=0.5, history_length=16),
+    "positional": QuantileClip.optimizer_factory(SGD, 0.5, 16, True),
+    "standard": StandardClip.optimizer_factory(SGD, deviations=0.5, warmup_steps=2),
+    "rule": Clipper.optimizer_factory(SGD, Standard(0.5), group_clipping=True, warmup_steps=2),
+}
+EACH = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+PLAIN = {
+    "quantile": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, history_length=16),
+    "positional": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, 16, True),
+    "standard": lambda optimizer: StandardClip.as_optimizer(optimizer, 0.5, warmup_steps=2),
+    "rule": lambda optimizer: Clipper.as_optimizer(
+        optimizer, Standard(0.5), group_clipping=True, warmup_steps=2
+    ),
+}
+
+
+class Abstract(ABC, SGD):
+    """As pytorch_optimizer's: its metaclass is ABCMeta."""
+
+
+class Doubling(QuantileClip.optimizer_factory(SGD, quantile=0.5)):  # type: ignore[misc]
+    """A subclass of a factory: its own instances, which clip."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data *= 2
+
+
+def train(optimizer: Optimizer, model: nn.Module, sizes: list[float]) -> Tensor:
+    for size in sizes:
+        optimizer.zero_grad()
+        model(torch.full((2, 3), size)).square().mean().backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@given(sizes=st.lists(st.floats(0.01, 2), min_size=1, max_size=6))
+def test_it_makes_what_as_optimizer_makes(name: str, sizes: list[float]) -> None:
+    one, other = model(), model()
+    made = FACTORIES[name](one.parameters(), lr=0.1, momentum=0.5)
+    attached = PLAIN[name](SGD(other.parameters(), lr=0.1, momentum=0.5))
+    assert type(made) is SGD
+    assert torch.equal(train(made, one, sizes), train(attached, other, sizes))
+    assert str(made.state_dict()) == str(attached.state_dict())
+
+
+def test_each_optimizer_has_a_clipper_of_its_own() -> None:
+    factory = FACTORIES["quantile"]
+    first, second = factory(model().parameters(), lr=0.1), factory(model().parameters(), lr=0.1)
+    assert first.clipper is not second.clipper  # type: ignore[attr-defined]
+
+
+def test_groups_keep_their_settings() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer: Any = FACTORIES["quantile"](
+        [{"params": [layer.weight], "quantile": 0.2}, {"params": [layer.bias]}], lr=0.1
+    )
+    assert [group["quantile"] for group in optimizer.clipper.param_groups] == [0.2, 0.5]
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW, Abstract])
+def test_it_passes_for_the_optimizers_class(kind: type[Optimizer]) -> None:
+    factory = QuantileClip.optimizer_factory(kind)
+    assert inspect.isclass(factory) and issubclass(factory, kind)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(factory, name) == getattr(kind, name)
+    assert inspect.signature(factory) == inspect.signature(kind)
+    assert inspect.signature(factory.__init__) == inspect.signature(kind.__init__)
+    weight = torch.zeros(3, requires_grad=True)
+    assert isinstance(factory([weight], lr=0.1), factory)
+    assert not isinstance(Adam([weight]), factory)
+
+
+@EACH
+def test_copies_and_pickles_are_equal_and_clip(factory: Any) -> None:
+    copies = [copy.copy(factory), copy.deepcopy(factory)]
+    copies += [
+        pickle.loads(pickle.dumps(factory, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    ]
+    for each in copies:
+        assert each == factory and hash(each) == hash(factory)
+        optimizer = each(model().parameters(), lr=0.1)
+        assert optimizer.clipper.defaults == factory(model().parameters(), lr=0.1).clipper.defaults
+
+
+def test_factories_of_other_settings_or_classes_differ() -> None:
+    makes = [
+        QuantileClip.optimizer_factory(SGD, quantile=0.5),
+        QuantileClip.optimizer_factory(SGD, quantile=0.6),
+        QuantileClip.optimizer_factory(Adam, quantile=0.5),
+        Clipper.optimizer_factory(SGD, Quantile(0.5)),
+        SGD,
+        Doubling,
+    ]
+    assert all((a == b) == (a is b) for a in makes for b in makes)
+    assert len(set(makes)) == len(makes)
+
+
+@EACH
+def test_it_reaches_a_spawned_worker(factory: Any) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        assert pool.submit(repr, factory).result() == repr(factory)
+        assert pool.submit(copy.copy, factory).result() == factory
+
+
+def test_subclasses_of_a_factory_make_their_own_instances() -> None:
+    layer = model()
+    optimizer: Any = Doubling(layer.parameters(), lr=0.0)
+    before = layer.weight.detach().clone()
+    train(optimizer, layer, [1.0, 2.0])
+    assert type(optimizer) is Doubling and isinstance(optimizer, Doubling)
+    assert not isinstance(SGD(layer.parameters()), Doubling)
+    assert torch.equal(layer.weight, 4 * before)
+    assert {len(w) for w in optimizer.clipper.export_state().groups[0].windows()} == {2}
+    assert pickle.loads(pickle.dumps(Doubling)) is Doubling
+
+
+def test_the_repr_says_what_it_makes() -> None:
+    assert repr(FACTORIES["quantile"]) == (
+        "QuantileClip.optimizer_factory(torch.optim.sgd.SGD, quantile=0.5, history_length=16)"
+    )
+    assert repr(Doubling).startswith("<class ")
+
+
+def test_help_shows_every_setting() -> None:
+    names = list(inspect.signature(QuantileClip.optimizer_factory).parameters)
+    expected = ["optimizer_class", "quantile", "history_length", "global_clipping"]
+    assert names[:4] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"quantile": 2.0}, ValueError, "quantile"),
+        ({"quantile": "high"}, TypeError, "quantile"),
+        ({"percentile": 10}, TypeError, "percentile"),
+        ({"global_clipping": True, "group_clipping": True}, ValueError, "Choose one"),
+    ],
+)
+def test_settings_are_checked_when_it_is_made(
+    settings: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        QuantileClip.optimizer_factory(SGD, **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (SGD([torch.zeros(1)], lr=0.1), r"there is as_optimizer"),
+        (functools.partial(SGD, lr=0.1), r"partial\(QuantileClip\.optimizer_factory\(SGD"),
+        (nn.Linear, r"must be a subclass of torch's Optimizer, got <class .*Linear"),
+        ("adam", "got 'adam'"),
+        (FACTORIES["standard"], "have a clipper already"),
+    ],
+)
+def test_only_classes_of_optimizers(given: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        QuantileClip.optimizer_factory(given)
+
+
+def test_on_a_clipper_it_raises() -> None:
+    clipper = QuantileClip([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"QuantileClip\.optimizer_factory .* on the class"):
+        clipper.optimizer_factory(SGD)
