@@ -463,7 +463,8 @@ class TestByHandWhileAttached:
         """Before clipping, of all variables, eagerly and in a graph."""
         variables = [tf.Variable([0.0]), tf.Variable([0.0, 0.0])]
         optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD(1.0), 0.0, **settings)
-        assert float(optimizer.clipper.total_norm) == 0.0
+        with pytest.raises(RuntimeError, match="has not made a step"):
+            _ = optimizer.clipper.total_norm
 
         def step(size):
             gradients = [tf.constant([2.0]) * size, tf.constant([3.0, 6.0]) * size]
@@ -473,6 +474,9 @@ class TestByHandWhileAttached:
         for run in (step, tf.function(step)):
             for size in (1.0, 5.0):
                 assert float(run(tf.constant(size))) == 7.0 * size
+        optimizer.clipper.reset()
+        with pytest.raises(RuntimeError, match="has not made a step"):
+            _ = optimizer.clipper.total_norm
 
 
 @pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "global_clipnorm"])

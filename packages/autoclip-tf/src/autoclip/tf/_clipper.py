@@ -372,11 +372,16 @@ class Clipper(KerasSaving):
     def total_norm(self) -> tf.Tensor:
         """float32[]: the L2 norm of all gradients of the last step together, before clipping.
 
-        0 before the first step, and if the last one had no gradient. Gradients that
-        `on_nonfinite="zero"` zeroed count as zero. Inside a `tf.function` it can be read after the
-        update.
+        0 if that step had no gradient. Gradients that `on_nonfinite="zero"` zeroed count as zero.
+        A `tf.function` can read it after the update.
+
+        Raises:
+            RuntimeError: no step has been made since the clipper was made or reset.
         """
-        return tf.zeros(()) if self._pipeline is None else self._pipeline.total_norm
+        total = None if self._pipeline is None else self._pipeline.total_norm
+        if total is None:
+            raise RuntimeError("There is no total norm yet: the clipper has not made a step.")
+        return total
 
     @property
     def _report(self) -> Report[tf.Tensor] | None:

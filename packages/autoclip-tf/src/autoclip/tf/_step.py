@@ -229,16 +229,22 @@ class Pipeline:
         return Report(norms, thresholds, coefficients, self.row_names)
 
     @property
-    def total_norm(self) -> tf.Tensor:
-        """float32[]: the norm of all gradients of the last step together; 0 if it had none."""
+    def total_norm(self) -> tf.Tensor | None:
+        """float32[]: the norm of all gradients of the last step together; 0 if it had none.
+
+        None before the first step; in a graph, which cannot know that, it is 0.
+        """
+        if tf.executing_eagerly() and not self.steps:
+            return None
         return tf.cast(root_of_squares(self._report.read_value()[:, 0]), tf.float32)
 
     @property
     def steps(self) -> int:
-        """How often `clip` has run, with or without gradients; waits for the device.
+        """How often `clip` has run, with or without gradients, since it was made or reset.
 
-        The report is a new one exactly if this has grown. If the optimizer's iterations grow and
-        this does not, updates pass by the clipper: their graph was traced before it was attached.
+        Waits for the device. The report is a new one exactly if this has changed. If the
+        optimizer's iterations grow and this does not, updates pass by the clipper: their graph was
+        traced before it was attached.
         """
         return int(self._steps.numpy())
 
@@ -255,6 +261,7 @@ class Pipeline:
         empty = [np.empty(0, np.float32)] * len(self.rows)
         self.rows.write(empty, np.zeros(len(self.rows), np.int64))
         self._report.assign(tf.zeros_like(self._report))
+        self._steps.assign(0)
 
 
 def _check_dtype(gradient: Gradient, variable: Variable) -> None:
