@@ -50,6 +50,21 @@ def test_values_by_parameter_name(named: bool) -> None:
         assert "autoclip/norm/group 0, parameter 3" in log_values(clipper, True)
 
 
+@pytest.mark.parametrize("part", ["whole", "layer", "checkpoint"])
+def test_wrappers_leave_no_trace_in_names(part: str) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model: Any = make_model()
+    clipper = QuantileClip(model.parameters(), quantile=0.5)
+    train(model, clipper)
+    names = [name for name, _ in model.named_parameters()]
+    if part == "whole":
+        model = torch.compile(model)  # nothing is compiled before the first call
+    else:
+        model[0] = torch.compile(model[0]) if part == "layer" else checkpoint_wrapper(model[0])
+    assert [row.name for row in summarize(clipper, model=model).rows] == names
+
+
 @pytest.mark.parametrize("mode", ["group_clipping", "global_clipping"])
 def test_values_by_group_and_of_all(mode: str) -> None:
     model = make_model()

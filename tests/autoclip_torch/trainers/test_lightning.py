@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import pickle
 import warnings
 import weakref
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from autoclip.core import read_states
 from autoclip.torch import Clipper, QuantileClip, StandardClip
 from autoclip.torch.lightning import AutoClipCallback
+from autoclip.torch.logging import summarize
 
 SETTINGS: dict[str, Any] = {"quantile": 0.5, "history_length": 16}
 BATCHES = 6
@@ -120,7 +124,13 @@ def weights(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def by_hand(epochs: int = 1, accumulate: int = 1, autocast: bool = False) -> tuple[Tensor, bytes]:
+def windows(clipper: Clipper) -> list[list[float]]:
+    return [w.tolist() for group in clipper.export_state().groups for w in group.windows()]
+
+
+def by_hand(
+    epochs: int = 1, accumulate: int = 1, autocast: bool = False
+) -> tuple[Tensor, list[list[float]]]:
     """The same training in a plain loop, with `clipper.step()` called by hand."""
     module = Module(attach=False)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
@@ -136,7 +146,7 @@ def by_hand(epochs: int = 1, accumulate: int = 1, autocast: bool = False) -> tup
                 optimizer.step()
                 optimizer.zero_grad()
         scheduler.step()
-    return weights(module), clipper.state_dict()["data"]
+    return weights(module), windows(clipper)
 
 
 def lengths(clipper: Clipper) -> set[int]:
@@ -160,7 +170,7 @@ def test_as_in_a_plain_loop(tmp_path: Path, by: str, automatic: bool) -> None:
     clipper = fit(module, make_trainer(tmp_path, *callbacks_for(by), max_epochs=1))
     expected, history = by_hand()
     assert torch.equal(weights(module), expected)
-    assert clipper.state_dict()["data"] == history
+    assert windows(clipper) == history
     assert lengths(clipper) == {BATCHES}
 
 
@@ -172,7 +182,7 @@ def test_accumulation_records_once_a_step(tmp_path: Path, by: str) -> None:
     assert lengths(clipper) == {4}  # in each epoch, four batches and then the two that are left
     expected, history = by_hand(epochs=2, accumulate=4)
     assert torch.equal(weights(module), expected)
-    assert clipper.state_dict()["data"] == history
+    assert windows(clipper) == history
 
 
 @ATTACHED
@@ -182,7 +192,7 @@ def test_bfloat16_autocast(tmp_path: Path, by: str) -> None:
     clipper = fit(module, trainer)
     expected, history = by_hand(autocast=True)
     assert torch.equal(weights(module), expected)
-    assert clipper.state_dict()["data"] == history
+    assert windows(clipper) == history
 
 
 # -- resume ------------------------------------------------------------------------------------
@@ -218,13 +228,70 @@ def test_resuming_at_an_epochs_end_is_as_never_stopping(
     assert lengths(resumed) == {16}
 
 
-def test_module_and_callback_read_each_others_checkpoints(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_epochs=1)
-    saved = fit(Module(), trainer).state_dict()["data"]
+def names(clipper: Clipper) -> list[str | None]:
+    return [each.name for group in clipper.export_state().groups for each in group.parameters]
+
+
+NAMED = [f"net.{layer}.{each}" for layer in (0, 2) for each in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("saved_by", ["module", "callback"])
+@pytest.mark.parametrize("loaded_by", ["module", "callback"])
+def test_checkpoints_load_with_names_and_without(
+    tmp_path: Path, saved_by: str, loaded_by: str
+) -> None:
+    trainer = make_trainer(tmp_path, *callbacks_for(saved_by), max_epochs=1)
+    saved = fit(Module(attach=saved_by == "module"), trainer)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = make_trainer(tmp_path, AutoClipCallback(**SETTINGS), max_epochs=1)
-    resumed = fit(Module(attach=False), again, ckpt_path=tmp_path / "last.ckpt")
-    assert resumed.state_dict()["data"] == saved
+    again = make_trainer(tmp_path, *callbacks_for(loaded_by), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Be aware that|.*LeafSpec|.*workers|Checkpoint")
+        module = Module(attach=loaded_by == "module")
+        resumed = fit(module, again, ckpt_path=tmp_path / "last.ckpt")
+    assert windows(resumed) == windows(saved)
+    for clipper, by in ((saved, saved_by), (resumed, loaded_by)):
+        assert names(clipper) == (NAMED if by == "callback" else [None] * 4)
+
+
+def test_messages_and_reports_name_the_modules_parameters(tmp_path: Path) -> None:
+    class Broken(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.loss(batch) + self.net[2].bias.sum() * (math.nan if batch_idx == 2 else 1)
+
+    callback = AutoClipCallback(**SETTINGS, on_nonfinite="raise")
+    trainer = make_trainer(tmp_path, callback)
+    with pytest.raises(FloatingPointError, match=r"gradient of net\.2\.bias"):
+        fit(Broken(attach=False), trainer)
+    clipper = trainer.optimizers[0].clipper
+    assert list(clipper.last.names) == NAMED
+    assert [row.name for row in summarize(clipper).rows] == NAMED
+
+
+def test_parameters_that_come_later_are_named_in_the_next_checkpoint(tmp_path: Path) -> None:
+    class Finetuning(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+    class Head(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net[2].parameters(), lr=0.1)
+
+    trainer = make_trainer(
+        tmp_path,
+        AutoClipCallback(**SETTINGS),
+        Finetuning(),
+        max_epochs=2,
+        enable_checkpointing=True,
+    )
+    clipper = fit(Head(attach=False), trainer)
+    assert names(clipper) == [*NAMED[2:], *NAMED[:2]]
+    [state] = read_states(next(tmp_path.rglob("*.ckpt"))).values()
+    assert [each.name for group in state.groups for each in group.parameters] == names(clipper)
 
 
 def test_a_checkpoint_without_a_history_warns(tmp_path: Path) -> None:
@@ -293,6 +360,57 @@ def test_an_optimizer_that_is_attached_already(tmp_path: Path) -> None:
     assert trainer.logged_metrics.keys() | trainer.callback_metrics.keys() >= NAMES
     with pytest.raises(RuntimeError, match="has a clipper already"):
         fit(Module(), make_trainer(tmp_path, AutoClipCallback(quantile=0.5)))
+
+
+class Adversarial(Module):
+    """Two optimizers, of which those whose index is given come with a clipper."""
+
+    def __init__(self, *clipped: int) -> None:
+        super().__init__(attach=False, automatic=False)
+        self.clipped = clipped
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+        for i in self.clipped:
+            QuantileClip.as_optimizer(optimizers[i], **SETTINGS)
+        return optimizers
+
+
+@pytest.mark.parametrize("clipped", [0, 1])
+def test_without_settings_it_adds_no_clipper_beside_one_that_was_chosen(
+    tmp_path: Path, clipped: int
+) -> None:
+    trainer = make_trainer(tmp_path, AutoClipCallback(), max_epochs=1)
+    trainer.fit(Adversarial(clipped), loader())
+    assert [hasattr(each, "clipper") for each in trainer.optimizers] == [clipped == 0, clipped == 1]
+    logged = trainer.callback_metrics.keys()
+    assert {name for name in logged if name.startswith("autoclip/")} == {
+        f"{name}/{clipped}" for name in NAMES
+    }
+
+
+def test_without_settings_and_clippers_each_optimizer_gets_one(tmp_path: Path) -> None:
+    callback = AutoClipCallback()
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, callback, max_epochs=1)
+        trainer.fit(Adversarial(), loader())
+        assert all(isinstance(each.clipper, QuantileClip) for each in trainer.optimizers)
+
+
+@pytest.mark.parametrize("clipped", [0, 1])
+def test_settings_for_an_optimizer_that_has_a_clipper_attach_nothing(
+    tmp_path: Path, clipped: int
+) -> None:
+    trainer = make_trainer(tmp_path, AutoClipCallback(quantile=0.5), max_epochs=1)
+    with pytest.raises(RuntimeError, match="has a clipper already"):
+        trainer.fit(Adversarial(clipped), loader())
+    assert [hasattr(each, "clipper") for each in trainer.optimizers] == [clipped == 0, clipped == 1]
 
 
 def test_lightnings_own_clipping_comes_first_and_is_warned_about(tmp_path: Path) -> None:
@@ -401,26 +519,12 @@ def test_nothing_is_read_on_other_steps(
     assert reads == [4, 9]
 
 
-class TwoOptimizers(Module):
-    def __init__(self) -> None:
-        super().__init__(attach=False, automatic=False)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
-
-
 def test_several_optimizers_have_a_clipper_each(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer = make_trainer(
         tmp_path, AutoClipCallback(**SETTINGS), max_epochs=1, logger=recorder.logger(tmp_path)
     )
-    fit(TwoOptimizers(), trainer)
+    fit(Adversarial(), trainer)
     assert [len(o.clipper._pipeline.rows) for o in trainer.optimizers] == [2, 2]
     names = {f"{name}/{i}" for name in NAMES for i in range(2)}
     assert all(recorder.rows[step].keys() >= names for step in range(BATCHES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -265,6 +265,24 @@ class Groups:
     def names(self) -> list[str]:
         """What to call each parameter, group by group."""
         return parameter_names([group.names for group in self._groups])
+
+    @property
+    def has_unnamed(self) -> bool:
+        """Whether a parameter has no name; looks for new parameters first."""
+        self.by_group()
+        return any(None in group.names for group in self._groups)
+
+    def name_parameters(self, names: Mapping[int, str]) -> None:
+        """Give names to parameters that have none.
+
+        Args:
+            names: by the parameters' `id`.
+        """
+        for group, parameters in zip(self._groups, self.by_group()):
+            group.names = [
+                names.get(id(parameter)) if name is None else name
+                for name, parameter in zip(group.names, parameters)
+            ]
 
     def group_settings(self) -> list[GroupSettings]:
         """The settings of each group."""

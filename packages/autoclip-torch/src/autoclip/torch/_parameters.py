@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "entries_of",
     "hyperparameters",
     "named",
+    "names_in",
     "overrides_of",
     "shape_of",
     "wrapped_optimizers",
@@ -130,6 +132,16 @@ def _refuse_set(parameters: object) -> None:
     # Its order changes from run to run, and a saved history is matched by order.
     if isinstance(parameters, (set, frozenset)):
         raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
+
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def names_in(model: nn.Module) -> dict[int, str]:
+    """The names of a model's parameters, by their `id`; wrappers leave no trace in them."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return {id(each): _WRAPPERS.sub("", name) for name, each in model.named_parameters()}
 
 
 def checked_names(names: Iterable[Any], count: int) -> list[str | None]:

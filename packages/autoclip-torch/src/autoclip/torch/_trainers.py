@@ -5,18 +5,28 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from autoclip.core import Quantile, Rule, Standard
+from autoclip.torch._attach import check_optimizer
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._named import QuantileClip, StandardClip
+from autoclip.torch._parameters import names_in
 
-__all__ = ["ClipperClass", "ClipperMaker", "Clippers", "deepspeed_engine", "is_fsdp1"]
+__all__ = [
+    "ClipperClass",
+    "ClipperMaker",
+    "Clippers",
+    "deepspeed_engine",
+    "is_fsdp1",
+    "name_parameters",
+]
 
 ClipperClass = type[QuantileClip] | type[StandardClip]
 
@@ -78,13 +88,38 @@ class ClipperMaker:
         # A wrong setting is to be found here, not after the model has been loaded and moved.
         self._class([torch.zeros(1, device="cpu", requires_grad=True)], **self._settings)
 
-    def attach(self, optimizer: Optimizer) -> Clipper:
-        """The optimizer's clipper, which is attached now if the optimizer has none.
+    def attach(self, optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[Clipper]:
+        """The clippers of a trainer's optimizers.
+
+        An optimizer without a clipper gets one now. Without settings, and if any optimizer came
+        with a clipper, that is the user's choice of what is clipped, and none is added.
+
+        Args:
+            optimizers: all that the trainer has.
+            model: gives the parameters their names; None for none.
 
         Raises:
-            TypeError: it is not a torch optimizer.
-            RuntimeError: it has a clipper already, and settings were given for another one.
+            TypeError: one is not a torch optimizer.
+            RuntimeError: one has a clipper already, and settings were given for another one.
+
+        If it raises, no optimizer has got a clipper.
         """
+        chosen = self._without_choice(optimizers)
+        for optimizer in chosen:
+            if self._present(optimizer) is None:
+                check_optimizer(optimizer, "as_optimizer")
+        clippers = [self._attached(optimizer) for optimizer in chosen]
+        if model is not None:
+            name_parameters(clippers, model)
+        return clippers
+
+    def _without_choice(self, optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+        """Those optimizers that are clipped."""
+        if self._is_default and any(self._is_foreign(each) for each in optimizers):
+            return [each for each in optimizers if self._present(each) is not None]
+        return list(optimizers)
+
+    def _attached(self, optimizer: Optimizer) -> Clipper:
         present = self._present(optimizer)
         if present is not None:
             return present  # type: ignore[no-any-return]
@@ -103,21 +138,29 @@ class ClipperMaker:
 
         return self._attach_engine(deepspeed.attach, engine, owner=engine)
 
-    def attach_fsdp1(self, model: Any, optimizer: Optimizer) -> EngineClipper:
-        """The clipper of an FSDP1 model's optimizer, which is attached now if it has none.
+    def attach_fsdp1(self, model: Any, optimizers: Sequence[Optimizer]) -> list[EngineClipper]:
+        """The clippers of an FSDP1 model's optimizers, as `attach` chooses them.
 
         Raises:
             ValueError: the settings ask for something else than global clipping.
         """
         from autoclip.torch import fsdp
 
-        return self._attach_engine(fsdp.attach, model, optimizer, owner=optimizer)
+        return [
+            self._attach_engine(fsdp.attach, model, each, owner=each)
+            for each in self._without_choice(optimizers)
+        ]
 
     def _present(self, owner: Any) -> Any:
+        """The clipper that an optimizer or engine has and keeps; None if it is to get one."""
         # Not getattr: an engine passes on the attributes of its module.
         present = vars(owner).get("clipper")
-        is_ours = self._is_default or any(present is clipper for clipper in self._made)
-        return present if is_ours else None
+        return present if self._is_default or not self._is_foreign(owner) else None
+
+    def _is_foreign(self, owner: Any) -> bool:
+        """Whether it came with a clipper."""
+        present = vars(owner).get("clipper")
+        return present is not None and all(present is not clipper for clipper in self._made)
 
     def _attach_engine(
         self, attach: Callable[..., EngineClipper], *targets: Any, owner: Any
@@ -131,6 +174,15 @@ class ClipperMaker:
         clipper = attach(*targets, **settings)
         self._made.append(clipper)
         return clipper
+
+
+def name_parameters(clippers: Iterable[Clipper | EngineClipper], model: nn.Module) -> None:
+    """Give the model's names to parameters that the clippers got without one."""
+    names: dict[int, str] = {}
+    for clipper in clippers:
+        if isinstance(clipper, Clipper) and clipper._pipeline.groups.has_unnamed:
+            names = names or names_in(model)
+            clipper._pipeline.groups.name_parameters(names)
 
 
 def is_fsdp1(model: Any) -> bool:

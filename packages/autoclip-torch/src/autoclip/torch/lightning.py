@@ -22,6 +22,7 @@ from autoclip.torch._trainers import (
     Clippers,
     deepspeed_engine,
     is_fsdp1,
+    name_parameters,
 )
 from autoclip.torch.logging import log_values
 
@@ -36,8 +37,11 @@ class AutoClipCallback(Callback):
     callback logs the values of `autoclip.torch.logging.log_values`. If the module has
     several optimizers, their index is appended: `"autoclip/total_norm/0"`.
 
-    An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
-    then only logs.
+    An optimizer that comes from `as_optimizer` keeps its clipper. If one does, a callback without
+    arguments only logs, and other optimizers stay without a clipper.
+
+    Parameters that the optimizers got without names have those of the module in checkpoints,
+    messages and reports.
 
     `DeepSpeedStrategy` and `FSDPStrategy` (FSDP1) clip all gradients together themselves: pass
     `global_clipping=True`. A norm is then compared with the norms before it. See
@@ -81,11 +85,9 @@ class AutoClipCallback(Callback):
         if engine is not None:
             self._clippers = Clippers([self._maker.attach_deepspeed(engine)])
         elif is_fsdp1(model):
-            self._clippers = Clippers(
-                self._maker.attach_fsdp1(model, each) for each in trainer.optimizers
-            )
+            self._clippers = Clippers(self._maker.attach_fsdp1(model, trainer.optimizers))
         else:
-            self._clippers = Clippers(self._maker.attach(each) for each in trainer.optimizers)
+            self._clippers = Clippers(self._maker.attach(trainer.optimizers, pl_module))
         self._restore()
         if trainer.gradient_clip_val:
             warn_user(
@@ -115,6 +117,10 @@ class AutoClipCallback(Callback):
                 clipper.load_state_dict(saved)
             self._restored = []
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name parameters that a finetuning callback has added, before a checkpoint is saved."""
+        name_parameters(self._clippers, pl_module)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the last step, if this is a step that Lightning logs."""
         # Lightning's own callbacks ask the same; everything else would read on other steps too.
@@ -122,8 +128,9 @@ class AutoClipCallback(Callback):
             pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
         ):
             return
-        for i, clipper in enumerate(self._clippers):
-            suffix = f"/{i}" if len(self._clippers) > 1 else ""
+        index = {id(getattr(each, "clipper", None)): i for i, each in enumerate(trainer.optimizers)}
+        for clipper in self._clippers:
+            suffix = f"/{index.get(id(clipper), 0)}" if len(trainer.optimizers) > 1 else ""
             values = log_values(clipper, self._log_parameters, model=pl_module)
             values = {name + suffix: value for name, value in values.items()}
             pl_module.log_dict(values, on_step=True, on_epoch=False)

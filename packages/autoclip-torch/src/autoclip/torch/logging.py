@@ -13,6 +13,7 @@ from autoclip.core import Report, State, Summary
 from autoclip.core.adapter import log_and_watch
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
+from autoclip.torch._parameters import names_in
 
 __all__ = ["log_values", "summarize"]
 
@@ -119,11 +120,11 @@ def _report(clipper: Clipper | EngineClipper, model: nn.Module | None) -> Report
 
 def _names(clipper: Clipper, model: nn.Module) -> list[str | None]:
     """The names of the clipper's parameters, from itself or from the model."""
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = names_in(model)
     names: list[str | None] = []
     for group in clipper.param_groups:
-        own = group.get("param_names")
-        names += own or [known.get(id(parameter)) for parameter in group["params"]]
+        own = group.get("param_names", [None] * len(group["params"]))
+        names += [name or known.get(id(each)) for name, each in zip(own, group["params"])]
     return names
 
 

@@ -55,7 +55,7 @@ class AutoClipCallback(TrainerCallback):
     with the trainer's default of 1, the history would hold norms that are clipped already.
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
-    then only logs.
+    then only logs. Parameters have the model's names in checkpoints, messages and reports.
 
     DeepSpeed and FSDP1 clip all gradients together themselves: pass `global_clipping=True`. A norm
     is then compared with the norms before it. See `autoclip.torch.deepspeed.attach` and
@@ -120,9 +120,9 @@ class AutoClipCallback(TrainerCallback):
             had_clipper = False  # the trainer has loaded the engine's checkpoint already
             clipper: Clipper | EngineClipper = self._maker.attach_deepspeed(engine)
         elif is_fsdp1(kwargs.get("model")):
-            clipper = self._maker.attach_fsdp1(kwargs.get("model"), optimizer)
+            [clipper] = self._maker.attach_fsdp1(kwargs.get("model"), [optimizer])
         else:
-            clipper = self._maker.attach(optimizer)
+            [clipper] = self._maker.attach([optimizer], kwargs.get("model"))
         self._clippers = Clippers([clipper])
         if state.global_step:
             self._resume(clipper, had_clipper, args, state)
