@@ -364,6 +364,7 @@ def test_on_a_gpu_an_error_needs_the_callback(settings, monkeypatch):
         attached(**settings)
 
 
+@pytest.mark.filterwarnings("ignore:.* was trained before the clipper was attached")
 class TestAttachedAfterTraining:
     """Keras keeps the graph of a training step in the model, which an optimizer does not know."""
 
@@ -383,6 +384,30 @@ class TestAttachedAfterTraining:
         optimizer = QuantileClip.as_optimizer(ours.optimizer, 0.5)
         fit(ours)
         assert [len(window) for window in windows(optimizer.clipper)] == [4] * 4
+
+    def test_an_empty_history_is_said_once(self, model, fit, tmp_path):
+        """As of a resumed training whose history was not loaded."""
+        saved = train(model, fit, attached())
+        saved.save_weights(tmp_path / "m.weights.h5")
+        saved.optimizer.clipper.save(tmp_path / "history")
+        plain = train(model, fit, keras.optimizers.Adam(1e-2))
+        QuantileClip.as_optimizer(plain.optimizer)
+        with pytest.warns(UserWarning, match="starts with an empty history") as said:
+            fit(plain)
+        assert [each.filename for each in said if "empty history" in str(each.message)] == [
+            fit.__code__.co_filename
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            fit(plain)
+            for load in (
+                lambda model: model.load_weights(tmp_path / "m.weights.h5"),
+                lambda model: model.optimizer.clipper.load(tmp_path / "history"),
+            ):
+                plain = train(model, fit, keras.optimizers.Adam(1e-2))
+                QuantileClip.as_optimizer(plain.optimizer, 0.5)
+                load(plain)
+                fit(plain)
 
     def test_in_the_middle_of_fit(self, model, fit, windows):
         ours, clipper = model(), QuantileClip(0.5)

@@ -49,7 +49,12 @@ class AttachableClipper(Protocol):
     _unseen: bool
     """Whether there was a warning of an update that it was not called for."""
 
+    _late: bool
+    """Whether its optimizer was trained before, and no history has been loaded since."""
+
     def build(self, variables: Iterable[Any]) -> None: ...
+
+    def _has_history(self) -> bool: ...
 
     def _warn_without_history(self, path: str) -> None: ...
 
@@ -127,6 +132,7 @@ def attach(clipper: AttachableClipper, optimizer: Any) -> AttachmentHandle:
         clipper.build(optimizer._trainable_variables)
     for name in _KERAS_CLIPPING:
         _warn_of_keras_clipping(name, getattr(optimizer, name, None))
+    clipper._late = bool(optimizer.iterations > 0) and not clipper._has_history()
     optimizer.__class__ = _attached_class(optimizer.__class__)
     optimizer.clipper = clipper
     retrace_models(optimizer)
@@ -194,6 +200,14 @@ class _Attached:
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         self.clipper._updates += 1
+        if self.clipper._late:
+            self.clipper._late = False
+            warn_user(
+                f"This {type(self).__name__} was trained before the clipper was attached, and the "
+                "clipper starts with an empty history: its first steps are compared with few "
+                "norms. If the training was resumed, attach the clipper before you load the "
+                "optimizer's state, or load the history with clipper.load(path)."
+            )
         return self.clipper._clip(list(getattr(super(), REDUCE_METHOD)(grads_and_vars)))
 
     def _checkpoint_adapter(self, path: str) -> Any:

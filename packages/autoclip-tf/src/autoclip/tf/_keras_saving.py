@@ -74,7 +74,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         self._settings, self._patterns = settings, overrides
         self._pipeline = self._pending = self._handle = None
         self._variables = []
-        self._updates, self._unseen, self._warned = 0, False, False
+        self._updates, self._unseen, self._warned, self._late = 0, False, False, False
 
     # -- state -------------------------------------------------------------------------------
 
@@ -128,11 +128,18 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         # mode. The rest waits for them.
         ours = replace(state, rule=self._settings.default.rule.name, mode=self._settings.mode)
         state.match(ours, source)
-        self._pending = PendingState(state, source, by_name)
+        self._pending, self._late = PendingState(state, source, by_name), False
 
     def commit_state(self, state: State) -> None:
         assert self._pipeline is not None
         self._write(self._pipeline, state)
+        self._late = False
+
+    def _has_history(self) -> bool:
+        """Whether some norm was recorded, here or in a state that waits for the variables."""
+        if self._pipeline is None and self._pending is None:
+            return False
+        return any(group.recorded.any() for group in self.export_state().groups)
 
     def _bytes(self) -> bytes:
         if self._pipeline is None and self._pending is None:
