@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoclip.torch import QuantileClip
+from autoclip.torch import QuantileClip, StandardClip
 
 
 class Collectives(TorchDispatchMode):
@@ -75,6 +75,8 @@ def test_collectives_do_not_depend_on_what_is_missing(dimensions, global_clippin
     reduced = [("allreduce_", 2 * n + 1)] * dimensions
     sent = [("broadcast_", 2 * n + 1)] * (dimensions - 1)
     handshake = [("allreduce_", n)] * dimensions
+    # The first one also tells whether mode, settings and history are the same.
+    first = [("allreduce_", n + 6)] * dimensions
 
     def seen_when(has_gradient: Callable[[int], bool]) -> list[tuple[str, int]]:
         for i, mine in enumerate(ours):
@@ -85,7 +87,7 @@ def test_collectives_do_not_depend_on_what_is_missing(dimensions, global_clippin
         return [(name, count) for name, _, count in seen]
 
     # Until every row's placement is known to all, each step asks for it, once a dimension.
-    assert seen_when(lambda i: False) == handshake + reduced + sent
+    assert seen_when(lambda i: False) == first + reduced + sent
     assert seen_when(lambda i: i != 0 and rank == i % 4) == handshake + reduced + sent
     assert seen_when(lambda i: True) == handshake + reduced + sent
     for has_gradient in (
@@ -206,3 +208,83 @@ def test_histories_are_identical_where_groups_round_otherwise(global_clipping):
         with patch.object(dist, "all_reduce", round_otherwise):
             clipper.step()
     assert_same_everywhere(clipper)
+
+
+# -- clippers that differ ------------------------------------------------------------------------
+
+
+DIFFERENT: dict[str, tuple[str, Any]] = {
+    "quantile": ("settings", lambda p, r: QuantileClip(p, quantile=0.5 + 0.1 * r)),
+    "history_length": ("settings", lambda p, r: QuantileClip(p, history_length=16 + r)),
+    "max_norm": ("settings", lambda p, r: QuantileClip(p, max_norm=[None, 1.0][r])),
+    "on_nonfinite": ("settings", lambda p, r: QuantileClip(p, on_nonfinite=["keep", "zero"][r])),
+    "rule": ("settings", lambda p, r: [QuantileClip, StandardClip][r](p)),
+    "group": (
+        "settings",
+        lambda p, r: QuantileClip([{"params": p[:2], "factor": 1.0 + r}, {"params": p[2:]}]),
+    ),
+    "groups": (
+        "settings",
+        lambda p, r: QuantileClip([{"params": p[: 1 + r]}, {"params": p[1 + r :]}]),
+    ),
+    "global_clipping": ("mode", lambda p, r: QuantileClip(p, global_clipping=r == 1)),
+    "group_clipping": (
+        "mode",
+        lambda p, r: QuantileClip(p, group_clipping=r == 0, global_clipping=r == 1),
+    ),
+}
+
+
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("attached", [False, True])
+def test_other_settings_on_one_process_are_an_error_on_all(attached):
+    rank = dist.get_rank()
+    for fact, make in DIFFERENT.values():
+        model = shard(Net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = make(list(model.parameters()), rank)
+        step: Any = clipper.step
+        if attached:
+            clipper.attach(optimizer)
+            step = optimizer.step
+        start = [full(p.detach()).clone() for p in model.parameters()]
+        for batch in batches(2):
+            optimizer.zero_grad()
+            full(model(own_part(batch, rank, 2), True)).square().mean().backward()
+            words = rf"different {fact}.*Nothing was recorded"
+            with pytest.raises(RuntimeError, match=words) as caught:
+                step()
+            assert repr(clipper) in str(caught.value)  # what this process has
+        assert not any(group.recorded.any() for group in clipper.export_state().groups)
+        assert all(map(torch.equal, start, (full(p.detach()) for p in model.parameters())))
+
+
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("global_clipping", MODES)
+def test_a_history_that_one_process_has_loaded_is_an_error_on_all(global_clipping):
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+
+    def make() -> tuple[nn.Module, Any]:
+        model = shard(Net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, QuantileClip.as_optimizer(optimizer, global_clipping=global_clipping)
+
+    def train(model: nn.Module, optimizer: Any) -> None:
+        for batch in batches(2):
+            optimizer.zero_grad()
+            full(model(own_part(batch, rank, 2), True)).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = make()
+    train(model, optimizer)
+    saved = optimizer.clipper.state_dict()
+    model, optimizer = make()
+    if rank == 0:
+        optimizer.clipper.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"different history.*load the same checkpoint"):
+        train(model, optimizer)
+    optimizer.clipper.load_state_dict(saved)  # on both: now they agree
+    train(model, optimizer)
+    assert {n for g in optimizer.clipper.export_state().groups for n in g.recorded} <= {2, 4}
+    assert_same_everywhere(optimizer.clipper)

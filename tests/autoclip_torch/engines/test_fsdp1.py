@@ -177,3 +177,18 @@ def test_bad_use_is_refused():
     optimizer.grad_scale = optimizer.found_inf = torch.ones(())
     with pytest.raises(RuntimeError, match="unscale_"):
         optimizer.step()
+
+
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("what", ["settings", "history"])
+def test_another_clipper_on_one_process_is_an_error_on_all(what):
+    model, optimizer = make()
+    rank = dist.get_rank()
+    clipper = attach(model, optimizer, quantile=0.5 + 0.1 * rank if what == "settings" else 0.5)
+    if what == "history" and rank == 1:
+        clipper.record(1.0)
+    before = clipper.state_dict()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"different {what}.*Nothing was recorded"):
+            train(model, optimizer, next(iter(batches())), 1.0)
+    assert clipper.state_dict() == before

@@ -453,8 +453,9 @@ def test_a_checkpoint_that_cannot_be_found_is_an_error(tmp_path: Path, other: st
 
 def test_a_checkpoint_without_a_history_warns(tmp_path: Path) -> None:
     make_trainer(tmp_path, "none", save_strategy="steps", save_steps=3, max_steps=3).train()
-    with pytest.warns(UserWarning, match=r"optimizer\.pt has no 'autoclip' entry"):
+    with pytest.warns(UserWarning, match=r"optimizer\.pt has no 'autoclip' entry") as caught:
         clipper = train(make_trainer(tmp_path), tmp_path / "checkpoint-3")
+    assert sum("history" in str(warning.message) for warning in caught) == 1
     assert lengths(clipper) == {STEPS - 3}
 
 

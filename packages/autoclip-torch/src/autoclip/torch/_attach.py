@@ -45,7 +45,14 @@ class Steps(Protocol):
 
 
 class Stateful(Protocol):
-    """What an attachment needs of a clipper to carry its state."""
+    """What an attachment needs of a clipper to carry its state.
+
+    Attributes:
+        may_lack_history: whether the first step has to warn if the history is empty, since the
+            optimizer had been trained when the clipper was attached.
+    """
+
+    may_lack_history: bool
 
     def export_state(self) -> State:
         """The state."""
@@ -146,8 +153,6 @@ class Attachment(Hooks):
         self._withheld: Sequence[tuple[Tensor, Tensor]] = ()
         self._set_found_inf = False
         self._cleans_up = False
-        # Whether the first step has to look whether a history was loaded since `begin`.
-        self._began_late = False
         self._attributes: list[str] = []
 
     @property
@@ -185,7 +190,7 @@ class Attachment(Hooks):
             attributes["__deepcopy__"] = self._deepcopy
         self._attributes = [*attributes]
         optimizer.__dict__.update(attributes)
-        self._began_late = _has_been_trained(optimizer)
+        self._clipper.may_lack_history = _has_been_trained(optimizer)
         _warn_of_other_steps(optimizer)
 
     def end(self) -> None:
@@ -238,8 +243,8 @@ class Attachment(Hooks):
     @torch.no_grad()
     def _clip(self, optimizer: Optimizer) -> None:
         self._forget_step(optimizer)
-        if self._began_late:
-            self._began_late = False
+        if self._clipper.may_lack_history:
+            self._clipper.may_lack_history = False
             self._warn_without_history(optimizer)
         # A GradScaler leaves these on fused optimizers, whose gradients are still scaled then.
         # Without a scale, but with a verdict, they have been unscaled already.
@@ -357,7 +362,7 @@ class Attachment(Hooks):
                 "Composer and Accelerate"
             )
         self._has_warned = True
-        self._began_late = False  # no second warning of the same
+        self._clipper.may_lack_history = False  # no second warning of the same
         warn_user(
             f"The optimizer's checkpoint has no {STATE_KEY!r} entry: {reason}. The clipper keeps "
             "the history that it has. Where entries are dropped, save "

@@ -17,7 +17,6 @@ from autoclip.core.adapter import (
     ParamGroup,
     attached_message,
     constructor,
-    make_state,
     rule_instance,
     split_state,
     warn_user,
@@ -121,6 +120,7 @@ class Clipper(Saveable):
         made = ClipperSettings.make(type(self).__name__, rule, **settings)
         self._pipeline = Pipeline(made)
         self._attachment: Attachment | None = None
+        self.may_lack_history = False
         if isinstance(parameters, OptimizerGroups):
             entries: list[Any] = parameters.groups
         else:
@@ -431,19 +431,7 @@ class Clipper(Saveable):
     # -- state -------------------------------------------------------------------------------
 
     def export_state(self) -> State:
-        groups = self._pipeline.groups
-        infos = groups.infos()  # first: an attached clipper may find new parameters
-        windows, recorded = self._pipeline.rows.read()
-        return make_state(
-            "torch",
-            self.rule.name,
-            self._settings.mode,
-            groups.group_settings() or [self._settings.default],
-            infos,
-            groups.rows_by_group(),
-            windows,
-            recorded,
-        )
+        return self._pipeline.export_state()
 
     def commit_state(self, state: State) -> None:
         self._pipeline.arrange()
@@ -474,8 +462,4 @@ class Clipper(Saveable):
         return {**self.__dict__, "_attachment": None}
 
     def __repr__(self) -> str:
-        groups = self._pipeline.groups
-        return self._settings.describe(
-            (len(infos), settings, "")
-            for infos, settings in zip(groups.by_group(), groups.group_settings())
-        )
+        return self._pipeline.describe()

@@ -26,6 +26,7 @@ class EngineClipper(MaxNorm):
 
     Attributes:
         is_saved_alone: whether trainers' checkpoints of the engine drop the history.
+        may_lack_history: whether the first step warns if the history is empty.
 
     Args:
         engine: what the engine is called, for messages.
@@ -58,6 +59,7 @@ class EngineClipper(MaxNorm):
         )
         self._handle: AttachmentHandle | None = None
         self.is_saved_alone = False
+        self.may_lack_history = False
 
     @property
     def has_stepped(self) -> bool:

@@ -103,11 +103,15 @@ class Mesh:
             layout[self._order[ranks]] = kind
         return tuple(layout)
 
-    def agree(self, gradients: Sequence[Any]) -> None:
+    def agree(self, gradients: Sequence[Any], facts: Sequence[int]) -> list[int]:
         """Tell the other processes how the DTensors that are here are placed, and learn theirs.
 
         Args:
             gradients: of all rows of the clipper, DTensors or None.
+            facts: more numbers, as many on every process.
+
+        Returns:
+            The largest of each of the facts on any process.
         """
         codes = [0] * len(self.rows)
         for k, (row, layout) in enumerate(zip(self.rows, self.layouts)):
@@ -116,14 +120,16 @@ class Mesh:
                 layout = self.layout_of(gradient)
             if layout is not None:
                 codes[k] = 1 + sum(kind * _BASE**j for j, kind in enumerate(layout))
-        agreed = torch.tensor(codes, dtype=torch.int64, device=self.device)
+        agreed = torch.tensor([*codes, *facts], dtype=torch.int64, device=self.device)
         for group in self.groups:
             dist.all_reduce(agreed, dist.ReduceOp.MAX, group)
+        found: list[int] = agreed.tolist()
         self.layouts = [
             tuple((code - 1) // _BASE**j % _BASE for j in self._axes) if code else None
-            for code in agreed.tolist()
+            for code in found[: len(codes)]
         ]
         self._tensors = None
+        return found[len(codes) :]
 
     def elements(self, k: int) -> int:
         """How many real numbers of the k-th row's gradient lie here."""

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoclip.core import State
 from autoclip.core.adapter import Mode
+from autoclip.torch._agreement import (
+    FACTS,
+    disagreement_message,
+    encoded,
+    fingerprints,
+    unequal,
+)
 from autoclip.torch._mesh import Mesh, is_nonzero, process_groups
 from autoclip.torch._private import assert_async
 from autoclip.torch._refused import refuse_unsupported
@@ -103,6 +111,8 @@ class Sharding:
         self._device = self._meshes[0].device
         # What is on the device already, so that a step copies nothing that has not changed.
         self._present: tuple[list[bool], Tensor] | None = None
+        # Whether the processes have been found to clip alike.
+        self._is_compared = False
         self._are_at: dict[torch.device, Tensor] = {}
 
     def _find_meshes(self, parameters: Sequence[Any]) -> list[Mesh]:
@@ -189,6 +199,7 @@ class Sharding:
         gradients: Sequence[Any],
         local_norms: Callable[[Sequence[Tensor | None]], Mapping[torch.device, Any]],
         names: Callable[[], Sequence[str]],
+        state: Callable[[], tuple[State, str]],
     ) -> tuple[list[Tensor | None], dict[torch.device, Tensor]]:
         """The true norms of gradients, the same on all processes; all of them must call this.
 
@@ -196,6 +207,7 @@ class Sharding:
             gradients: of all rows; None for none.
             local_norms: the norms of tensors that lie in this process, by their device.
             names: what to call the rows in an error.
+            state: the clipper's state, and how to describe the clipper in an error.
 
         Returns:
             The part of each gradient that is here, to be scaled: scaling is linear, so that
@@ -203,12 +215,12 @@ class Sharding:
             float64[n] each, 0 for rows whose device is elsewhere.
 
         Raises:
-            RuntimeError: the placement of a gradient changed, on any process.
+            RuntimeError: the placement of a gradient changed, on any process; or, at the first
+                call, another process has another state.
         """
         if self._is_handshake_due():
             spread = [g if isinstance(g, self._kind) else None for g in gradients]
-            for mesh in self._meshes:
-                mesh.agree(spread)
+            self._agree(spread, state)
         parts = [g.to_local() if isinstance(g, self._kind) else g for g in gradients]
         counted, fault = self._as_agreed(gradients, parts, names)
         for mesh in self._meshes:
@@ -230,9 +242,21 @@ class Sharding:
         assert_async(torch.stack(alarms).sum() == 0, _OTHER_PROCESS)
         return parts, {device: self._at(device, norms) for device in dict.fromkeys(self.devices)}
 
+    def _agree(self, gradients: Sequence[Any], state: Callable[[], tuple[State, str]]) -> None:
+        facts: list[int] = []
+        if not self._is_compared:
+            exported, description = state()
+            facts = encoded(fingerprints(exported))
+        found = [mesh.agree(gradients, facts) for mesh in self._meshes]
+        differing = {fact for reduced in found for fact in unequal(reduced)}
+        if differing:
+            facts_in_order = [fact for fact in FACTS if fact in differing]
+            raise RuntimeError(disagreement_message(facts_in_order, description))
+        self._is_compared = True
+
     def _is_handshake_due(self) -> bool:
         # The same everywhere: the layouts are agreed on, and so is what is trained.
-        return any(
+        return not self._is_compared or any(
             layout is None and getattr(self._parameters[row](), "requires_grad", False)
             for mesh in self._meshes
             for row, layout in zip(mesh.rows, mesh.layouts)

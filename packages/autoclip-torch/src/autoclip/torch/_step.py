@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoclip.core import Report
-from autoclip.core.adapter import ClipperSettings, nonfinite_message, warn_user
+from autoclip.core import Report, State
+from autoclip.core.adapter import ClipperSettings, make_state, nonfinite_message, warn_user
 from autoclip.torch import _rows
 from autoclip.torch._groups import Groups
 from autoclip.torch._norms import norm_dtype
@@ -179,7 +179,9 @@ class Pipeline:
             return gradients, {
                 device: part.norms.of(gradients) for device, part in self._plan.devices.items()
             }
-        local, norms = self._sharding.measure(gradients, self._norms_of_sums, self.groups.names)
+        local, norms = self._sharding.measure(
+            gradients, self._norms_of_sums, self.groups.names, self._state_and_description
+        )
         self._plan = _fitting(self._plan, local)
         return local, {
             device: found.cpu().numpy()
@@ -192,6 +194,35 @@ class Pipeline:
         """The norms of what is here after partial sums have been added up."""
         self._plan_of_sums = plan = _fitting(self._plan_of_sums, gradients)
         return {device: part.norms.of(gradients) for device, part in plan.devices.items()}
+
+    def _state_and_description(self) -> tuple[State, str]:
+        return self.export_state(), self.describe()
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def export_state(self) -> State:
+        """The state, as a clipper saves it."""
+        groups = self.groups
+        infos = groups.infos()  # first: an attached clipper may find new parameters
+        windows, recorded = self.rows.read()
+        return make_state(
+            "torch",
+            groups.settings.default.rule.name,
+            groups.settings.mode,
+            groups.group_settings() or [groups.settings.default],
+            infos,
+            groups.rows_by_group(),
+            windows,
+            recorded,
+        )
+
+    def describe(self) -> str:
+        """What `repr` shows of the clipper."""
+        groups = self.groups
+        return groups.settings.describe(
+            (len(parameters), settings, "")
+            for parameters, settings in zip(groups.by_group(), groups.group_settings())
+        )
 
     # -- what changes seldom -----------------------------------------------------------------
 

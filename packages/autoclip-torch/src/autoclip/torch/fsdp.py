@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from autoclip.core import Quantile, Rule
+from autoclip.torch._agreement import compare, disagreement_message, fingerprints
 from autoclip.torch._attach import Attachment, check_optimizer
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._step import StepResult
@@ -54,7 +55,8 @@ def attach(
         ValueError: the optimizer's parameters are not all the model's, or a setting has a wrong
             value, or one that FSDP1 cannot do.
         RuntimeError: the optimizer has a clipper already. At a step: the gradients are still
-            scaled by a loss scaler.
+            scaled by a loss scaler; at the first one: another process has other settings or
+            another history.
     """
     if not isinstance(model, FullyShardedDataParallel):
         raise TypeError(
@@ -85,6 +87,7 @@ class _Steps:
     def __init__(self, model: FullyShardedDataParallel, clipper: EngineClipper) -> None:
         self._model = model
         self._clipper = clipper
+        self._is_compared = False
 
     def step(
         self,
@@ -99,6 +102,14 @@ class _Steps:
                 "A fused optimizer unscales the gradients itself, after FSDP1 has clipped them. "
                 "Call scaler.unscale_(optimizer) before scaler.step(optimizer)."
             )
+        if not self._is_compared:
+            facts = fingerprints(self._clipper.export_state())
+            device = self._model.compute_device
+            assert device is not None  # FSDP1 sets it when it wraps the model
+            differing = compare(facts, self._model.process_group, device)
+            if differing:
+                raise RuntimeError(disagreement_message(differing, self._clipper))
+            self._is_compared = True
         total = self._model.clip_grad_norm_(self._clipper.max_norm)
         self._clipper.record(total)
         return StepResult(total.float())

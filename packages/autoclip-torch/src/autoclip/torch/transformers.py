@@ -262,6 +262,7 @@ def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> No
             clipper.load_state_dict(saved[STATE_KEY])
             return
         reason = f"{path} has no {STATE_KEY!r} entry"
+    clipper.may_lack_history = False  # one warning is enough
     warn_user(
         f"{reason}: the checkpoint holds no history of gradient norms. AutoClip starts with an "
         "empty one."
