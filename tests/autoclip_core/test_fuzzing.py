@@ -20,6 +20,7 @@ from autoclip.core import History, Quantile, State, StateError
 
 GOLDEN = {path.name: path.read_bytes() for path in (Path(__file__).parent / "golden").iterdir()}
 assert GOLDEN
+NO_DIGEST = "0" * 64
 
 hostile = (
     st.none()
@@ -29,7 +30,7 @@ hostile = (
     | st.text(max_size=4)
     | st.sampled_from(["parameter", "group", "global", "quantile", "standard", "F32", "I64", "U8"])
     | st.sampled_from(["x" * 10**5, "\x1b[2J" * 1000, "\ud800"])
-    | st.builds(lambda: [0] * 100)
+    | st.builds(lambda: [0] * 101)
     | st.recursive(st.builds(list), lambda inner: st.lists(inner, max_size=2), max_leaves=8)
 )
 
@@ -66,11 +67,12 @@ def changed(draw: st.DrawFn) -> bytes:
     data = GOLDEN[draw(st.sampled_from(sorted(GOLDEN)))]
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    payload = bytearray(data[end:-32])
+    payload = bytearray(data[end:])
     metadata = json.loads(header["__metadata__"]["autoclip"])
+    del metadata["sha256"]
     for _ in range(draw(st.integers(0, 2))):
         change(draw, metadata)
-    header["__metadata__"] = {"autoclip": json.dumps(metadata)}
+    header["__metadata__"] = {"autoclip": json.dumps({**metadata, "sha256": NO_DIGEST})}
     for _ in range(draw(st.sampled_from([0, 0, 1]))):
         change(draw, header)
     for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
@@ -78,9 +80,22 @@ def changed(draw: st.DrawFn) -> bytes:
         payload[place : place + 4] = draw(
             st.sampled_from([bytes(4), b"\xff" * 4, b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\0\0\x80?"])
         )
-    encoded = json.dumps(header).encode("utf-8", "surrogatepass")
-    body = struct.pack("<Q", len(encoded)) + encoded + payload
-    return body + hashlib.sha256(body).digest()
+    encoded = json.dumps(header)
+    before, _, after = encoded.rpartition(NO_DIGEST)
+    encoded = before + digest(header, bytes(payload)) + after
+    return struct.pack("<Q", len(encoded)) + encoded.encode() + payload
+
+
+def digest(header: Any, payload: bytes) -> str:
+    """The digest of a file, if the header is right enough to have one."""
+    try:
+        found = hashlib.sha256(header["__metadata__"]["autoclip"].encode())
+        for name in sorted(header.keys() - {"__metadata__"}):
+            begin, end = header[name]["data_offsets"]
+            found.update(payload[begin:end])
+    except (TypeError, AttributeError, KeyError, ValueError):
+        return NO_DIGEST
+    return found.hexdigest()
 
 
 @given(changed())

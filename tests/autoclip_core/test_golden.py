@@ -109,7 +109,8 @@ CONTENTS: dict[str, dict[str, Any]] = {
             },
         ],
     },
-    # One row a group, more than ten groups, and a rule that only its user has.
+    # One row a group, more than ten groups, and a rule that only its user has, with settings that
+    # no built-in rule has.
     "user-rule-group.safetensors": {
         "format": "autoclip",
         "version": 1,
@@ -123,6 +124,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
                     "largest": None,
                     "kind": "x",
                     "count": -3,
+                    "layers": [0.5, {"größe": None}],
                     "history_length": 9223372036854775807,
                     "max_norm": None,
                     "warmup_steps": 0,
@@ -147,7 +149,9 @@ def by_hand(contents: dict[str, Any]) -> bytes:
         {"settings": group["settings"], "parameters": group["parameters"]}
         for group in contents["groups"]
     ]
-    metadata = json.dumps(contents | {"groups": groups}, sort_keys=True, separators=(",", ":"))
+    what = contents | {"groups": groups, "sha256": "0" * 64}
+    metadata = json.dumps(what, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(metadata.encode("ascii"))
     tensors = {}
     for i, group in enumerate(contents["groups"]):
         norms = [norm for window in group["windows"] for norm in window]
@@ -158,6 +162,10 @@ def by_hand(contents: dict[str, Any]) -> bytes:
             struct.pack(f"<{len(lengths)}q", *group["recorded"]),
         )
         tensors[f"groups.{i}.values"] = "F32", struct.pack(f"<{len(norms)}f", *norms)
+    for name in sorted(tensors):
+        digest.update(tensors[name][1])
+    before, _, after = metadata.rpartition("0" * 64)
+    metadata = before + digest.hexdigest() + after
     entries, payload = [f'"__metadata__":{{"autoclip":{json.dumps(metadata)}}}'], b""
     for dtype, size in (("I64", 8), ("F32", 4)):
         for name in sorted(tensors):
@@ -165,11 +173,9 @@ def by_hand(contents: dict[str, Any]) -> bytes:
                 data = tensors[name][1]
                 entries.append(entry(name, dtype, len(data) // size, len(payload), len(data)))
                 payload += data
-    entries.append(entry("sha256", "U8", 32, len(payload), 32))
     header = ("{" + ",".join(entries) + "}").encode("ascii")
     header += b" " * (-len(header) % 8)
-    body = struct.pack("<Q", len(header)) + header + payload
-    return body + hashlib.sha256(body).digest()
+    return struct.pack("<Q", len(header)) + header + payload
 
 
 def entry(name: str, dtype: str, count: int, begin: int, size: int) -> str:
@@ -243,6 +249,7 @@ for path in sys.argv[1:]:
     for group in state["groups"]:
         group["windows"] = [window.tolist() for window in group["windows"]]
         group["recorded"] = group["recorded"].tolist()
+    del state["sha256"]
     print(state)
 assert not any(name.startswith(("autoclip", "safetensors")) for name in sys.modules)
 """

@@ -133,8 +133,12 @@ def test_the_history_is_saved_loaded_and_copied(tmp_path: Path) -> None:
     schedule.record(50.0)
     assert other.max_norm == copied.max_norm == 2.0
     assert other.state_dict() == copied.state_dict() != schedule.state_dict()
-    with pytest.raises(StateError, match="rule"):
-        MaxNorm(Standard()).load(tmp_path / "history")
+    standard = MaxNorm(Standard(1.0), warmup_steps=0)
+    with pytest.warns(UserWarning, match="rule='quantile' there and 'standard' here"):
+        standard.load(tmp_path / "history")
+    assert standard.max_norm == pytest.approx(2.0 + (2 / 3) ** 0.5)
+    with pytest.raises(StateError, match="one history for all parameters"):
+        History(1, Quantile(0.5)).load(tmp_path / "history")
 
 
 def test_a_rule_that_scales_to_something_else_is_refused() -> None:

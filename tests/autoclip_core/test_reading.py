@@ -75,42 +75,57 @@ def tensors(
     }
 
 
+def sealed(what: Metadata, contents: Tensors) -> str:
+    """The metadata as text, with the right digest unless it has one of its own."""
+    if "sha256" in what:
+        return json.dumps(what)
+    text = json.dumps({**what, "sha256": "0" * 64})
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(contents):
+        digest.update(contents[name][1])
+    before, _, after = text.rpartition("0" * 64)
+    return before + digest.hexdigest() + after
+
+
 def lay_out(what: Metadata | str, contents: Tensors) -> tuple[Header, bytes]:
-    """A header, and the bytes of the tensors one after the other with room for the digest."""
-    text = what if isinstance(what, str) else json.dumps(what)
+    """A header, and the bytes of the tensors one after the other."""
+    text = what if isinstance(what, str) else sealed(what, contents)
     header: Header = {"__metadata__": {"autoclip": text}}
     payload = b""
-    for name, (dtype, data) in {**contents, "sha256": ("U8", bytes(32))}.items():
-        shape = [len(data) // {"U8": 1, "F16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}[dtype]]
+    for name, (dtype, data) in contents.items():
+        size = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}[dtype]
         offsets = [len(payload), len(payload) + len(data)]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        header[name] = {"dtype": dtype, "shape": [len(data) // size], "data_offsets": offsets}
         payload += data
-    return header, payload[:-32]
+    return header, payload
 
 
-def seal(header: Header | str | bytes, payload: bytes, size: int | None = None) -> bytes:
-    """A file with the right digest, and a header that is said to have `size` bytes."""
+def file_of(header: Header | str | bytes, payload: bytes = b"", size: int | None = None) -> bytes:
+    """A file with a header that is said to have `size` bytes."""
     if isinstance(header, dict):
         header = json.dumps(header)
     if isinstance(header, str):
         header = header.encode()
-    body = struct.pack("<Q", len(header) if size is None else size) + header + payload
-    return body + hashlib.sha256(body).digest()
-
-
-def reseal(data: bytes) -> bytes:
-    """The file with its digest put right."""
-    return data[:-32] + hashlib.sha256(data[:-32]).digest()
+    return struct.pack("<Q", len(header) if size is None else size) + header + payload
 
 
 def with_metadata(what: Metadata | str, contents: Tensors | None = None) -> bytes:
-    return seal(*lay_out(what, tensors() if contents is None else contents))
+    return file_of(*lay_out(what, tensors() if contents is None else contents))
 
 
-def with_header(change: Callable[[Header], Any]) -> bytes:
-    header, payload = lay_out(metadata(), tensors())
-    change(header)
-    return seal(header, payload)
+def resealed(data: bytes) -> bytes:
+    """The file with its digest put right, if it is a file whose metadata has one."""
+    try:
+        end = 8 + int.from_bytes(data[:8], "little")
+        text = json.loads(data[8:end])["__metadata__"]["autoclip"]
+        tensors = safetensors.numpy.load(data)
+        old = json.loads(text)["sha256"]
+    except Exception:  # whatever is wrong with it
+        return data
+    digest = hashlib.sha256(text.replace(old, "0" * 64).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].tobytes())
+    return data.replace(old.encode(), digest.hexdigest().encode())
 
 
 def refuse(data: bytes, says: str) -> None:
@@ -128,7 +143,7 @@ def refuse_or_read(data: bytes) -> None:
     except StateError:
         refuse(data, "")
     else:
-        State.from_bytes(state.to_bytes())
+        assert State.from_bytes(state.to_bytes()).to_bytes() == state.to_bytes()
 
 
 def test_a_file_made_by_hand_is_read() -> None:
@@ -149,37 +164,56 @@ def test_every_flipped_bit_is_noticed() -> None:
         for bit in range(8):
             damaged = bytearray(SMALL)
             damaged[place] ^= 1 << bit
-            with pytest.raises(StateError, match="is damaged"):
+            with pytest.raises(StateError):
                 State.from_bytes(bytes(damaged))
 
 
 def test_every_truncation_and_a_longer_file_are_noticed() -> None:
     for length in range(len(SMALL)):
-        refuse(SMALL[:length], "has only" if length < 40 else "is damaged, cut off")
+        refuse(SMALL[:length], "has only" if length < 10 else "is damaged(,| or) cut off")
     for tail in (b"\0", b"\n", SMALL):
-        refuse(SMALL + tail, "is damaged")
+        refuse(SMALL + tail, "is damaged or cut off")
 
 
 def test_every_flipped_bit_with_the_digest_put_right_is_read_or_refused() -> None:
-    for place in range(len(SMALL) - 32):
+    changed = 0
+    for place in range(len(SMALL)):
         for bit in range(8):
             damaged = bytearray(SMALL)
             damaged[place] ^= 1 << bit
-            refuse_or_read(reseal(bytes(damaged)))
+            data = resealed(bytes(damaged))
+            changed += data != damaged
+            refuse_or_read(data)
+    assert changed > len(SMALL)
+
+
+def test_tensors_that_change_places_are_noticed() -> None:
+    """Of one size, they would otherwise be exchanged in silence."""
+    header, payload = lay_out(metadata(), tensors(recorded=(2, 1)))
+    header["groups.0.lengths"], header["groups.0.recorded"] = (
+        header["groups.0.recorded"],
+        header["groups.0.lengths"],
+    )
+    State.from_bytes(file_of(header, payload))  # they are equal
+    header, payload = lay_out(metadata(), tensors(lengths=(1, 2), recorded=(2, 2)))
+    header["groups.0.lengths"], header["groups.0.recorded"] = (
+        header["groups.0.recorded"],
+        header["groups.0.lengths"],
+    )
+    refuse(file_of(header, payload), "is damaged: its contents do not have the SHA-256 digest")
 
 
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     refuse(data, "")
-    refuse(reseal(data + bytes(32)), "")
 
 
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_arbitrary_headers_are_refused(header: bytes, payload: bytes) -> None:
-    refuse(
-        seal(header, payload),
-        "a header that is not|its only metadata key|does not begin with a header of",
-    )
+    says = "has only|does not begin with a safetensors header|holds no AutoClip history"
+    refuse(file_of(header, payload), says)
+    data = file_of(b'{"__metadata__":{"autoclip":"' + header, payload)
+    refuse(data, "not a valid safetensors file|not valid JSON|not an AutoClip|no AutoClip")
 
 
 @pytest.mark.parametrize("data", [None, "text", 7, [1], np.zeros(100, np.uint8)])
@@ -187,73 +221,54 @@ def test_what_is_no_bytes_is_refused(data: Any) -> None:
     refuse(data, f"takes bytes, but got {type(data).__name__}")
 
 
-# -- headers -----------------------------------------------------------------------------------
+# -- the container -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2**28 + 1, 10_000, 2**40, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("size", [100_000_001, 10_000, 2**40, 2**63, 2**64 - 1])
 def test_a_header_that_is_said_to_be_huge_is_not_read(size: int) -> None:
-    data = seal(*lay_out(metadata(), tensors()), size=size)
-    says = f"does not begin with a header of at most {len(data) - 40} bytes"
+    data = file_of(*lay_out(metadata(), tensors()), size=size)
+    says = f"does not begin with a safetensors header of at most {len(data) - 8} bytes"
     assert peak_of(lambda: refuse(data, says)) < 1e6
-
-
-def test_a_header_may_not_reach_into_the_digest() -> None:
-    body = struct.pack("<Q", 3) + b"{}"
-    refuse(body + hashlib.sha256(body).digest(), "does not begin with a header of at most 2 bytes")
 
 
 def test_a_header_beyond_the_limit_is_refused() -> None:
     header, payload = lay_out(metadata(), tensors())
-    data = seal(json.dumps(header).ljust(2**28 + 1), payload)
-    refuse(data, "does not begin with a header of at most 268435456 bytes")
+    data = file_of(json.dumps(header).ljust(100_000_001), payload)
+    refuse(data, "does not begin with a safetensors header of at most 100000000 bytes")
+
+
+KEY = '{"__metadata__":{"autoclip":"{}"},'
 
 
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        ("", "does not begin with a header of"),
-        ("{", "a header that is not valid JSON"),
-        ("[]", "does not begin with a header of"),
-        ("null", "does not begin with a header of"),
-        ('"{}"', "does not begin with a header of"),
-        (" {}", "does not begin with a header of"),
-        ("{} {}", "a header that is not valid JSON"),
-        ('{"a": NaN}', "NaN is not a JSON number"),
-        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
-        ('{"a": 1, "a": 1}', "an object has a duplicate key"),
-        ('{"a": {"b": 1, "b": 2}}', "an object has a duplicate key"),
-        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "a header that is not valid JSON"),
-        ('{"a":' * 100_000 + "1" + "}" * 100_000, "a header that is not valid JSON"),
-        ('{"a":' + "[" * 1_000_000, "a header that is not valid JSON"),
-        ('{"a": 1e999}', "1e999 is beyond float64"),
-        ('{"a": 0.' + "1" * 1_000_000 + "}", "a number has 1000002 characters"),
-        ('{"a": ' + "9" * 100_000 + "}", "a header that is not valid JSON"),
-        (b'{"a": "\xff\xfe\xfa"}', "a header that is not valid JSON"),
-        ("{}", 'its only metadata key must be "autoclip"'),
-        ('{"__metadata__": null}', 'its only metadata key must be "autoclip"'),
-        ('{"__metadata__": {}}', 'its only metadata key must be "autoclip"'),
-        ('{"__metadata__": {"format": "pt"}}', 'its only metadata key must be "autoclip"'),
-        ('{"__metadata__": {"autoclip": {}}}', 'its only metadata key must be "autoclip"'),
-        ('{"__metadata__": {"autoclip": ""}}', "metadata that is not valid JSON"),
+        ("", "has only|does not begin with a safetensors header"),
+        ("[]", "does not begin with a safetensors header"),
+        ("null", "does not begin with a safetensors header"),
+        (" {}", "does not begin with a safetensors header"),
+        ("{", "has only|holds no AutoClip history"),
+        ('{"__metadata__": {"format": "pt"}}', "holds no AutoClip history"),
+        ('{"autoclip"', "a header that is not valid JSON"),
+        ('{"autoclip": NaN}', "NaN is not a JSON number"),
+        ('{"autoclip": 1, "a": {"b": 1, "b": 2}}', "an object has a duplicate key"),
+        ('{"__metadata__": "autoclip"}', "not a valid safetensors file"),
+        ('{"__metadata__": {"autoclip": {}}}', "not a valid safetensors file"),
+        (KEY + '"a": 1}', "not a valid safetensors file"),
+        (KEY + '"a": [0, [1]]}', "not a valid safetensors file"),
+        (KEY + '"a":' + "[" * 100_000, "a header with too many lists and objects"),
+        (KEY + '"a":' + "[" * 70, "a header that is not valid JSON"),
+        (KEY + '"a":' * 100_000, "a header that is not valid JSON"),
+        (KEY.encode() + b'"\xff": 1}', "a header that is not valid JSON"),
+        (KEY + '"\x1b[31m": 1}', "Invalid control character"),
+        ('{"__metadata__":{"autoclip":"", "more": ""}}', "its only metadata key must be"),
+        ('{"__metadata__":{"autoclip":"", "autoclip":""}}', "an object has a duplicate key"),
+        ('{"__metadata__":{"autoclip":""}}', "metadata that is not valid JSON"),
     ],
     ids=lambda value: repr(value)[:40],
 )
 def test_wrong_headers(header: str | bytes, says: str) -> None:
-    refuse(seal(header, b""), says)
-
-
-def test_a_second_metadata_key_is_refused() -> None:
-    refuse(with_header(lambda header: header["__metadata__"].update(more="x")), "only metadata key")
-
-
-def test_headers_in_another_encoding_are_refused() -> None:
-    """Python's JSON reads UTF-16 and a byte order mark; no other safetensors parser does."""
-    header, payload = lay_out(metadata(), tensors())
-    for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig"):
-        refuse(
-            seal(json.dumps(header).encode(encoding), payload),
-            "a header that is not valid|begin with",
-        )
+    refuse(file_of(header), says)
 
 
 @pytest.mark.parametrize("name", ["groups.0.values", "groups.0.lengths", "groups.0.recorded"])
@@ -272,17 +287,12 @@ def test_an_extra_tensor_is_named(name: str) -> None:
     refuse(with_metadata(metadata(), contents), says)
 
 
-def test_a_file_of_another_program_is_refused() -> None:
-    header, payload = lay_out(metadata(), tensors())
-    del header["__metadata__"]
-    refuse(seal(header, payload), "is not an AutoClip state")
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "size"),
     [
         ("groups.0.values", "F64", 24),
         ("groups.0.values", "F16", 6),
+        ("groups.0.values", "BF16", 6),
         ("groups.0.values", "I32", 12),
         ("groups.0.lengths", "I32", 8),
         ("groups.0.recorded", "F64", 16),
@@ -291,95 +301,42 @@ def test_a_file_of_another_program_is_refused() -> None:
 def test_another_dtype_is_refused(name: str, dtype: str, size: int) -> None:
     refuse(
         with_metadata(metadata(), {**tensors(), name: (dtype, bytes(size))}),
-        rf"a tensor '{name}' that is not (F32|I64)\[n\]",
+        rf"its tensor '{name}' is {dtype}\[\d\], not (F32|I64)\[n\]",
     )
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        None,
-        [],
-        "F32",
-        {},
-        {"dtype": "F32", "shape": [3]},
-        {"shape": [3], "data_offsets": [0, 12]},
-        {"dtype": "F32", "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": [], "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": [3, 1], "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": 3, "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": [3.0], "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": [True], "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": ["3"], "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": [3], "data_offsets": [0]},
-        {"dtype": "F32", "shape": [3], "data_offsets": [0, 12, 12]},
-        {"dtype": "F32", "shape": [3], "data_offsets": [0.0, 12.0]},
-        {"dtype": "F32", "shape": [3], "data_offsets": [None, 12]},
-        {"dtype": "F32", "shape": [3], "data_offsets": {"0": 12}},
-        {"dtype": "F32", "shape": [3], "data_offsets": [0, 12], "compression": "zip"},
-        {"dtype": ["F32"], "shape": [3], "data_offsets": [0, 12]},
-    ],
-    ids=repr,
-)
-def test_a_wrong_tensor_entry_is_named(entry: Any) -> None:
-    data = with_header(lambda header: header.__setitem__("groups.0.values", entry))
-    refuse(data, r"has a tensor 'groups\.0\.values' that is not F32\[n\]")
+@pytest.mark.parametrize("shape", [[], [3, 1], [1, 3], [1] * 50 + [3]])
+def test_another_rank_is_refused(shape: list[int]) -> None:
+    header, payload = lay_out(metadata(), tensors(values=[1, 2, 3] if shape else [1]))
+    header["groups.0.values"]["shape"] = shape
+    refuse(file_of(header, payload), r"its tensor 'groups.0.values' is F32\[.*\], not F32\[n\]")
 
 
-# values has the bytes 0-12, lengths 12-28, recorded 28-44, and the digest 44-76.
+# values has the bytes 0-12, lengths 12-28 and recorded 28-44.
 @pytest.mark.parametrize(
     ("name", "shape", "offsets"),
     [
         ("groups.0.lengths", 2, [0, 16]),  # overlaps values
         ("groups.0.lengths", 2, [28, 44]),  # overlaps recorded, and leaves a hole
         ("groups.0.values", 3, [12, 0]),
-        ("groups.0.values", 3, [-12, 0]),
-        ("groups.0.values", -3, [0, 12]),
         ("groups.0.values", 4, [0, 12]),
-        ("groups.0.values", 2, [0, 12]),
         ("groups.0.values", 2, [0, 8]),  # a hole
-        ("groups.0.values", 2**62, [0, 2**64]),
-        ("groups.0.values", 2**64, [0, 12]),
+        ("groups.0.values", 2**62, [0, 2**63]),
         ("groups.0.recorded", 2, [2**40, 2**40 + 16]),
-        ("groups.0.recorded", 6, [28, 76]),  # reads the digest as its own
-        ("sha256", 31, [44, 75]),
-        ("sha256", 32, [43, 75]),
-        ("sha256", 32, [0, 32]),
-        ("sha256", 32, [12, 44]),
-        ("sha256", 32, [44, 2**70]),
-        ("sha256", 64, [44, 108]),
+        ("groups.0.recorded", 6, [28, 76]),
     ],
 )
 def test_a_tensor_in_the_wrong_place_is_refused(name: str, shape: int, offsets: list[int]) -> None:
-    def move(header: Header) -> None:
-        header[name] |= {"shape": [shape], "data_offsets": offsets}
-
-    refuse(
-        with_header(move),
-        "not a valid safetensors file|does not end with its digest|between its offsets",
-    )
-
-
-def test_the_tensor_of_the_digest_is_where_the_digest_is() -> None:
-    """Files without a gap that say otherwise, which safetensors itself has nothing against."""
-    says = "does not end with its digest"
-    first = lay_out(metadata(), {"sha256": ("U8", bytes(32)), **tensors()})
-    refuse(seal(*first), says)
     header, payload = lay_out(metadata(), tensors())
-    header["sha256"] |= {"shape": [64], "data_offsets": [44, 108]}
-    refuse(seal(header, payload + bytes(32)), says)
-    header["groups.0.lengths"] |= {"data_offsets": [0, 16]}
-    header["groups.0.recorded"] |= {"data_offsets": [16, 32]}
-    header["groups.0.values"] |= {"shape": [7], "data_offsets": [32, 60]}
-    header["sha256"] |= {"shape": [16], "data_offsets": [60, 76]}
-    refuse(seal(header, payload), says)
+    header[name] |= {"shape": [shape], "data_offsets": offsets}
+    refuse(file_of(header, payload), "not a valid safetensors file")
 
 
 def test_bytes_that_belong_to_no_tensor_are_refused() -> None:
     header, payload = lay_out(metadata(), tensors())
-    refuse(seal(header, payload + bytes(8)), "not a valid safetensors file")
-    refuse(seal(header, bytes(8) + payload), "not a valid safetensors file")
-    refuse(seal(header, payload[:-8]), "not a valid safetensors file")
+    refuse(file_of(header, payload + bytes(8)), "not a valid safetensors file")
+    refuse(file_of(header, bytes(8) + payload), "not a valid safetensors file")
+    refuse(file_of(header, payload[:-8]), "not a valid safetensors file")
 
 
 # -- metadata ----------------------------------------------------------------------------------
@@ -389,14 +346,15 @@ def test_bytes_that_belong_to_no_tensor_are_refused() -> None:
     ("text", "says"),
     [
         ("{", "metadata that is not valid JSON"),
-        ("[" * 100_000, "metadata that is not valid JSON"),
+        ("[" * 100_000, "metadata with too many lists and objects for its 100000 bytes"),
+        ("[" * 70, "metadata that is not valid JSON"),
         ("null", 'its format is not "autoclip"'),
         ('["format"]', 'its format is not "autoclip"'),
         ("{}", 'its format is not "autoclip"'),
         ('{"format": "autoclip"}', "has the version None"),
         (
             '{"format": "autoclip", "version": 1}',
-            r"its metadata has the keys {'format', 'version'}",
+            "sha256 is None, not a string of 64 hexadecimal digits",
         ),
         ('{"format": "autoclip", "version": 1, "version": 1}', "an object has a duplicate key"),
         ('{"format": "autoclip", "version": Infinity}', "Infinity is not a JSON number"),
@@ -431,7 +389,6 @@ HUGE = 10**99  # beyond int64; as long as a number in JSON may be here
         ("rule", None, "rule is None, not a string of at most 100 characters"),
         ("rule", ["quantile"], r"rule is \['quantile'\], not a string"),
         ("rule", "x" * 101, "rule is 'x+\\.\\.\\.x+', not a string of at most 100"),
-        ("rule", "standard", "group 0: the standard rule got the unknown setting 'quantile'"),
         ("mode", DELETE, "its metadata has the keys"),
         ("mode", None, "mode is None, not one of"),
         ("mode", "layer", "mode is 'layer', not one of"),
@@ -462,23 +419,15 @@ HUGE = 10**99  # beyond int64; as long as a number in JSON may be here
         ("groups.0.parameters.1.shape", [None], r"has the shape \[None\], not null or"),
         ("groups.0.parameters.1.shape", [1] * 65, "has the shape .*not null or at most 64 sizes"),
         ("groups.0.parameters.1.shape", [9] * 45_000, "has the shape .*not null or at most 64"),
-        ("groups.0.settings.quantile", 1.5, r"group 0: quantile takes .* got 1\.5"),
-        ("groups.0.settings.quantile", HUGE, "group 0: the setting 'quantile' is 10+"),
-        ("groups.0.settings.quantile", True, "group 0: quantile takes .* got True"),
-        ("groups.0.settings.quantile", "0.5", "group 0: quantile takes .* got '0.5'"),
-        ("groups.0.settings.quantile", "\x1b" * 1000, "group 0: quantile takes .* got '.x1b"),
+        ("groups.0.settings.quantile", [[[[[0.5]]]]], "the setting 'quantile' is .*not null"),
         ("groups.0.settings.quantile", "\x1b" * 1001, "the setting 'quantile' is '.x1b.*not null"),
-        ("groups.0.settings.quantile", None, "group 0: quantile takes .* got None"),
-        ("groups.0.settings.quantile", [0.5], r"the setting 'quantile' is \[0\.5\], not null"),
-        ("groups.0.settings.quantile", {}, "the setting 'quantile' is {}, not null"),
-        ("groups.0.settings.quantile", DELETE, "group 0: it lacks the setting 'quantile'"),
-        ("groups.0.settings.history_length", DELETE, "it lacks the setting 'history_length'"),
-        ("groups.0.settings.history_length", 0, "group 0: history_length takes .* got 0"),
-        ("groups.0.settings.history_length", 4.0, r"group 0: history_length takes .* got 4\.0"),
-        ("groups.0.settings.history_length", 2**63, "the setting 'history_length' is 92"),
-        ("groups.0.settings.history_length", 1, r"longer than its history_length \(1\)"),
-        ("groups.0.settings.lr", 0.1, "the quantile rule got the unknown setting 'lr'"),
-        ("groups.0.settings.\x1b[31m", 1, "the quantile rule got the unknown setting '.x1b.31m'"),
+        ("groups.0.settings.quantile", [1] * 101, "the setting 'quantile' is .*not null"),
+        ("groups.0.settings.quantile", {"x" * 101: 1}, "the setting 'quantile' is .*not null"),
+        ("sha256", None, "sha256 is None, not a string of 64 hexadecimal digits"),
+        ("sha256", ["0"], r"sha256 is \['0'\], not a string of 64"),
+        ("sha256", "", "sha256 is '', not a string of 64"),
+        ("sha256", "0" * 63, "sha256 is '0+\\.\\.\\.0+', not a string of 64"),
+        ("sha256", "0" * 64, "is damaged: its contents do not have the SHA-256 digest"),
         ("groups.0.settings." + "x" * 101, 1, "a setting is called 'x+.*, not a string of at most"),
         ("groups.0.settings", {str(n): n for n in range(101)}, "it has 101 settings"),
     ],
@@ -501,10 +450,6 @@ def test_a_duplicate_key_anywhere_is_refused() -> None:
     twice = '"quantile": 0.5, "quantile": 0.5'
     assert text.replace('"quantile": 0.5', twice) != text
     refuse(with_metadata(text.replace('"quantile": 0.5', twice)), "an object has a duplicate key")
-    header, payload = lay_out(metadata(), tensors())
-    entry = '"shape": [3]'
-    text = json.dumps(header)
-    refuse(seal(text.replace(entry, f"{entry}, {entry}"), payload), "an object has a duplicate key")
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
@@ -516,27 +461,30 @@ def test_numbers_that_json_does_not_have_are_refused(word: str) -> None:
 @pytest.mark.parametrize("path", ["version", "rule", "name", "quantile", "history_length"])
 def test_nesting_of_any_depth_is_refused(path: str) -> None:
     """Also such that it can just be parsed, but not be printed in an error any more."""
-    text = json.dumps(metadata())
-    for depth in range(1, 1100, 3):
+    text = sealed(metadata(), tensors())
+    for depth in range(5, 1100, 3):
         nested = re.sub(rf'("{path}": )[^,}}]+', rf"\1{'[' * depth}{']' * depth}", text, count=1)
         assert nested != text
-        refuse(with_metadata(nested), "")
+        data = with_metadata(nested)
+        refuse(data, "")
+        refuse(resealed(data), "")
 
 
-def test_a_rule_that_is_not_registered_is_read_with_any_settings() -> None:
-    """It may be a user's; only a clipper with the same rule loads it."""
+def test_any_rule_and_any_settings_are_read() -> None:
+    """They are information: a user's rule, or those of an earlier or later release."""
     what = metadata()
-    what["rule"] = "somebody's"
-    what["groups"][0]["settings"] = {"history_length": 4} | {
-        name: value for name, value in SETTINGS.items() if name not in ("quantile", "factor")
-    }
-    what["groups"][0]["settings"] |= {"a": "text", "b": None, "c": 2**62, "d": 0.5, "e": True}
-    state = State.from_bytes(with_metadata(what))
-    assert (state.rule, state.groups[0].settings) == ("somebody's", what["groups"][0]["settings"])
-    assert State.from_bytes(state.to_bytes()).groups[0].settings == state.groups[0].settings
-    for value in ([], {}, [1]):
-        what["groups"][0]["settings"]["a"] = value
-        refuse(with_metadata(what), r"the setting 'a' is (\[|{).*, not null")
+    for rule, chosen in [
+        ("somebody's", {"a": "text", "b": None, "c": 2**62, "d": 0.5, "e": True}),
+        ("quantile", {}),
+        ("quantile", {**SETTINGS, "a": [1, {"b": [None]}], "\x1b[31m": {}}),
+        ("quantile", {"quantile": 1.5, "history_length": "long", "factor": HUGE}),
+        ("standard", SETTINGS),
+        ("", {"": ""}),
+    ]:
+        what["rule"], what["groups"][0]["settings"] = rule, chosen
+        state = State.from_bytes(with_metadata(what))
+        assert (state.rule, state.groups[0].settings) == (rule, chosen)
+        assert State.from_bytes(state.to_bytes()).groups[0].settings == chosen
 
 
 @pytest.mark.parametrize("mode", ["group", "global"])
@@ -570,9 +518,14 @@ LONG = 2**62
         (tensors(values=[1, 2]), r"values of shape \(2,\), but its lengths sum to 3"),
         (tensors(values=[1, 2, 3, 4]), r"values of shape \(4,\), but its lengths sum to 3"),
         (tensors(lengths=[4, -1]), "of negative length"),
-        (tensors(lengths=[5, 0], values=[1] * 5), r"longer than its history_length \(4\)"),
-        (tensors(lengths=[2, 1], recorded=[1, 1]), "or than what it recorded"),
-        (tensors(lengths=[0, 0], values=[], recorded=[-1, 0]), "or than what it recorded"),
+        (
+            tensors(lengths=[2, 1], recorded=[1, 1]),
+            "than the number of norms that its row",
+        ),
+        (
+            tensors(lengths=[0, 0], values=[], recorded=[-1, 0]),
+            "than the number of norms that its row",
+        ),
         (tensors(recorded=[LONG + 1, 1]), "recorded more than"),
         (tensors(recorded=[2**63 - 1, 1]), "recorded more than"),
     ],
@@ -582,9 +535,8 @@ def test_lengths_that_do_not_add_up(contents: Tensors, says: str) -> None:
 
 
 def test_lengths_that_overflow_to_the_right_sum_are_refused() -> None:
-    """2^62 four times is 0 in int64, and a window may be as long as `history_length` says."""
+    """2^62 four times is 0 in int64."""
     what = metadata()
-    what["groups"][0]["settings"]["history_length"] = LONG
     what["groups"][0]["parameters"] = [{"name": None, "shape": None}] * 5
     lengths = [LONG] * 4 + [3]
     refuse(with_metadata(what, tensors(lengths=lengths, recorded=lengths)), "values of shape")
@@ -660,7 +612,7 @@ def test_any_value_anywhere_in_the_metadata(path: tuple[Any, ...], value: Any) -
 @given(st.sampled_from(paths(lay_out(metadata(), tensors())[0])), json_values)
 def test_any_value_anywhere_in_the_header(path: tuple[Any, ...], value: Any) -> None:
     header, payload = lay_out(metadata(), tensors())
-    refuse_or_read(seal(replaced(header, path, value), payload))
+    refuse_or_read(file_of(replaced(header, path, value), payload))
 
 
 @given(
@@ -687,14 +639,18 @@ def peak_of(read: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "header",
-    ['{"a":[' + "[]," * 10**5 + "[]]}", '{"a":[' + "{}," * 10**5 + "{}]}"],
-    ids=["lists", "objects"],
-)
-def test_small_values_by_the_thousand_take_memory_in_proportion(header: str) -> None:
-    data = seal(header, b"")
-    assert peak_of(lambda: refuse(data, "only metadata key")) < 60 * len(data)
+def test_small_values_by_the_thousand_take_memory_in_proportion() -> None:
+    """Lists and objects take the most, up to 53 times their text, and are counted first."""
+    for kind in ("[],", "{},", "[[[[[[[[]]]]]]]],", '{"":{"":{"":[]}}},'):
+        what = metadata()
+        text = json.dumps({**what, "more": None}).replace("null", "[" + kind * 10**4 + "0]", 1)
+        for data in (with_metadata(text), file_of(f'{{"autoclip":{{"x":{json.dumps(text)}}}}}')):
+            assert peak_of(lambda data=data: refuse(data, "")) < 8 * len(data)  # type: ignore[misc]
+    for kind in ("0,", "999,", "1.5,", '"ab",', "[0,0,0,0],", '{"a":"bc"},', '"\\ud83d\\ude00",'):
+        what = metadata()
+        text = json.dumps({**what, "more": None}).replace("null", "[" + kind * 10**4 + "0]", 1)
+        data = with_metadata(text)
+        assert peak_of(lambda data=data: refuse(data, "")) < 20 * len(data)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("settings_of_groups", [SETTINGS, {}])
@@ -705,14 +661,9 @@ def test_many_empty_groups(settings_of_groups: dict[str, Any]) -> None:
     contents: Tensors = {}
     for group in range(count):
         contents |= tensors([], [], [], group=group)
-    data = with_metadata(what, contents)
-    if settings_of_groups:
-        assert len(State.from_bytes(data).groups) == count
-    else:
-        refuse(data, "group 0: it lacks the setting")
+    assert len(State.from_bytes(with_metadata(what, contents)).groups) == count
     what["mode"] = "group"
-    what["groups"][0] = {"settings": SETTINGS, "parameters": []}
-    refuse(with_metadata(what, contents), "group 0 has 1 rows, but lengths of shape|group 1: it")
+    refuse(with_metadata(what, contents), "group 0 has 1 rows, but lengths of shape")
 
 
 def test_many_parameters_that_no_tensor_has() -> None:
@@ -721,15 +672,25 @@ def test_many_parameters_that_no_tensor_has() -> None:
     refuse(with_metadata(what), "group 0 has 100000 rows, but lengths of shape")
 
 
-def test_every_other_program_s_safetensors_file_is_refused() -> None:
-    """The library's own bytes, with and without a digest put on them."""
-    for saved in (
-        safetensors.numpy.save({"model.weight": np.ones((2, 3), np.float32)}),
-        safetensors.numpy.save({"sha256": np.zeros(32, np.uint8)}, metadata={"format": "pt"}),
-        safetensors.numpy.save({}),
-    ):
-        refuse(saved, "is damaged, cut off, or not an AutoClip state|has only")
-        refuse(reseal(saved + bytes(32)), "is not an AutoClip state")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8, None])
+@pytest.mark.parametrize("key", [None, "format", "autoclip"])
+def test_another_programs_safetensors_file_holds_no_history(dtype: Any, key: str | None) -> None:
+    contents = {} if dtype is None else {"model.weight": np.ones((2, 3), dtype)}
+    saved = safetensors.numpy.save(contents, metadata=None if key is None else {key: "pt"})
+    says = "holds no AutoClip history" if key != "autoclip" else "metadata that is not valid JSON"
+    refuse(saved, says)
+
+
+def test_a_model_in_bfloat16_holds_no_history() -> None:
+    """NumPy does not know the dtype."""
+    header, payload = lay_out("{}", {"model.weight": ("BF16", bytes(6))})
+    del header["__metadata__"]
+    refuse(file_of(header, payload), "holds no AutoClip history: it is a safetensors file of")
+
+
+def test_tensors_called_autoclip_are_no_history() -> None:
+    saved = safetensors.numpy.save({"autoclip": np.ones(3, np.float32)})
+    refuse(saved, "holds no AutoClip history: its only metadata key must be")
 
 
 def test_a_pickle_is_refused() -> None:
@@ -738,5 +699,4 @@ def test_a_pickle_is_refused() -> None:
             return pytest.fail, ("it was unpickled",)
 
     data = pickle.dumps({"autoclip": [Explosive()], "padding": bytes(100)})
-    refuse(data, "is damaged, cut off, or not an AutoClip state")
-    refuse(reseal(data + bytes(32)), "does not begin with a header of")
+    refuse(data, "is damaged, cut off, or not an AutoClip state: it does not begin with")

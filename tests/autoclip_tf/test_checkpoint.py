@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from autoclip.tf import QuantileClip, StandardClip, StateError
+from autoclip.tf import QuantileClip, StandardClip
 
 KINDS = {
     "quantile": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, 4),
@@ -241,10 +241,12 @@ class TestAlone:
         np.testing.assert_array_equal(shorter.export_state().groups[0].values, BEFORE[-2:])
         standard = StandardClip()
         self.steps(standard, variable, AFTER)
-        state = standard.state_dict()
-        with pytest.raises(StateError, match=r"the tf\.train\.Checkpoint holds .* rule 'quantile'"):
+        with pytest.warns(
+            UserWarning,
+            match=r"the tf\.train\.Checkpoint was .*rule='quantile' there",
+        ):
             tf.train.Checkpoint(clipper=standard).restore(path)
-        assert standard.state_dict() == state
+        np.testing.assert_array_equal(standard.export_state().groups[0].values, BEFORE[-4:])
 
     def test_not_inside_a_function(self, tmp_path):
         clipper = self.clipper()

@@ -181,13 +181,11 @@ class TestBuild:
 
     def test_what_can_be_checked_before_is(self, tmp_path):
         clipper = CLIPPERS["quantile"]()
-        with pytest.raises(StateError, match="the rule 'standard'"):
-            clipper.load_state_dict(trained(CLIPPERS["standard"])[0].state_dict())
         with pytest.raises(StateError, match="global_clipping=True"):
             clipper.load_state_dict(trained(CLIPPERS["quantile, global"])[0].state_dict())
         path = tmp_path / "state"
         path.write_bytes(data_of(trained()[0])[:-1])
-        with pytest.raises(StateError, match=f"{path} is damaged"):
+        with pytest.raises(StateError, match=f"{path} is damaged or cut off"):
             clipper.load(path)
         with pytest.raises(FileNotFoundError):
             clipper.load(tmp_path / "nowhere")
@@ -208,14 +206,9 @@ class TestFailingLoads:
     @pytest.mark.parametrize(
         ("other", "words"),
         [
-            (lambda: trained(CLIPPERS["standard"])[0], "the rule 'standard'"),
             (lambda: trained(CLIPPERS["quantile, global"])[0], "global_clipping=True"),
-            (
-                lambda: trained(lambda: QuantileClip(group_settings=[{"match": "v1"}]))[0],
-                "2 parameter groups, but the clipper has 1",
-            ),
         ],
-        ids=["rule", "mode", "groups"],
+        ids=["mode"],
     )
     def test_another_kind(self, other, words):
         clipper, _ = trained()
@@ -232,8 +225,6 @@ class TestFailingLoads:
                 r"Parameter 1 of group 0 does not match: state_dict has 'v1' of shape \(4,\), the "
                 r"clipper has 'v1' of shape \(2, 2\); their shapes differ",
             ),
-            ([(3,)], "1 parameters in group 0, but the clipper has 2"),
-            ([(3,), (2, 2), ()], "3 parameters in group 0, but the clipper has 2"),
         ],
     )
     def test_another_model(self, shapes, words):
@@ -261,7 +252,7 @@ class TestFailingLoads:
             damaged = bytearray(before)
             damaged[position] ^= 1
             path.write_bytes(damaged)
-            with pytest.raises(StateError, match="damaged"):
+            with pytest.raises(StateError, match=f"^{path} "):
                 clipper.load(path)
         assert data_of(clipper) == before
 

@@ -310,22 +310,18 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda state: state_of(QuantileClip(named((3,), (7, 4), prefix="other"))),
         ["'other.1'", "'layer.1'", r"\(7, 4\)", r"\(4, 7\)", "Parameter 1 of group 0"],
     ),
-    "another rule": (
-        lambda state: state_of(StandardClip(named((3,), (4, 7)))),
-        ["standard", "quantile"],
-    ),
     "another mode": (
         lambda state: state_of(QuantileClip(named((3,), (4, 7)), global_clipping=True)),
         ["one history for all parameters", "global_clipping=True"],
     ),
     "more groups": (
         lambda state: state_of(
-            QuantileClip([{"params": named((3,))}, {"params": named((4, 7))}]),
+            QuantileClip([{"params": parameters()[:1]}, {"params": parameters()[1:]}]),
         ),
         ["2 parameter groups", "clipper has 1"],
     ),
     "fewer parameters": (
-        lambda state: state_of(QuantileClip(named((3,)))),
+        lambda state: state_of(QuantileClip(parameters()[:1])),
         ["1 parameters in group 0", "clipper has 2"],
     ),
     "damaged": (damaged, ["damaged"]),
@@ -368,15 +364,65 @@ def test_a_file_that_does_not_fit_is_named(path: str, tmp_path: Path) -> None:
     clipper = QuantileClip(parameters())
     step(clipper, [1.0, 2.0, 3.0])
     before = clipper.state_dict()
-    StandardClip(parameters()).save(tmp_path / "standard")
-    with pytest.raises(StateError, match=f"{tmp_path}/standard"):
-        clipper.load(tmp_path / "standard")
+    QuantileClip(parameters(), global_clipping=True).save(tmp_path / "global")
+    with pytest.raises(StateError, match=f"{tmp_path}/global"):
+        clipper.load(tmp_path / "global")
     with pytest.raises(FileNotFoundError, match="absent"):
         clipper.load(tmp_path / "absent")
     (tmp_path / "text").write_text("no state, but some words that are long enough")
     with pytest.raises(StateError, match=f"{tmp_path}/text"):
         clipper.load(tmp_path / "text")
     assert clipper.state_dict() == before
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def test_names_decide_not_the_order_and_not_the_groups(path: str) -> None:
+    names = named((3,), (4, 7), (3,))
+    clipper = QuantileClip(names)
+    step(clipper, [1.0, 2.0, 3.0])
+    other = QuantileClip([{"params": names[2:]}, {"params": names[1::-1]}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(clipper.state_dict())
+    assert other.thresholds.tolist() == pytest.approx([3.0, 2.0, 1.0])
+
+
+def test_a_parameter_that_was_frozen_when_saving_starts_empty(path: str) -> None:
+    names = named((3,), (4, 7))
+    clipper, other = QuantileClip(names[1:]), QuantileClip(names)
+    step(clipper, [2.0])
+    with pytest.warns(UserWarning, match=r"start empty: 'layer.0' of shape \(3,\). .* none"):
+        other.load_state_dict(clipper.state_dict())
+    assert other.thresholds.tolist() == [math.inf, pytest.approx(2.0)]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_two_clippers_of_a_gan_that_are_exchanged_are_named(path: str, attached: bool) -> None:
+    """Equal shapes: nothing else tells that they are not the same parameters."""
+
+    def made(name: str) -> tuple[SGD, QuantileClip]:
+        parameters = named((3,), (4, 7), prefix=name)
+        optimizer = SGD(parameters, lr=0.1)
+        clipper = QuantileClip(parameters)
+        if attached:
+            clipper.attach(optimizer)
+        for _, parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        if not attached:
+            clipper.step()
+        return optimizer, clipper
+
+    generator, discriminator = made("generator"), made("discriminator")
+    says = (
+        "matched by order: 'discriminator.0' → 'generator.0'; 'discriminator.1' → 'generator.1'. "
+        "Make sure"
+    )
+    which = 0 if attached else 1
+    with pytest.warns(UserWarning, match=says):
+        generator[which].load_state_dict(discriminator[which].state_dict())
 
 
 # -- the other framework -------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     hatch run fuzz:read-state FOLDER
 
 FOLDER keeps the inputs that reached new code, for the next run; it starts with the golden files. An
-input is a file without its digest, which is appended here, or after the byte 0xff the metadata of a
-file whose tensors are right. It must be refused with a short StateError, or be a state that is
-saved and read again.
+input is a file whose digest is put right here, or after the byte 0xff the metadata of a file whose
+tensors are right. It must be refused with a short StateError, or be a state that is saved and read
+again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ with atheris.instrument_imports(include=["autoclip", "json"]):
 GOLDEN = Path(__file__).parents[1] / "autoclip_core" / "golden"
 
 
+NO_DIGEST = b"0" * 64
+
+
 def with_metadata(text: str) -> bytes:
-    """A file without its digest that has this metadata, and three empty rows in two groups."""
+    """A file that has this metadata, and three empty rows in two groups."""
     header: dict[str, object] = {"__metadata__": {"autoclip": text}}
     end = 0
     for name, dtype, size in (
@@ -35,19 +38,40 @@ def with_metadata(text: str) -> bytes:
         ("groups.1.recorded", "I64", 8),
         ("groups.0.values", "F32", 0),
         ("groups.1.values", "F32", 0),
-        ("sha256", "U8", 32),
     ):
-        count = size // {"I64": 8, "F32": 4, "U8": 1}[dtype]
+        count = size // {"I64": 8, "F32": 4}[dtype]
         header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [end, end + size]}
         end += size
     encoded = json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded)) + encoded + bytes(end - 32)
+    return struct.pack("<Q", len(encoded)) + encoded + bytes(end)
+
+
+def sealed(data: bytes) -> bytes:
+    """The file with the right digest in place of the last 64 zeros of its header."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:start])
+        digest = hashlib.sha256(header.pop("__metadata__")["autoclip"].encode())
+        for name in sorted(header):
+            begin, end = header[name]["data_offsets"]
+            digest.update(data[start + begin : start + end])
+    except Exception:  # whatever is wrong with it
+        return data
+    before, zeros, after = data[:start].rpartition(NO_DIGEST)
+    return before + (digest.hexdigest().encode() if zeros else b"") + after + data[start:]
+
+
+def unsealed(data: bytes) -> bytes:
+    """The file with zeros in place of its digest."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    digest = json.loads(header["__metadata__"]["autoclip"])["sha256"]
+    return data.replace(digest.encode(), NO_DIGEST)
 
 
 def check(data: bytes) -> None:
     if data[:1] == b"\xff":
         data = with_metadata(data[1:].decode("utf-8", "surrogateescape"))
-    data += hashlib.sha256(data).digest()
+    data = sealed(data)
     try:
         state = State.from_bytes(data, source="the file")
     except StateError as error:
@@ -65,8 +89,8 @@ def main() -> None:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in GOLDEN.glob("*.safetensors"):
-            data = path.read_bytes()
-            (folder / path.stem).write_bytes(data[:-32])
+            data = unsealed(path.read_bytes())
+            (folder / path.stem).write_bytes(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             text = header["__metadata__"]["autoclip"]
             (folder / f"{path.stem}.metadata").write_bytes(b"\xff" + text.encode())

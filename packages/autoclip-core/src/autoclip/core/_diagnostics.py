@@ -167,12 +167,19 @@ def _state_of(source: Source) -> State:
 
 
 def _settings_of(rule: str, group: GroupState) -> GroupSettings | None:
+    """The settings to compute thresholds with; None if the rule or a value is not known here.
+
+    A file of another release may lack a setting, which then has its default, or have others.
+    """
     if rule not in RULES:
         return None
-    own = {name: group.settings[name] for name in RULES[rule].setting_names()}
-    return GroupSettings(
-        RULES[rule].from_settings(own), **{name: group.settings[name] for name in CLIPPER_SETTINGS}
-    )
+    saved = group.settings
+    own = {name: saved[name] for name in RULES[rule].setting_names() if name in saved}
+    shared = {name: saved[name] for name in CLIPPER_SETTINGS if name in saved}
+    try:
+        return GroupSettings(RULES[rule].from_settings(own), **shared)
+    except (TypeError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Union
 
 from autoclip.core._errors import StateError
-from autoclip.core._safetensors import MAX_FILE_BYTES, check_beginning
+from autoclip.core._safetensors import (
+    MAX_FILE_BYTES,
+    check_beginning,
+    check_header,
+    header_end,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -183,7 +188,10 @@ def read_file(path: PathLike) -> bytes:
             )
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             # Before another program's file of gigabytes fills the memory.
-            check_beginning(file.read(9), status.st_size, os.fspath(path))
+            beginning = file.read(9)
+            check_beginning(beginning, status.st_size, os.fspath(path))
+            file.seek(0)
+            check_header(file.read(header_end(beginning)), os.fspath(path))
             file.seek(0)
             return file.read(status.st_size)
     except OSError as error:

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._ring import SMALLEST_NORM, RingBuffer, Rows, is_recorded
+from autoclip.core._rows import make_state
 from autoclip.core._rule import Rule, rule_arguments
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import GroupSettings, Record
-from autoclip.core._state import MAX_RECORDED, GroupState, ParameterInfo, State
+from autoclip.core._state import MAX_RECORDED, ParameterInfo, State
 from autoclip.core._tracker import FewRowsTracker, Tracker
-from autoclip.core._version import __version__
 
 __all__ = ["History", "Report"]
 
@@ -392,16 +392,24 @@ class History(Saveable):
         self._read_numbers()
 
     def export_state(self) -> State:
+        return self._state(*self.read(range(self.rows)))
+
+    def describe_state(self) -> State:
+        return self._state()
+
+    def _state(self, *contents: Any) -> State:
         if not self._settings:
             raise ValueError("A history without rows has no state to save.")
-        groups, start = [], 0
-        for settings, run in groupby(self._settings):
-            stop = start + len(list(run))
-            windows, recorded = self.read(range(start, stop))
-            parameters = [ParameterInfo(None, None)] * (stop - start)
-            groups.append(GroupState.from_windows(settings.settings, parameters, windows, recorded))
-            start = stop
-        return State(self._rule.name, "parameter", "numpy", tuple(groups), __version__)
+        groups = [list(run) for _, run in groupby(range(self.rows), self._settings.__getitem__)]
+        return make_state(
+            "numpy",
+            self._rule.name,
+            "parameter",
+            [self._settings[rows[0]] for rows in groups],
+            [[ParameterInfo(None, None)] * len(rows) for rows in groups],
+            groups,
+            *contents,
+        )
 
     def commit_state(self, state: State) -> None:
         windows = [window for group in state.groups for window in group.windows()]

@@ -127,7 +127,12 @@ class MaxNorm(Saveable):
         self._last = None
 
     def export_state(self) -> State:
-        windows, recorded = self._history.read([0])
+        return self._state(*self._history.read([0]))
+
+    def describe_state(self) -> State:
+        return self._state()
+
+    def _state(self, *contents: Any) -> State:
         return make_state(
             "numpy",
             self.rule.name,
@@ -135,8 +140,7 @@ class MaxNorm(Saveable):
             [self._settings.default],
             [[ParameterInfo(None, None)]],
             [[0]],
-            windows,
-            recorded,
+            *contents,
         )
 
     def commit_state(self, state: State) -> None:

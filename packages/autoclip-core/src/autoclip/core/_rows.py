@@ -49,10 +49,10 @@ def make_state(
     settings: Sequence[GroupSettings],
     parameters: Sequence[Sequence[ParameterInfo]],
     rows: Sequence[Sequence[int]],
-    windows: Sequence[npt.NDArray[np.float32]],
-    recorded: npt.NDArray[np.int64],
+    windows: Sequence[npt.NDArray[np.float32]] | None = None,
+    recorded: npt.NDArray[np.int64] | None = None,
 ) -> State:
-    """The state of a clipper.
+    """The state of a clipper, or without windows its description.
 
     Args:
         framework: `"torch"`, `"tensorflow"`, or another backend's name.
@@ -61,14 +61,16 @@ def make_state(
         settings: of each group.
         parameters: of each group.
         rows: of each group, the numbers of its rows: one a parameter, or one.
-        windows: of each row, oldest norm first.
-        recorded: int64[all rows].
+        windows: of each row, oldest norm first; None for a description.
+        recorded: int64[all rows]; None for a description.
     """
     if mode == "global":
         settings, rows = settings[:1], [[0]]
         parameters = [[info for group in parameters for info in group]]
     groups = [
-        GroupState.from_windows(
+        GroupState.empty(each.settings, infos, len(own))
+        if windows is None or recorded is None
+        else GroupState.from_windows(
             each.settings, infos, [windows[row] for row in own], recorded[list(own)]
         )
         for each, infos, own in zip(settings, parameters, rows)

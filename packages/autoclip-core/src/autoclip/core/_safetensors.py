@@ -1,7 +1,7 @@
-"""A safetensors file with JSON metadata and a digest at its end, as canonical bytes.
+"""A state as bytes: a safetensors file whose one metadata key is JSON that carries a digest.
 
-This module knows the container, `_state.py` what is in it. It does not use the safetensors library,
-which neither reads nor writes headers above 100 MB: too few for the names of a million parameters.
+The safetensors library reads and writes the file. This module adds limits that hold before memory
+is taken, strict JSON, and the digest. It knows the container, `_state.py` the contents.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
+import safetensors.numpy
 
 from autoclip.core._errors import StateError
 
@@ -25,25 +28,25 @@ __all__ = [
     "SealedTensors",
     "brief_repr",
     "check_beginning",
+    "check_header",
     "check_size",
+    "header_end",
 ]
 
 MAX_FILE_BYTES = 2**33
 """The largest state that is written or read, 8 GiB: two million rows of a thousand norms each."""
 
-MAX_HEADER_BYTES = 2**28
-"""The largest header, 256 MiB: more than a million parameters with names of 200 characters."""
+MAX_HEADER_BYTES = 100_000_000
+"""The largest header, a limit of the safetensors library: 700,000 names of 100 characters."""
 
-_METADATA_KEY = "autoclip"
+_KEY = "autoclip"
 _DIGEST = "sha256"
-_DIGEST_BYTES = 32
+_NO_DIGEST = "0" * 64
+# JSON of shorter lists and objects takes up to 53 times its size in memory once it is parsed.
+_BYTES_PER_CONTAINER = 8
 _MAX_NUMBER_LENGTH = 100
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "I64": np.dtype("<i8"),
-    "F32": np.dtype("<f4"),
-    "U8": np.dtype("u1"),
-}
-_ORDER = tuple(_DTYPES)
+_STRING_OR_CONTAINER = re.compile(rb'"[^"]*"|[\[{]')
+_DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4")}
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 2
@@ -59,19 +62,19 @@ def brief_repr(value: object) -> str:
 
 @dataclass(frozen=True)
 class SealedTensors:
-    """The bytes of a file of which the digest, the header and the metadata's JSON are right.
+    """The contents of a file that the safetensors library accepts, with metadata that is JSON.
 
     Attributes:
-        source: what to call the file in an error.
+        source: the file's name for errors.
         metadata: the metadata, parsed; any JSON value.
-        entries: the header's entry for each tensor; any JSON value each.
-        payload: all that follows the header, with the digest.
+        text: the metadata as it stands in the file.
+        entries: each tensor's `"dtype"`, `"shape"` and `"data"`, by name.
     """
 
     source: str
     metadata: Any
-    entries: dict[str, Any]
-    payload: memoryview
+    text: str
+    entries: dict[str, dict[str, Any]]
 
     @staticmethod
     def dump(
@@ -82,91 +85,96 @@ class SealedTensors:
         """Serialize metadata and one-dimensional tensors: equal ones give equal bytes.
 
         Args:
-            metadata: a JSON object.
+            metadata: a JSON object; the digest is added to it.
             tensors: a dtype, "F32" or "I64", and an array [n] that can be cast to it, by name.
-            source: what to call them in an error.
+            source: the state's name for errors.
 
         Raises:
             StateError: the file would be larger than what `parse` reads.
         """
-        text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        header: dict[str, Any] = {"__metadata__": {_METADATA_KEY: text}}
-        parts: list[npt.NDArray[Any]] = []
-        end = 0
-        # The order of safetensors' own writer: large elements first, then by name.
-        for name in sorted(tensors, key=lambda name: (_ORDER.index(tensors[name][0]), name)):
-            dtype, array = tensors[name]
-            part = np.ascontiguousarray(array, _DTYPES[dtype])
-            begin, end = end, end + part.nbytes
-            header[name] = _entry(dtype, len(part), begin, end)
-            parts.append(part)
-        header[_DIGEST] = _entry("U8", _DIGEST_BYTES, end, end + _DIGEST_BYTES)
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        if len(encoded) > MAX_HEADER_BYTES:
-            raise StateError(
-                f"{source} needs a header of {len(encoded)} bytes, but a state has at most "
-                f"{MAX_HEADER_BYTES}. Shorten the parameters' names."
-            )
-        check_size(8 + len(encoded) + end + _DIGEST_BYTES, source)
-        pieces: list[bytes | memoryview] = [
-            len(encoded).to_bytes(8, "little"),
-            encoded,
-            *(part.data for part in parts),
-        ]
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-        return b"".join([*pieces, digest.digest()])
+        arrays = {
+            name: np.ascontiguousarray(array, _DTYPES[dtype])
+            for name, (dtype, array) in tensors.items()
+        }
+        text = json.dumps(
+            {**metadata, _DIGEST: _NO_DIGEST},
+            sort_keys=True,
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+        digest = _digest(text, {name: array.data for name, array in arrays.items()})
+        # The last one: `version` alone follows it in the order of the keys.
+        before, _, after = text.rpartition(_NO_DIGEST)
+        try:
+            data = safetensors.numpy.save(arrays, {_KEY: f"{before}{digest}{after}"})
+        except safetensors.SafetensorError as error:
+            raise _too_large_a_header(source) from error
+        if header_end(data) > 8 + MAX_HEADER_BYTES:  # releases before 0.6 write larger ones
+            raise _too_large_a_header(source)
+        check_size(len(data), source)
+        return data
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> SealedTensors:
-        """Check the beginning, the digest, the header and the metadata's JSON, in this order.
+        """Read the container, and nothing of what it means.
 
         Time and memory are proportional to the size of `data`, whatever it claims.
 
         Raises:
-            StateError: one of them is wrong.
+            StateError: it is no such file.
         """
         check_size(len(data), source)
         check_beginning(data[:9], len(data), source)
-        view = memoryview(data)
-        if hashlib.sha256(view[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
+        header = data[8 : header_end(data)]
+        check_header(header, source)
+        # The library reads metadata from files only, not from bytes.
+        metadata = _parse_json(header, source, "a header").get("__metadata__")
+        try:
+            entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        except safetensors.SafetensorError as error:
             raise StateError(
-                f"{source} is damaged, cut off, or not an AutoClip state: its last {_DIGEST_BYTES} "
-                "bytes are not the SHA-256 digest of the bytes before them. "
-                "Load another copy or an earlier checkpoint."
-            )
-        size = _header_size(data)
-        # An object, since it begins with "{".
-        header: dict[str, Any] = _parse_json(data[8 : 8 + size], source, "a header")
-        metadata = header.pop("__metadata__", None)
-        if (
-            not isinstance(metadata, dict)
-            or set(metadata) != {_METADATA_KEY}
-            or not isinstance(metadata[_METADATA_KEY], str)
-        ):
+                f"{source} is damaged or cut off: it is not a valid safetensors file "
+                f"({brief_repr(str(error))}). Load another copy or an earlier checkpoint."
+            ) from error
+        if not isinstance(metadata, dict) or metadata.keys() != {_KEY}:
             raise StateError(
-                f"{source} is not an AutoClip state: its only metadata key must be "
-                f'"{_METADATA_KEY}", with a string.'
+                f'{source} holds no AutoClip history: its only metadata key must be "{_KEY}".'
             )
-        parsed = _parse_json(metadata[_METADATA_KEY], source, "metadata")
-        return cls(source, parsed, header, view[8 + size :])
+        text = metadata[_KEY]
+        parsed = _parse_json(text.encode(), source, "metadata")
+        return cls(source, parsed, text, dict(entries))
+
+    def check_digest(self) -> None:
+        """Refuse contents that are not those that were written.
+
+        Raises:
+            StateError: they are not.
+        """
+        digest = self.metadata.get(_DIGEST)
+        if not isinstance(digest, str) or len(digest) != len(_NO_DIGEST):
+            raise StateError(
+                f"{self.source} is not a valid AutoClip state: {_DIGEST} is {brief_repr(digest)}, "
+                f"not a string of {len(_NO_DIGEST)} hexadecimal digits."
+            )
+        blank = self.text.replace(digest, _NO_DIGEST)
+        if _digest(blank, {name: entry["data"] for name, entry in self.entries.items()}) != digest:
+            raise StateError(
+                f"{self.source} is damaged: its contents do not have the SHA-256 digest that it "
+                "names. Load another copy or an earlier checkpoint."
+            )
 
     def tensors(self, dtypes: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
-        """Copy the tensors.
+        """The tensors as arrays.
 
         Args:
-            dtypes: the dtype of each tensor that there must be, "F32" or "I64".
+            dtypes: the dtype of each tensor that there must be, "F32" or "I64", by name.
 
         Returns:
             float32[n] and int64[n] arrays by name.
 
         Raises:
-            StateError: there are not exactly these tensors, of one dimension, which together with
-                the digest fill the file without gaps.
+            StateError: there are not exactly these tensors, of one dimension.
         """
-        dtypes = {**dtypes, _DIGEST: "U8"}
         if self.entries.keys() != dtypes.keys():
             missing = brief_repr(sorted(dtypes.keys() - self.entries.keys()))
             unknown = brief_repr(sorted(self.entries.keys() - dtypes.keys()))
@@ -174,38 +182,17 @@ class SealedTensors:
                 f"{self.source} is not a valid AutoClip state: for its groups it lacks the tensors "
                 f"{missing} and has the unknown tensors {unknown}."
             )
-        for name, entry in self.entries.items():
-            if not _is_entry(entry, dtypes[name]):
+        arrays = {}
+        for name, dtype in dtypes.items():
+            entry = self.entries[name]
+            if entry["dtype"] != dtype or len(entry["shape"]) != 1:
                 raise StateError(
-                    f"{self.source} has a tensor {name!r} that is not {dtypes[name]}[n] with n "
-                    "elements between its offsets."
+                    f"{self.source} is not a valid AutoClip state: its tensor {name!r} is "
+                    f"{entry['dtype']}{brief_repr(entry['shape'])}, not {dtype}[n]."
                 )
-        offsets = {name: entry["data_offsets"] for name, entry in self.entries.items()}
-        end = 0
-        for name in sorted(offsets, key=offsets.__getitem__):
-            if offsets[name][0] != end:
-                raise StateError(
-                    f"{self.source} is not a valid safetensors file: the tensor {name!r} begins at "
-                    f"{offsets[name][0]}, but the tensors before it end at {end}."
-                )
-            end = offsets[name][1]
-        if end != len(self.payload):
-            raise StateError(
-                f"{self.source} is not a valid safetensors file: its tensors end at {end}, but "
-                f"there are {len(self.payload)} bytes after the header."
-            )
-        if offsets[_DIGEST] != [end - _DIGEST_BYTES, end]:
-            raise StateError(
-                f"{self.source} does not end with its digest: the tensor {_DIGEST!r} must be the "
-                f"last {_DIGEST_BYTES} bytes."
-            )
-        return {
-            name: np.frombuffer(self.payload[begin:end], _DTYPES[dtypes[name]]).astype(
-                _DTYPES[dtypes[name]].newbyteorder("=")
-            )
-            for name, (begin, end) in offsets.items()
-            if name != _DIGEST
-        }
+            array = np.frombuffer(entry["data"], _DTYPES[dtype])
+            arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+        return arrays
 
 
 def check_size(size: int, source: str) -> None:
@@ -221,60 +208,78 @@ def check_size(size: int, source: str) -> None:
         )
 
 
+def header_end(first: bytes) -> int:
+    """The place where a file's header ends, from its first 8 bytes."""
+    return 8 + int.from_bytes(first[:8], "little")
+
+
 def check_beginning(first: bytes, size: int, source: str) -> None:
-    """Refuse what cannot be a state, as far as its first bytes show that.
+    """Refuse a file that cannot be a state, as far as its first bytes show that.
 
     Args:
         first: the first 9 bytes, or as many as there are.
         size: the number of all bytes.
-        source: what to call them in an error.
+        source: the file's name for errors.
 
     Raises:
         StateError: it cannot be a state.
     """
-    if size < 8 + _DIGEST_BYTES:
+    if size < 10:
         raise StateError(
             f"{source} is not an AutoClip state: it has only {size} bytes. "
             "It may be empty or cut off."
         )
-    available = size - 8 - _DIGEST_BYTES
-    if first[8:9] != b"{" or _header_size(first) > min(available, MAX_HEADER_BYTES):
+    available = min(size - 8, MAX_HEADER_BYTES)
+    if first[8:9] != b"{" or header_end(first) > 8 + available:
         raise StateError(
             f"{source} is damaged, cut off, or not an AutoClip state: it does not begin with a "
-            f"header of at most {min(available, MAX_HEADER_BYTES)} bytes. "
+            f"safetensors header of at most {available} bytes. "
             "Load another copy or an earlier checkpoint."
         )
 
 
-def _header_size(data: bytes) -> int:
-    return int.from_bytes(data[:8], "little")
+def check_header(header: bytes, source: str) -> None:
+    """Refuse another program's safetensors file before the whole of it is read.
+
+    Args:
+        header: the file's header.
+        source: the file's name for errors.
+
+    Raises:
+        StateError: it is not the header of a state.
+    """
+    if f'"{_KEY}"'.encode() not in header:
+        raise StateError(
+            f"{source} holds no AutoClip history: it is a safetensors file of something else. "
+            "Load the file that save wrote."
+        )
 
 
-def _entry(dtype: str, count: int, begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": [count], "data_offsets": [begin, end]}
+def _too_large_a_header(source: str) -> StateError:
+    return StateError(
+        f"{source} needs a header of more than {MAX_HEADER_BYTES} bytes, the limit of safetensors "
+        "files. Shorten the parameters' names."
+    )
 
 
-def _is_entry(entry: Any, dtype: str) -> bool:
-    if (
-        not isinstance(entry, dict)
-        or entry.keys() != {"dtype", "shape", "data_offsets"}
-        or entry["dtype"] != dtype
-        or not isinstance(entry["shape"], list)
-        or not isinstance(entry["data_offsets"], list)
-        or list(map(type, entry["shape"])) != [int]
-        or list(map(type, entry["data_offsets"])) != [int, int]
-    ):
-        return False
-    (count,), (begin, end) = entry["shape"], entry["data_offsets"]
-    return bool(count >= 0 and end - begin == count * _DTYPES[dtype].itemsize)
+def _digest(text: str, tensors: Mapping[str, Any]) -> str:
+    """The SHA-256 digest of metadata without its digest, and of the tensors by name."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name])
+    return digest.hexdigest()
 
 
-def _parse_json(text: str | bytes, source: str, what: str) -> Any:
+def _parse_json(data: bytes, source: str, what: str) -> Any:
+    most = len(data) // _BYTES_PER_CONTAINER + 64
+    # Brackets in names do not count, but to leave them out takes longer than to parse the text.
+    if data.count(b"[") + data.count(b"{") > most and _containers(data) > most:
+        raise StateError(
+            f"{source} has {what} with too many lists and objects for its {len(data)} bytes."
+        )
     try:
-        if isinstance(text, bytes):  # json.loads would also take UTF-16 and UTF-32
-            text = text.decode()
         return json.loads(
-            text,
+            data.decode(),  # json.loads would also take UTF-16 and UTF-32
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_constant,
             parse_int=_parse_int,
@@ -283,6 +288,13 @@ def _parse_json(text: str | bytes, source: str, what: str) -> Any:
     # Deeply nested JSON raises RecursionError; treat it as invalid.
     except (ValueError, RecursionError) as error:
         raise StateError(f"{source} has {what} that is not valid JSON: {error!s:.200}") from error
+
+
+def _containers(data: bytes) -> int:
+    """The number of lists and objects in JSON."""
+    # Without its escapes: for those, a regular expression would keep a stack.
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return sum(data[each.start()] != ord('"') for each in _STRING_OR_CONTAINER.finditer(data))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

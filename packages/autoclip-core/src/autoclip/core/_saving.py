@@ -16,26 +16,35 @@ __all__ = ["Saveable"]
 class Saveable(ABC):
     """`state_dict`, `load_state_dict`, `save` and `load` on top of a `State`.
 
-    A subclass, such as another framework's clipper, implements `export_state` and `commit_state`.
-    Loading reads and checks the state first, so if it raises, nothing has changed.
+    A subclass, such as another framework's clipper, implements `export_state` and `commit_state`,
+    and `describe_state` if windows are expensive to read. Loading reads and checks the state first,
+    so if it raises, nothing has changed.
     """
 
     @abstractmethod
     def export_state(self) -> State:
         """Return the current state."""
 
+    def describe_state(self) -> State:
+        """Return the current state, whose windows may be empty: loading does not look at them.
+
+        The mode, the groups with their settings and parameters, and the framework are those of
+        `export_state`, which this calls unless a subclass knows a cheaper way.
+        """
+        return self.export_state()
+
     @abstractmethod
     def commit_state(self, state: State) -> None:
         """Replace the histories by those of a state that fits. It must not fail.
 
         Args:
-            state: one that was checked against `export_state()`: the rule, the mode, the groups
-                and the shapes agree.
+            state: one that was matched to `describe_state()`: it has the same mode, groups,
+                settings and parameters.
         """
 
     def _adopt_state(self, state: State, source: str) -> None:
         """Check that a saved state fits, then commit it."""
-        self.commit_state(state.match(self.export_state(), source))
+        self.commit_state(state.match(self.describe_state(), source))
 
     def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
         return State.from_dict(state_dict)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from autoclip.core._fields import check_fields, check_flag, check_known_settings, setting
-from autoclip.core._rule import RULES, Rule
+from autoclip.core._rule import Rule
 
 __all__ = [
     "CLIPPER_SETTINGS",
@@ -27,7 +27,6 @@ __all__ = [
     "Record",
     "StandardSettings",
     "batches",
-    "check_saved_settings",
 ]
 
 Mode: TypeAlias = Literal["parameter", "group", "global"]
@@ -347,38 +346,3 @@ def batches(
         key = (known[id(each)], *(values[row] for values in keys))
         found.setdefault(key, []).append(row)
     return found
-
-
-def check_saved_settings(rule: str, settings: Mapping[str, Any]) -> int:
-    """Check the settings of a group in a saved state.
-
-    Args:
-        rule: the name of the rule. Of one that is not registered here, any settings are accepted.
-        settings: all settings of the group, by name.
-
-    Returns:
-        The group's `history_length`.
-
-    Raises:
-        TypeError, ValueError: a setting is unknown or has a wrong type or value.
-        KeyError: a setting is missing.
-    """
-    ours = {name: settings[name] for name in CLIPPER_SETTINGS}
-    theirs = {name: value for name, value in settings.items() if name not in ours}
-    known = RULES.get(rule)
-    if known is None:
-        return GroupSettings(_Unknown(), **ours).history_length
-    check_known_settings(theirs, known.setting_names(), f"the {rule} rule")
-    made = known(**{name: theirs[name] for name in known.setting_names()})
-    return GroupSettings(made, **ours).history_length
-
-
-@dataclass(frozen=True)
-class _Unknown(Rule):
-    """Stands for a rule that is not registered in this process."""
-
-    name = "unknown"
-
-    @staticmethod
-    def threshold(window: Any) -> Any:
-        raise AssertionError

@@ -50,12 +50,11 @@ class PendingState(NamedTuple):
 
     state: State
     source: str
-    by_name: bool
+    is_partial: bool
 
     def match(self, current: State) -> State:
         """Match it to the state of the clipper that now knows them; see `State.match`."""
-        match = self.state.match_by_name if self.by_name else self.state.match
-        return match(current, self.source)
+        return _match(self.state, current, self.source, self.is_partial)
 
 
 class KerasSaving(Saveable, KerasSaveable, Trackable):
@@ -78,8 +77,8 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
 
     # -- state -------------------------------------------------------------------------------
 
-    def _state_of(self, pipeline: Pipeline) -> State:
-        windows, recorded = pipeline.rows.read()
+    def _state_of(self, pipeline: Pipeline, *contents: Any) -> State:
+        """The state with `contents`, windows and counts; without them the description."""
         return make_state(
             "tensorflow",
             self._settings.default.rule.name,
@@ -93,8 +92,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
                 for group in pipeline.groups
             ],
             pipeline.rows_of,
-            windows,
-            recorded,
+            *contents,
         )
 
     @staticmethod
@@ -103,7 +101,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
 
     def export_state(self) -> State:
         if self._pipeline is not None:
-            return self._state_of(self._pipeline)
+            return self._state_of(self._pipeline, *self._pipeline.rows.read())
         if self._pending is not None:
             return self._pending.state
         raise ValueError(
@@ -111,24 +109,16 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
             "build(variables) first, or take a step."
         )
 
-    def _adopt_state(self, state: State, source: str) -> None:
-        if self._pipeline is None:
-            self._set_aside(state, source, by_name=False)
-        else:
-            super()._adopt_state(state, source)
+    def describe_state(self) -> State:
+        return self.export_state() if self._pipeline is None else self._state_of(self._pipeline)
 
-    def _adopt_by_name(self, state: State, source: str) -> None:
+    def _adopt_state(self, state: State, source: str, is_partial: bool = False) -> None:
         if self._pipeline is None:
-            self._set_aside(state, source, by_name=True)
+            # Without variables only the mode can be checked. The rest waits for them.
+            state.match(replace(state, mode=self._settings.mode), source)
+            self._pending, self._late = PendingState(state, source, is_partial), False
         else:
-            self.commit_state(state.match_by_name(self.export_state(), source))
-
-    def _set_aside(self, state: State, source: str, by_name: bool) -> None:
-        # What can be checked without knowing the variables: that the state has the same rule and
-        # mode. The rest waits for them.
-        ours = replace(state, rule=self._settings.default.rule.name, mode=self._settings.mode)
-        state.match(ours, source)
-        self._pending, self._late = PendingState(state, source, by_name), False
+            self.commit_state(_match(state, self.describe_state(), source, is_partial))
 
     def commit_state(self, state: State) -> None:
         assert self._pipeline is not None
@@ -146,10 +136,9 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
             return b""
         return self.export_state().to_bytes()
 
-    def _load_bytes(self, data: bytes, source: str, by_name: bool) -> None:
+    def _load_bytes(self, data: bytes, source: str, is_partial: bool) -> None:
         if data:
-            adopt = self._adopt_by_name if by_name else self._adopt_state
-            adopt(State.from_bytes(data, source), source)
+            self._adopt_state(State.from_bytes(data, source), source, is_partial)
 
     # Keras's own saving, in `model.save`, `save_weights` and the callbacks that call them.
 
@@ -176,7 +165,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         """
         if STATE in store.keys():  # noqa: SIM118 (a store has no `in`)
             data = np.asarray(store[STATE], np.uint8).tobytes()
-            self._load_bytes(data, "the Keras checkpoint", by_name=True)
+            self._load_bytes(data, "the Keras checkpoint", is_partial=True)
         else:
             self._warn("The Keras checkpoint")
 
@@ -197,7 +186,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         """
         if folder is not None and Path(folder, _ASSET).exists():
             data = Path(folder, _ASSET).read_bytes()
-            self._load_bytes(data, "the Orbax checkpoint", by_name=True)
+            self._load_bytes(data, "the Orbax checkpoint", is_partial=True)
 
     def _warn(self, source: str) -> None:
         """Warn, once, of a checkpoint without a history."""
@@ -236,7 +225,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
         if not saving_for_inference():
             data = restored_tensors[STATE].numpy()
-            self._load_bytes(data, "the tf.train.Checkpoint", by_name=False)
+            self._load_bytes(data, "the tf.train.Checkpoint", is_partial=False)
 
     # -- configurations, copies and pickles --------------------------------------------------
 
@@ -275,12 +264,54 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         return _copied, (type(self), self._settings, self._patterns, self._bytes())
 
 
+def _match(saved: State, current: State, source: str, is_partial: bool) -> State:
+    """Match a saved state to a clipper's; see `State.match`.
+
+    A Sequential model's own name begins its variables' paths until the model is loaded:
+    `sequential/dense/kernel` is `dense/kernel` afterwards. If the paths are equal but for that, the
+    saved variables get the clipper's paths.
+    """
+    theirs, mine = _paths(saved), _paths(current)
+    if theirs.isdisjoint(mine):
+        shorter = _without_root(theirs)
+        longer = {path: own for own, path in _without_root(mine).items()}
+        if not mine.isdisjoint(shorter.values()):
+            saved = _with_names(saved, shorter)
+        elif not theirs.isdisjoint(longer):
+            saved = _with_names(saved, longer)
+    return saved.match(current, source, partial=is_partial)
+
+
+def _paths(state: State) -> set[str]:
+    return {info.name for group in state.groups for info in group.parameters if info.name}
+
+
+def _without_root(paths: set[str]) -> dict[str, str]:
+    """Each path without its first component; empty if they do not all share it."""
+    shorter = {path: path.partition("/")[2] for path in paths}
+    return shorter if len({path.partition("/")[0] for path in paths}) == 1 else {}
+
+
+def _with_names(state: State, names: Mapping[str, str]) -> State:
+    groups = (
+        replace(
+            group,
+            parameters=tuple(
+                replace(info, name=names.get(info.name or "", info.name))
+                for info in group.parameters
+            ),
+        )
+        for group in state.groups
+    )
+    return replace(state, groups=tuple(groups))
+
+
 def _copied(
     cls: type[SavedT], settings: ClipperSettings, overrides: list[GroupPattern], data: bytes
 ) -> SavedT:
     clipper = cls.__new__(cls)
     clipper._start(settings, overrides)
-    clipper._load_bytes(data, "the copied clipper", by_name=True)
+    clipper._load_bytes(data, "the copied clipper", is_partial=True)
     return clipper
 
 

@@ -433,6 +433,9 @@ class Clipper(Saveable):
     def export_state(self) -> State:
         return self._pipeline.export_state()
 
+    def describe_state(self) -> State:
+        return self._pipeline.describe_state()
+
     def commit_state(self, state: State) -> None:
         self._pipeline.arrange()
         rows = self._pipeline.rows
@@ -455,7 +458,7 @@ class Clipper(Saveable):
         Raises:
             StateError: it is damaged or does not fit.
         """
-        return self._read_state_dict(state_dict).match(self.export_state(), source)
+        return self._read_state_dict(state_dict).match(self.describe_state(), source)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own: it holds its parameters and is attached to nothing.

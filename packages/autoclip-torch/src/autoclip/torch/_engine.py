@@ -80,7 +80,7 @@ class EngineClipper(MaxNorm):
         Raises:
             StateError: it is damaged or does not fit.
         """
-        return self._read_state_dict(state_dict).match(self.export_state(), source)
+        return self._read_state_dict(state_dict).match(self.describe_state(), source)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own, which no engine asks.

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from autoclip.core import Report, State
-from autoclip.core.adapter import ClipperSettings, make_state, nonfinite_message, warn_user
+from autoclip.core.adapter import (
+    ClipperSettings,
+    ParameterInfo,
+    make_state,
+    nonfinite_message,
+    warn_user,
+)
 from autoclip.torch import _rows
 from autoclip.torch._groups import Groups
 from autoclip.torch._norms import norm_dtype
@@ -202,9 +208,15 @@ class Pipeline:
 
     def export_state(self) -> State:
         """The state, as a clipper saves it."""
+        infos = self.groups.infos()  # first: an attached clipper may find new parameters
+        return self._state(infos, *self.rows.read())
+
+    def describe_state(self) -> State:
+        """The state without windows."""
+        return self._state(self.groups.infos())
+
+    def _state(self, infos: list[list[ParameterInfo]], *contents: Any) -> State:
         groups = self.groups
-        infos = groups.infos()  # first: an attached clipper may find new parameters
-        windows, recorded = self.rows.read()
         return make_state(
             "torch",
             groups.settings.default.rule.name,
@@ -212,8 +224,7 @@ class Pipeline:
             groups.group_settings() or [groups.settings.default],
             infos,
             groups.rows_by_group(),
-            windows,
-            recorded,
+            *contents,
         )
 
     def describe(self) -> str:
