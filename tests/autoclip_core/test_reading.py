@@ -249,21 +249,21 @@ KEY = '{"__metadata__":{"autoclip":"{}"},'
         (" {}", "does not begin with a safetensors header"),
         ("{", "has only|holds no AutoClip history"),
         ('{"__metadata__": {"format": "pt"}}', "holds no AutoClip history"),
-        ('{"autoclip"', "a header that is not valid JSON"),
+        ('{"autoclip"', "its header is not valid JSON"),
         ('{"autoclip": NaN}', "NaN is not a JSON number"),
         ('{"autoclip": 1, "a": {"b": 1, "b": 2}}', "an object has a duplicate key"),
         ('{"__metadata__": "autoclip"}', "not a valid safetensors file"),
         ('{"__metadata__": {"autoclip": {}}}', "not a valid safetensors file"),
         (KEY + '"a": 1}', "not a valid safetensors file"),
         (KEY + '"a": [0, [1]]}', "not a valid safetensors file"),
-        (KEY + '"a":' + "[" * 100_000, "a header with too many lists and objects"),
-        (KEY + '"a":' + "[" * 70, "a header that is not valid JSON"),
-        (KEY + '"a":' * 100_000, "a header that is not valid JSON"),
-        (KEY.encode() + b'"\xff": 1}', "a header that is not valid JSON"),
+        (KEY + '"a":' + "[" * 100_000, "its header has too many lists and objects"),
+        (KEY + '"a":' + "[" * 70, "its header is not valid JSON"),
+        (KEY + '"a":' * 100_000, "its header is not valid JSON"),
+        (KEY.encode() + b'"\xff": 1}', "its header is not valid JSON"),
         (KEY + '"\x1b[31m": 1}', "Invalid control character"),
         ('{"__metadata__":{"autoclip":"", "more": ""}}', "its only metadata key must be"),
         ('{"__metadata__":{"autoclip":"", "autoclip":""}}', "an object has a duplicate key"),
-        ('{"__metadata__":{"autoclip":""}}', "metadata that is not valid JSON"),
+        ('{"__metadata__":{"autoclip":""}}', "its metadata is not valid JSON"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -345,9 +345,9 @@ def test_bytes_that_belong_to_no_tensor_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "metadata that is not valid JSON"),
-        ("[" * 100_000, "metadata with too many lists and objects for its 100000 bytes"),
-        ("[" * 70, "metadata that is not valid JSON"),
+        ("{", "its metadata is not valid JSON"),
+        ("[" * 100_000, "its metadata has too many lists and objects for 100000"),
+        ("[" * 70, "its metadata is not valid JSON"),
         ("null", 'its format is not "autoclip"'),
         ('["format"]', 'its format is not "autoclip"'),
         ("{}", 'its format is not "autoclip"'),
@@ -677,7 +677,7 @@ def test_many_parameters_that_no_tensor_has() -> None:
 def test_another_programs_safetensors_file_holds_no_history(dtype: Any, key: str | None) -> None:
     contents = {} if dtype is None else {"model.weight": np.ones((2, 3), dtype)}
     saved = safetensors.numpy.save(contents, metadata=None if key is None else {key: "pt"})
-    says = "holds no AutoClip history" if key != "autoclip" else "metadata that is not valid JSON"
+    says = "holds no AutoClip history" if key != "autoclip" else "its metadata is not valid JSON"
     refuse(saved, says)
 
 

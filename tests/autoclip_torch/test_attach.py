@@ -805,10 +805,10 @@ class TestRefusedCheckpoints:
             optimizer.load_state_dict(other)
         self.check(optimizer, before)
 
-    def test_by_the_clipper_of_another_rule(self) -> None:
+    def test_by_the_clipper_of_another_mode(self) -> None:
         optimizer, before, other = self.prepare()
         parameters = make_model().parameters()
-        other["autoclip"] = StandardClip(parameters).state_dict()
+        other["autoclip"] = QuantileClip(parameters, global_clipping=True).state_dict()
         with pytest.raises(StateError):
             optimizer.load_state_dict(other)
         self.check(optimizer, before)

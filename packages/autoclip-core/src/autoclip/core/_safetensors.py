@@ -128,7 +128,7 @@ class SealedTensors:
         header = data[8 : header_end(data)]
         check_header(header, source)
         # The library reads metadata from files only, not from bytes.
-        metadata = _parse_json(header, source, "a header").get("__metadata__")
+        metadata = _parse_json(header, source, "header").get("__metadata__")
         try:
             entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
         except safetensors.SafetensorError as error:
@@ -275,7 +275,7 @@ def _parse_json(data: bytes, source: str, what: str) -> Any:
     # Brackets in names do not count, but to leave them out takes longer than to parse the text.
     if data.count(b"[") + data.count(b"{") > most and _containers(data) > most:
         raise StateError(
-            f"{source} has {what} with too many lists and objects for its {len(data)} bytes."
+            f"{source} is damaged: its {what} has too many lists and objects for {len(data)} bytes."
         )
     try:
         return json.loads(
@@ -287,7 +287,9 @@ def _parse_json(data: bytes, source: str, what: str) -> Any:
         )
     # Deeply nested JSON raises RecursionError; treat it as invalid.
     except (ValueError, RecursionError) as error:
-        raise StateError(f"{source} has {what} that is not valid JSON: {error!s:.200}") from error
+        raise StateError(
+            f"{source} is damaged: its {what} is not valid JSON: {error!s:.200}"
+        ) from error
 
 
 def _containers(data: bytes) -> int:
