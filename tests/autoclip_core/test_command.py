@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,12 +25,14 @@ from autoclip.core.adapter import GroupSettings
 SETTINGS = GroupSettings(Quantile(0.5)).settings
 
 
-def make(rule: str = "quantile", rows: int = 2, name: str = "encoder.weight") -> State:
+def make(
+    rule: str = "quantile", rows: int = 2, name: str = "encoder.weight", framework: str = "torch"
+) -> State:
     infos = [ParameterInfo(f"{name}.{row}", (2, 2)) for row in range(rows)]
     windows = [[1.0 + row, 3.0, 2.0] for row in range(rows)]
     chosen = SETTINGS if rule == "quantile" else {**SETTINGS, "strength": 2}
     group = GroupState.from_windows(chosen, infos, windows, [3] * rows)
-    return State(rule, "parameter", "torch", (group,), "0.3.0")
+    return State(rule, "parameter", framework, (group,), "0.3.0")
 
 
 @pytest.fixture
@@ -102,7 +105,50 @@ class TestAsAProcess:
             process.stdout.readline()
             process.stdout.close()
             assert process.stderr.read() == b""
-        assert process.returncode == 0
+        assert process.returncode == 141  # as of cat and of git: 128 and the number of SIGPIPE
+
+    @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no signals")
+    def test_ctrl_c(self, tmp_path: Path) -> None:
+        """While it waits: here, for a reader of another package."""
+        code = (
+            "import signal, sys\n"
+            "from autoclip.core import _command as command\n"
+            "command.summarize = lambda state: signal.raise_signal(signal.SIGINT)\n"
+            "sys.exit(command.main())"
+        )
+        path = tmp_path / "run.autoclip"
+        path.write_bytes(make().to_bytes())
+        found = subprocess.run(
+            [sys.executable, "-c", code, "show", path], capture_output=True, text=True
+        )
+        assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
+    def test_a_full_disk(self, file: Path) -> None:
+        with open("/dev/full", "w") as full:
+            found = subprocess.run(
+                [sys.executable, "-m", "autoclip.core", "show", file],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert found.returncode == 2
+        assert found.stderr == "autoclip: [Errno 28] No space left on device\n"
+
+    def test_a_file_of_another_kind_loads_no_framework(self, tmp_path: Path) -> None:
+        code = (
+            "import sys; from autoclip.core._command import main; code = main();"
+            "print(*sys.modules, file=sys.stderr); sys.exit(code)"
+        )
+        (tmp_path / "notes.txt").write_text("some words about a run")
+        found = subprocess.run(
+            [sys.executable, "-c", code, "show", tmp_path / "notes.txt"],
+            capture_output=True,
+            text=True,
+        )
+        assert found.returncode == 1
+        assert "neither its name nor its first bytes are those of a checkpoint" in found.stderr
+        assert not {"torch", "tensorflow", "keras", "h5py"} & set(found.stderr.split())
 
 
 class TestShow:
@@ -119,9 +165,78 @@ class TestShow:
     def test_all_rows(self, tmp_path: Path, capsys: Any) -> None:
         path = tmp_path / "run.autoclip"
         path.write_bytes(make(rows=40).to_bytes())
-        assert "40 rows, the 30 clipped hardest" in main(capsys, "show", path)[1]
+        shown = main(capsys, "show", path)[1]
+        assert "40 rows, the 30 clipped hardest (the lowest coefficient first)" in shown
+        coefficients = [
+            float(line.split()[-1]) for line in shown.splitlines() if line.startswith("encoder.")
+        ]
+        assert len(coefficients) == 30
+        assert coefficients == sorted(coefficients)
         _, out, _ = main(capsys, "show", "--all", path)
         assert out.count("encoder.weight.") == 40
+
+    @pytest.mark.parametrize("width", [40, 80, 120, 200])
+    @pytest.mark.parametrize("length", [5, 60, 300])
+    def test_it_fits_the_terminal(
+        self,
+        width: int,
+        length: int,
+        tmp_path: Path,
+        capsys: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", str(width))
+        path = tmp_path / "r"
+        names = "".join(f"layer{i}." for i in range(length))[:length]
+        path.write_bytes(make(rows=50, name=names).to_bytes())
+        for line in main(capsys, "show", path)[1].splitlines():
+            assert len(line) <= max(width, 60) or line == str(path)
+        if width == 200 and length < 100:
+            assert f"{names}.0 " in main(capsys, "show", path)[1]
+
+    def test_settings_that_are_the_default_are_left_out(self, file: Path, capsys: Any) -> None:
+        assert (
+            "2 parameters, quantile=0.5, factor=1.0, history_length=1000\n"
+            in (main(capsys, "show", file)[1])
+        )
+        other = GroupSettings(Quantile(0.5), max_norm=2.0, include_current=False)
+        group = GroupState.from_windows(other.settings, [ParameterInfo("a", ())], [[1.0]], [1])
+        file.write_bytes(State("quantile", "parameter", "numpy", (group,)).to_bytes())
+        _, out, _ = main(capsys, "show", file)
+        assert "max_norm=2.0" in out and "include_current=False" in out
+        assert "on_spike" not in out and "warmup_steps" not in out
+
+    @pytest.mark.parametrize(
+        ("name", "shown"),
+        [
+            ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+            ("two\nlines", r"two\nlines"),
+            ("right\u202eleft", r"right\u202eleft"),
+            ("lone\udc80", r"lone\udc80"),
+            ("größe", "größe"),
+        ],
+    )
+    def test_names_are_printed_escaped(
+        self, name: str, shown: str, tmp_path: Path, capsys: Any
+    ) -> None:
+        path = tmp_path / "run.autoclip"
+        path.write_bytes(make(name=name, framework=name).to_bytes())
+        code, out, err = main(capsys, "show", path)
+        assert (code, err) == (0, "")
+        assert f"{shown}.0 " in out
+        assert f"saved by {shown}," in out
+        assert out.replace("\n", "").isprintable()
+        code, _, err = main(capsys, "plot", path, "-o", tmp_path / "a.png", "--row", "other")
+        assert code == 2
+        assert shown in err
+        assert err.count("\n") == 1 and err.strip().isprintable()
+
+    def test_a_terminal_that_has_few_characters(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.autoclip"
+        path.write_bytes(make(name="größe").to_bytes())
+        found = run("show", path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert (found.returncode, found.stderr) == (0, "")
+        assert r"gr\xf6\xdfe.0" in found.stdout
 
     def test_a_rule_of_the_users(self, tmp_path: Path, capsys: Any) -> None:
         path = tmp_path / "run.autoclip"
@@ -145,6 +260,8 @@ class TestPlot:
         ("arguments", "message"),
         [
             (("--row", "decoder"), "There is no row 'decoder'"),
+            (("--row", "encoder"), "2 rows have 'encoder' in their names: encoder.weight.0, "),
+            (("--row", "2"), "There is no row 2"),
             (("--quantiles", "0.5,2"), "quantiles lie between 0 and 1"),
             (("--quantiles", "x"), "invalid _quantiles value: 'x'"),
             (("--kind", "pie"), "invalid choice: 'pie'"),
@@ -157,6 +274,13 @@ class TestPlot:
         assert (code, out) == (2, "")
         assert message in err
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("row", ["encoder.weight.1", "1", "-1", "t.1"])
+    def test_a_row_by_name_number_or_part(self, row: str, file: Path, capsys: Any) -> None:
+        output = file.with_suffix(".svg")
+        options = ("--kind", "norms", "--row", row)
+        assert main(capsys, "plot", file, "-o", output, *options)[0] == 0
+        assert "<!-- encoder.weight.1 -->" in output.read_text()
 
     def test_a_format_that_matplotlib_does_not_know(self, file: Path, capsys: Any) -> None:
         code, _, err = main(capsys, "plot", file, "-o", file.with_suffix(".xyz"))
@@ -207,10 +331,17 @@ class TestErrors:
         missing = tmp_path / "missing.autoclip"
         output = ("-o", tmp_path / "run.png") if subcommand == "plot" else ()
         code, out, err = main(capsys, subcommand, missing, *output)
-        assert (code, out) == (1 if subcommand == "check" else 2, "")
-        assert str(missing) in err
-        assert "No such file" in err
-        assert err.count("\n") == 1
+        assert (code, out) == (2, "")
+        assert err == f"autoclip: {missing}: No such file or directory\n"
+
+    @pytest.mark.parametrize("suffix", ["", ".pt", ".keras", ".weights.h5", ".index", ".unknown"])
+    def test_a_file_of_any_kind_that_is_not_there(
+        self, suffix: str, file: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        missing = tmp_path / f"missing{suffix}"
+        code, _, err = main(capsys, "check", file, missing)
+        assert code == 2
+        assert err == f"autoclip: {missing}: No such file or directory\n"
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path, capsys: Any) -> None:
@@ -243,7 +374,7 @@ class TestExtensions:
         entries = EntryPoints(
             [
                 EntryPoint("jax", "extension:read", reading.READERS),
-                EntryPoint("folder", "extension:read_folder", reading.READERS),
+                EntryPoint("folder", "extension:find_file", reading.READERS),
                 EntryPoint("broken", "extension:read_nothing", reading.READERS),
                 EntryPoint("count", "extension:add_count", command.COMMANDS),
             ]
@@ -251,9 +382,8 @@ class TestExtensions:
         for module in (reading, command):
             monkeypatch.setattr(module, "entry_points", entries.select)
 
-    @pytest.mark.parametrize("suffix", ["jax", "unknown", ""])
-    def test_a_reader(self, suffix: str, tmp_path: Path, capsys: Any) -> None:
-        path = tmp_path / f"checkpoint.{suffix}"
+    def test_a_reader(self, tmp_path: Path, capsys: Any) -> None:
+        path = tmp_path / "checkpoint.jax"
         path.write_text("two histories")
         code, out, _ = main(capsys, "show", path)
         assert code == 0
@@ -279,7 +409,9 @@ class TestExtensions:
         assert capfd.readouterr().err == "later"
 
     def test_a_folder(self, tmp_path: Path, capsys: Any) -> None:
-        assert "first" in main(capsys, "show", tmp_path)[1]
+        (tmp_path / "chosen.jax").write_text("two histories")
+        (tmp_path / "newer.jax").write_text("two histories")
+        assert f"{tmp_path / 'chosen.jax'} at first" in main(capsys, "show", tmp_path)[1]
         (tmp_path / "autoclip.safetensors").write_bytes(make(name="decoder").to_bytes())
         assert "decoder.0" in main(capsys, "show", tmp_path)[1]  # ours, without asking
 
@@ -310,13 +442,22 @@ class TestExtensions:
     ) -> None:
         for module in (reading, command):
             monkeypatch.setattr(module, "entry_points", EntryPoints([]).select)
-        path = tmp_path / "checkpoint.pt"
-        path.write_text("two histories")
-        code, _, err = main(capsys, "show", path)
-        assert code == 1
-        assert (
-            "no installed package finds a history in it: autoclip-torch reads files of PyTorch"
-            in err
+        for suffix, package in (("pt", "autoclip-torch"), ("keras", "autoclip-tf")):
+            path = tmp_path / f"checkpoint.{suffix}"
+            path.write_text("two histories")
+            for subcommand in ("show", "check"):
+                code, _, err = main(capsys, subcommand, path)
+                assert code == 2
+                assert err == (
+                    f"autoclip: {path} is read by {package}, which is not installed. Install it "
+                    f"with: pip install {package}\n"
+                )
+        assert "write the history in a checkpoint of autoclip 0.2.1" in main(capsys, "-h")[1]
+        code, _, err = main(capsys, "convert", "old.pth", "new.autoclip", "--group-sizes", "3")
+        assert code == 2
+        assert err == (
+            "autoclip: convert comes with autoclip-torch. Install it with: pip install "
+            "autoclip-torch\n"
         )
 
 
@@ -327,8 +468,8 @@ def read(path: str) -> dict[str, State]:
     return {"first": make(), "second": make(rows=1)}
 
 
-def read_folder(path: str) -> dict[str, State]:
-    return {"first": make()}
+def find_file(path: str) -> str:
+    return str(Path(path) / "chosen.jax")
 
 
 def read_nothing(path: str) -> dict[str, State]:

@@ -525,11 +525,9 @@ class TestRemove:
         if built:
             train(model, fit, optimizer)
         before, config = snapshot(optimizer), optimizer.get_config()
-        clipper = QuantileClip()
-        handle = clipper.attach(optimizer)
+        handle = QuantileClip().attach(optimizer)
         assert snapshot(optimizer) != before
-        clipper.detach()
-        clipper.detach()  # a second call does nothing
+        handle.remove()
         assert snapshot(optimizer) == before
         assert type(optimizer) is make
         assert not hasattr(optimizer, "clipper")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -82,8 +83,8 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.chdir(tmp_path)
     optimizer, _ = make(1)
     torch.save({"optimizer": optimizer.state_dict(), "args": Anything()}, "run.pt")
-    assert main(["check", "run.pt"]) == 1
-    assert "holds Python objects, which are not unpickled" in capsys.readouterr().err
+    assert main(["check", "run.pt"]) == 0
+    assert capsys.readouterr().out == "run.pt: ok, 1 rows\n"
     assert not Path("unpickled").exists()
 
 
@@ -129,11 +130,31 @@ class TestFolders:
         optimizer.clipper.save(tmp_path / "checkpoint-10" / "autoclip.safetensors")
         assert data(read_states(tmp_path)) == {"": optimizer.clipper.state_dict()["data"]}
 
+    def test_plain_files_the_newest_with_a_history(self, tmp_path: Path, capsys: Any) -> None:
+        optimizer, parameters = make(1)
+        for number, name in enumerate(["step-9.pt", "step-10.pt", "model.pt", "notes.txt"]):
+            train(optimizer, parameters, 1)
+            saved = optimizer.state_dict() if "step" in name else nn.Linear(2, 2).state_dict()
+            torch.save(saved, tmp_path / name)
+            os.utime(tmp_path / name, ns=(number, number))
+        newest = torch.load(tmp_path / "step-10.pt")["autoclip"]["data"]
+        assert data(read_states(tmp_path)) == {"autoclip": newest}
+        assert main(["show", str(tmp_path)]) == 0
+        assert str(tmp_path / "step-10.pt") in capsys.readouterr().out
+
+    def test_a_damaged_file_is_not_passed_over(self, tmp_path: Path) -> None:
+        optimizer, parameters = make(1)
+        train(optimizer, parameters, 1)
+        torch.save(optimizer.state_dict(), tmp_path / "1.pt")
+        (tmp_path / "2.pt").write_bytes((tmp_path / "1.pt").read_bytes()[:-100])
+        with pytest.raises(StateError, match=r"2\.pt is damaged"):
+            read_states(tmp_path)
+
     def test_folders_without_a_history(self, tmp_path: Path) -> None:
-        with pytest.raises(StateError, match="holds no history of AutoClip"):
+        with pytest.raises(StateError, match="holds no file with a history of AutoClip"):
             read_states(tmp_path)
         torch.save(torch.optim.SGD(nn.Linear(2, 2).parameters()).state_dict(), tmp_path / "x.ckpt")
-        with pytest.raises(StateError, match="holds no history of AutoClip"):
+        with pytest.raises(StateError, match="holds no file with a history of AutoClip"):
             read_states(tmp_path)
         (tmp_path / ".metadata").touch()
         with pytest.raises(StateError, match=r"only torch\.distributed\.checkpoint reads"):

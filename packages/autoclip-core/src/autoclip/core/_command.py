@@ -1,6 +1,6 @@
 """The command `autoclip`: show, plot and check histories of gradient norms in files.
 
-It uses argparse rather than click or typer so that autoclip-core depends on NumPy alone.
+It uses argparse rather than click or typer, which would be a dependency of autoclip-core.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from autoclip.core._diagnostics import CANDIDATES, summarize
 from autoclip.core._errors import StateError
-from autoclip.core._reading import read_states
+from autoclip.core._reading import find_states
 from autoclip.core._state import State
+from autoclip.core._text import printable
 from autoclip.core._version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -30,7 +33,16 @@ An entry point is named after its command. It is a function that takes the comma
 that returns the exit code. It raises `StateError` for a file that is wrong.
 """
 
+# Commands of the other packages: who has them, and their purpose, which loading them would tell
+# only after a framework is imported.
+_ELSEWHERE = {
+    "convert": ("autoclip-torch", "write the history in a checkpoint of autoclip 0.2.1 to a file")
+}
 _KINDS = ("overview", "norms", "distribution", "clipped")
+
+# What a shell reports for a program that a signal ended: 128 and the signal's number.
+_INTERRUPTED = 128 + 2
+_CLOSED_PIPE = 128 + 13
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,36 +53,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 for success, 1 for a file that is damaged or holds no history, 2 if the
-        command could not run: a file that is not there, a missing package, wrong arguments.
+        command could not run: a file that is not there, a missing package, wrong arguments. As
+        shells report it, 130 after Ctrl-C and 141 after the reader of a pipe has closed it.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        with _escaping(sys.stdout), _escaping(sys.stderr):
+            return _run(given)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Python would try to write the rest when it exits.
+        with suppress(OSError, AttributeError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
+
+
+def _run(given: Sequence[str]) -> int:
+    try:
         chosen = _parser(given).parse_args(given)
         code: int = chosen.run(chosen)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is if the process was started with it closed
+            sys.stdout.flush()
     except StateError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough. Python must not flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _fail(what, 2)
+        return _fail(_words(error), 2)
+    except MemoryError:
+        return _fail("There is not enough memory.", 2)
     except (ImportError, KeyError, ValueError) as error:
         return _fail(str(error.args[0] if error.args else error), 2)
     return code
 
 
+@contextmanager
+def _escaping(stream: Any) -> Iterator[None]:
+    """Print characters that the terminal's encoding does not have as escape sequences."""
+    old = getattr(stream, "errors", None)
+    if old is None or not hasattr(stream, "reconfigure"):
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it flushes
+            stream.reconfigure(errors=old)
+
+
+def _words(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"autoclip: {' '.join(message.split())}", file=sys.stderr)
+    print(f"autoclip: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # One line, as every other error of the command.
-        self.exit(2, f"{self.prog}: {message}. See: {self.prog} -h\n")
+        line = printable(f"{self.prog}: {message}. See: {self.prog} -h")
+        self.exit(2, f"{line}\n")
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
@@ -79,7 +125,8 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         description="Look at histories of gradient norms.",
         epilog="FILE is a state file that `clipper.save` wrote, or any checkpoint with a history "
         "that an installed package reads: a PyTorch checkpoint, a folder of the Hugging Face "
-        "Trainer or of Lightning (autoclip-torch), a .keras or .h5 file (autoclip-tf).",
+        "Trainer or of Lightning (autoclip-torch), a .keras or .h5 file (autoclip-tf). Of a folder "
+        "with several, the newest is read.",
     )
     parser.add_argument("--version", action="version", version=f"autoclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -91,7 +138,11 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     plot = _add(commands, "plot", "draw a picture (needs autoclip-core[plot])", _plot)
     plot.add_argument("-o", "--output", required=True, help="the picture: .png, .pdf or .svg")
     plot.add_argument("--kind", choices=_KINDS, default="overview", help="default: %(default)s")
-    plot.add_argument("--row", help="the parameter; default: the one that is clipped hardest")
+    plot.add_argument(
+        "--row",
+        help="the parameter: its name, a part that no other name has, or its number; default: the "
+        "one that is clipped hardest",
+    )
     plot.add_argument(
         "--quantiles",
         type=_quantiles,
@@ -103,17 +154,39 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     check = _add(commands, "check", "check that files hold an undamaged history", _check)
     check.add_argument("--json", action="store_true", help="print JSON")
 
-    for extra in sorted(entry_points(group=COMMANDS), key=lambda each: each.name):
-        package = extra.dist.name if extra.dist is not None else extra.value
-        added = commands.add_parser(extra.name, help=f"of {package}: see autoclip {extra.name} -h")
-        if given and given[0] == extra.name:  # to load it may import a framework
-            extra.load()(added)
+    extras = {each.name: each for each in entry_points(group=COMMANDS)}
+    for name in sorted({*extras, *_ELSEWHERE} - {"show", "plot", "check"}):
+        package, purpose = _ELSEWHERE.get(name, ("", ""))
+        if name in extras:
+            found = extras[name]
+            package = found.dist.name if found.dist is not None else found.value
+            purpose = purpose or f"of {package}: see autoclip {name} -h"
+        else:
+            purpose += f" (needs {package})"
+        added = commands.add_parser(name, help=purpose, description=_sentence(purpose))
+        if given and given[0] == name:
+            if name in extras:
+                extras[name].load()(added)  # this may import a framework
+            else:
+                added.add_argument("arguments", nargs=argparse.REMAINDER)
+                added.set_defaults(run=_missing(name, package))
     return parser
 
 
-def _add(commands: object, name: str, text: str, run: object) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(  # type: ignore[attr-defined]
-        name, help=text, description=text[0].upper() + text[1:] + "."
+def _missing(name: str, package: str) -> Any:
+    def run(arguments: argparse.Namespace) -> int:
+        raise ImportError(f"{name} comes with {package}. Install it with: pip install {package}")
+
+    return run
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _add(commands: Any, name: str, text: str, run: object) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=_sentence(text)
     )
     many = "+" if name == "check" else None
     parser.add_argument("file", nargs=many, metavar="FILE", help="a file or folder with a history")
@@ -134,9 +207,14 @@ def _quantiles(text: str) -> tuple[float, ...]:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Keep frameworks, which write to the file descriptor while they load, from being heard."""
-    sys.stderr.flush()
-    kept = os.dup(2)
+    """Silence frameworks, which write to the file descriptor while they load."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    if sys.stderr is not None:
+        sys.stderr.flush()
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
@@ -146,73 +224,85 @@ def _no_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _read(name: str) -> dict[str, State]:
+def _read(name: str) -> tuple[str, dict[str, State]]:
     with _no_stderr():
-        return read_states(name)
+        return find_states(name)
 
 
-def _chosen_states(arguments: argparse.Namespace) -> dict[str, State]:
-    states = _read(arguments.file)
+def _chosen_states(arguments: argparse.Namespace) -> tuple[str, dict[str, State]]:
+    file, states = _read(arguments.file)
     if arguments.history is None:
-        return states
+        return file, states
     if arguments.history not in states:
         raise StateError(
-            f"{arguments.file} has no history at {arguments.history!r}. It has "
+            f"{file} has no history at {arguments.history!r}. It has "
             f"{', '.join(map(repr, states))}."
         )
-    return {arguments.history: states[arguments.history]}
+    return file, {arguments.history: states[arguments.history]}
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    states = _chosen_states(arguments)
+    file, states = _chosen_states(arguments)
     summaries = {place: summarize(state) for place, state in states.items()}
     if arguments.json:
-        print(json.dumps({place: each.to_dict() for place, each in summaries.items()}, indent=2))
+        found = {place: {"file": file, **each.to_dict()} for place, each in summaries.items()}
+        print(json.dumps(found, indent=2))
         return 0
+    width = shutil.get_terminal_size().columns
     for i, (place, summary) in enumerate(summaries.items()):
-        print("\n" * (i > 0) + arguments.file + (f" at {place}" if place else ""))
-        print(summary.describe(max_rows=None if arguments.all else 30))
+        print("\n" * (i > 0) + printable(file + (f" at {place}" if place else "")))
+        print(summary.describe(None if arguments.all else 30, width))
     return 0
 
 
 def _plot(arguments: argparse.Namespace) -> int:
     from autoclip.core import plot
 
-    states = _chosen_states(arguments)
+    file, states = _chosen_states(arguments)
     if len(states) > 1:
         raise ValueError(
-            f"{arguments.file} holds {len(states)} histories. Choose one with --history: "
-            f"{', '.join(states)}."
+            f"{file} holds {len(states)} histories. Choose one with --history: {', '.join(states)}."
         )
     plot.use_files_only()
     [state] = states.values()
-    if arguments.kind == "clipped":
-        figure = plot.clipped(state)
-    elif arguments.kind == "norms":
-        figure = plot.norms(state, arguments.row)
-    else:
-        draw = plot.overview if arguments.kind == "overview" else plot.distribution
-        figure = draw(state, arguments.row, quantiles=arguments.quantiles)
-    figure.savefig(arguments.output, dpi=150)
+    with warnings.catch_warnings():
+        # Of characters that matplotlib's font does not have.
+        warnings.simplefilter("ignore", UserWarning)
+        if arguments.kind == "clipped":
+            figure = plot.clipped(state)
+        elif arguments.kind == "norms":
+            figure = plot.norms(state, arguments.row)
+        else:
+            draw = plot.overview if arguments.kind == "overview" else plot.distribution
+            figure = draw(state, arguments.row, quantiles=arguments.quantiles)
+        figure.savefig(arguments.output, dpi=150)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    results = {name: _checked(name) for name in arguments.file}
+    results, codes = {}, [0]
+    for name in dict.fromkeys(arguments.file):
+        results[name], code = _checked(name)
+        codes.append(code)
     if arguments.json:
         print(json.dumps(results, indent=2))
     for name, result in results.items():
         if not result["ok"]:
             _fail(str(result["error"]), 1)
         elif not arguments.json:
-            print(f"{name}: ok, {result['rows']} rows")
-    return 0 if all(result["ok"] for result in results.values()) else 1
+            print(printable(f"{name}: ok, {result['rows']} rows"))
+    return max(codes)
 
 
-def _checked(name: str) -> dict[str, object]:
+def _checked(name: str) -> tuple[dict[str, object], int]:
+    """The result for a file, and the exit code that it calls for."""
     try:
-        states = _read(name)
-    except (StateError, OSError) as error:
-        return {"ok": False, "error": " ".join(str(error).split())}
+        _, states = _read(name)
+    except StateError as error:
+        return {"ok": False, "error": str(error)}, 1
+    except OSError as error:
+        return {"ok": False, "error": _words(error)}, 2
+    except ImportError as error:
+        return {"ok": False, "error": str(error)}, 2
     rows = sum(len(group.lengths) for each in states.values() for group in each.groups)
-    return {"ok": True, "histories": len(states), "rows": rows}
+    return {"ok": True, "histories": len(states), "rows": rows}, 0

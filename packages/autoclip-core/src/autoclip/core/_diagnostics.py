@@ -23,6 +23,7 @@ from autoclip.core._rule import RULES
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state import GroupState, State
+from autoclip.core._text import describe, printable
 
 __all__ = ["CANDIDATES", "RowSummary", "Rows", "Source", "Summary", "rows_of", "summarize"]
 
@@ -101,21 +102,30 @@ class Rows:
         return replay(self.settings, self.newest(_MOST_NORMS), self.recorded)
 
     def index(self, row: int | str | None) -> int:
-        """The number of a row, by number or name; None for the one that is clipped hardest.
+        """The number of a row: by number, by name or a part that no other name has.
+
+        Args:
+            row: None for the one that is clipped hardest.
 
         Raises:
-            KeyError: there is no such row.
+            KeyError: there is no such row, or several.
         """
         if row is None:
             return int(self.hardest_first()[0])
         if isinstance(row, str) and row in self.names:
             return self.names.index(row)
+        if isinstance(row, str) and row.lstrip("-").isdecimal():
+            row = int(row)
         if isinstance(row, int) and -len(self) <= row < len(self):
             return row % len(self)
-        raise KeyError(
-            f"There is no row {row!r}. The {len(self)} rows are {', '.join(self.names[:5])}"
-            f"{', …' if len(self) > 5 else ''}."
-        )
+        found = [i for i, name in enumerate(self.names) if isinstance(row, str) and row in name]
+        if len(found) == 1:
+            return found[0]
+        shown = [self.names[i] for i in found] or self.names
+        some = ", ".join(map(printable, shown[:5])) + ", …" * (len(shown) > 5)
+        if found:
+            raise KeyError(f"{len(found)} rows have {row!r} in their names: {some}.")
+        raise KeyError(f"There is no row {row!r}. The {len(self)} rows are {some}.")
 
     def hardest_first(self) -> npt.NDArray[np.int64]:
         """int64[rows]: all rows, lowest mean coefficient first; empty windows come last."""
@@ -238,6 +248,11 @@ class Summary:
     notices: tuple[str, ...]
     _rows: Rows = field(repr=False)
 
+    @property
+    def shows_clipping(self) -> bool:
+        """True if the norms show what was clipped: recorded before clipping, and the rule known."""
+        return self._rows.shows_clipping
+
     def hardest(self, count: int = 10) -> list[RowSummary]:
         """The rows that are clipped hardest: those with the lowest mean coefficient below 1."""
         order = [self.rows[row] for row in self._rows.hardest_first()]
@@ -298,50 +313,16 @@ class Summary:
     def __str__(self) -> str:
         return self.describe()
 
-    def describe(self, max_rows: int | None = 30) -> str:
+    def describe(self, max_rows: int | None = 30, width: int = 80) -> str:
         """The summary as text.
 
         Args:
-            max_rows: if there are more rows, only so many of those that are clipped hardest are
-                in the table; None for all rows.
+            max_rows: the most rows in the table; if there are more, it has those that are clipped
+                hardest. None for all rows.
+            width: the most characters in a line: long names lose their middle, and then columns
+                are left out.
         """
-        state = self.state
-        lines = [
-            f"rule {state.rule}, {_MODES[state.mode]}; saved by {state.framework}"
-            + (f", autoclip {state.library_version}" if state.library_version else "")
-        ]
-        for i, group in enumerate(state.groups):
-            known = _settings_of(state.rule, group)
-            by_name = group.settings if known is None else known.settings  # the rule's first
-            settings = ", ".join(f"{name}={value!r}" for name, value in by_name.items())
-            count = len(group.parameters)
-            lines.append(f"group {i}: {count} parameter{'s' * (count != 1)}, {settings}")
-        shown = list(self.rows)
-        title = f"{len(shown)} row{'s' * (len(shown) != 1)}"
-        if max_rows is not None and len(shown) > max_rows:
-            shown = [self.rows[row] for row in self._rows.hardest_first()[:max_rows]]
-            title += f", the {max_rows} clipped hardest"
-        lines += ["", f"{title}:", *_table(shown, state)]
-        if not self._rows.shows_clipping:
-            lines.append(
-                f"The rule {state.rule!r} is not registered in this process: no thresholds."
-                if self._rows.settings is None
-                else 'Norms are recorded after clipping (record="clipped"): no shares.'
-            )
-        else:
-            shares = ", ".join(f"{q:g}: {_percent(s)}" for q, s in self.clipped_at().items())
-            lines += ["", f"clipped at other quantiles  {shares}"]
-        if self.last:
-            values = ", ".join(
-                f"{name.removeprefix('autoclip/')} {value:.4g}" for name, value in self.last.items()
-            )
-            hardest = sorted(self.last_coefficients.items(), key=lambda each: each[1])
-            names = [f"{name} * {value:.3g}" for name, value in hardest if value < 1.0][:5]
-            lines += ["", f"last step  {values}"]
-            lines += [f"clipped hardest  {', '.join(names)}"] if names else []
-        for notice in self.notices:
-            lines += ["", f"notice  {notice}"]
-        return "\n".join(lines)
+        return describe(self, max_rows, width)
 
 
 def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
@@ -406,53 +387,6 @@ def _medians(windows: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float
             middle = ordered[:, [(length - 1) // 2, length // 2]].astype(np.float64)
             medians[rows] = middle.mean(axis=1)
     return medians
-
-
-_MODES = {
-    "parameter": "a history for each parameter",
-    "group": "a history for each parameter group",
-    "global": "one history for all parameters",
-}
-_HEADINGS = (
-    *("row", "shape", "filled", "recorded"),
-    *("newest", "median", "threshold", "clipped", "coefficient"),
-)
-
-
-def _table(rows: Sequence[RowSummary], state: State) -> list[str]:
-    cells = [_HEADINGS]
-    for row in rows:
-        shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
-        length = state.groups[row.group].settings["history_length"]
-        cells.append(
-            (
-                row.name,
-                shape,
-                f"{row.length}/{length}",
-                str(row.recorded),
-                _number(row.newest),
-                _number(row.median),
-                _number(row.threshold),
-                _percent(row.clipped),
-                _number(row.coefficient),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return [
-        "  ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in cells
-    ]
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def _json(value: Any) -> Any:

@@ -27,6 +27,7 @@ from autoclip.core._settings import (
     batches,
 )
 from autoclip.core._state import GroupState, ParameterInfo, State
+from autoclip.core._text import printable
 from autoclip.core._warnings import warn_user
 from autoclip.core._window import Window
 
@@ -58,6 +59,7 @@ __all__ = [
     "needs_order",
     "nonfinite_message",
     "parameter_names",
+    "printable",
     "row_names",
     "rule_arguments",
     "rule_instance",

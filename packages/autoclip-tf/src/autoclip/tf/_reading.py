@@ -1,55 +1,73 @@
-"""Histories in the files that Keras and TensorFlow write, for the command `autoclip`."""
+"""Histories in the files that Keras and TensorFlow write, for the command `autoclip`.
+
+A file is asked for no more than it holds: its histories together are no larger than the file, and
+nothing is read from any other file.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
-import tensorflow as tf
 
 from autoclip.core import State, StateError
+from autoclip.core.adapter import printable
+from autoclip.tf._checkpoint_file import read_strings
 from autoclip.tf._keras_saving import CHECKPOINT_KEY, STATE
 
-__all__ = ["read_checkpoint", "read_folder", "read_h5", "read_keras", "read_shards"]
+__all__ = ["read_checkpoint", "read_h5", "read_keras", "read_shards"]
 
-# The weights in a .keras file, and in a folder that model.save(zipped=False) wrote.
-_WEIGHTS = "model.weights.h5"
-# The weights in a folder of keras.callbacks.BackupAndRestore.
-_BACKUP = "latest.weights.h5"
+_WEIGHTS = "model.weights.h5"  # in a .keras file
+_MAX_INDEX_BYTES = 2**24
 
 
 def read_keras(path: str) -> dict[str, State]:
-    """Every history in a `.keras` file, by the clipper's place in it: `"optimizer/clipper"`.
+    """Read every history in a `.keras` file, by the clipper's place in it: `"optimizer/clipper"`.
 
     Raises:
-        StateError: the file or a history in it is damaged.
+        StateError: the file or a history in it is damaged, or claims more than the file holds.
         OSError: it cannot be read.
     """
+    size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            weights = archive.read(_WEIGHTS)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise StateError(f"{path} is damaged or not a .keras file: {error}.") from error
-    return _read_weights(io.BytesIO(weights), path)
+            entry = archive.getinfo(_WEIGHTS)
+            if entry.file_size > size:
+                raise StateError(
+                    f"{path} has an entry {_WEIGHTS!r} of {entry.file_size} bytes, but the file "
+                    f"has {size}: it is compressed, as Keras does not write it. Unpack "
+                    f"{_WEIGHTS} and read that."
+                )
+            weights = archive.read(entry)
+    except StateError:
+        raise
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damage raises all kinds
+        raise StateError(f"{path} is damaged or not a .keras file: {error!s:.200}.") from error
+    return _read_weights(io.BytesIO(weights), path, size)
 
 
 def read_h5(path: str) -> dict[str, State]:
-    """Every history in an `.h5` file, such as a `.weights.h5`; see `read_keras`."""
-    return _read_weights(path, path)
+    """Read every history in an `.h5` file, such as a `.weights.h5`; see `read_keras`."""
+    return _read_weights(path, path, os.path.getsize(path))
 
 
 def read_shards(path: str) -> dict[str, State]:
-    """Every history in weights saved with `max_shard_size`, given their `.weights.json`.
+    """Read every history in weights saved with `max_shard_size`, given their `.weights.json`.
 
     Raises:
         StateError: the file, a shard that it names, or a history is damaged, or a shard is missing.
         OSError: a file cannot be read.
     """
+    if os.path.getsize(path) > _MAX_INDEX_BYTES:
+        raise StateError(f"{path} is larger than an index of Keras's sharded weights.")
     try:
         entries = json.loads(Path(path).read_bytes())["weight_map"].values()
         names = {name for each in entries for name in ([each] if isinstance(each, str) else each)}
@@ -68,62 +86,68 @@ def read_shards(path: str) -> dict[str, State]:
     return states
 
 
-def read_folder(path: str) -> dict[str, State]:
-    """Every history in a folder that Keras or TensorFlow writes.
-
-    That is one of `model.save(path, zipped=False)` or of `BackupAndRestore`; of a folder of
-    TensorFlow checkpoints, the newest one is read.
-
-    Raises:
-        StateError: a history is damaged.
-        OSError: a file cannot be read.
-    """
-    for name in (_WEIGHTS, _BACKUP):
-        if Path(path, name).is_file():
-            return read_h5(str(Path(path, name)))
-    newest = tf.train.latest_checkpoint(path)
-    return {} if newest is None else read_checkpoint(f"{newest}.index")
-
-
-def _read_weights(file: Any, path: str) -> dict[str, State]:
-    datasets: dict[str, Any] = {}
-
-    def visit(name: str, found: Any) -> None:
-        is_bytes = isinstance(found, h5py.Dataset) and found.dtype == np.uint8
-        if is_bytes and name.rpartition("/")[2] == STATE and found.size:
-            datasets[name.removesuffix(f"/vars/{STATE}")] = found[()].tobytes()
-
-    try:
-        with h5py.File(file, "r") as weights:
-            weights.visititems(visit)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StateError(f"{path} is damaged or not an HDF5 file: {error}.") from error
-    return _parsed(datasets, path)
-
-
 def read_checkpoint(path: str) -> dict[str, State]:
-    """Every history in a TensorFlow checkpoint, given its `.index` file.
+    """Read every history in a TensorFlow checkpoint, given its `.index` file.
 
     Raises:
         StateError: the checkpoint or a history in it is damaged.
         OSError: it cannot be read.
     """
+    states = {}
     try:
-        reader = tf.train.load_checkpoint(path.removesuffix(".index"))
-        types = reader.get_variable_to_dtype_map()
-        found = {
-            name.removesuffix(CHECKPOINT_KEY): reader.get_tensor(name)
-            for name, dtype in types.items()
-            if dtype == tf.string and name.endswith(CHECKPOINT_KEY)
-        }
-    except (tf.errors.OpError, ValueError) as error:
-        raise StateError(f"{path} is damaged or not a TensorFlow checkpoint.") from error
-    return _parsed({name: data for name, data in found.items() if data}, path)
+        for name, data in read_strings(path, CHECKPOINT_KEY):
+            place = printable(name)
+            if data:  # empty, if a clipper had taken no step
+                states[place] = State.from_bytes(data, f"{path} at {place}")
+    except (StateError, OSError):
+        raise
+    except Exception as error:  # damage raises all kinds
+        raise StateError(
+            f"{path} is damaged or not a TensorFlow checkpoint: {error!s:.300}."
+        ) from error
+    return states
 
 
-def _parsed(found: dict[str, bytes], path: str) -> dict[str, State]:
-    return {
-        place: State.from_bytes(data, f"{path} at {place}") for place, data in sorted(found.items())
-    }
+def _read_weights(file: Any, path: str, size: int) -> dict[str, State]:
+    """Read the histories in an HDF5 file of `size` bytes."""
+    states: dict[str, State] = {}
+    left = size
+
+    def visit(name: str, found: Any) -> None:  # each object once, and no link to another file
+        nonlocal left
+        if name.rpartition("/")[2] != STATE or not isinstance(found, h5py.Dataset):
+            return
+        if found.dtype != np.uint8:
+            return
+        place = printable(name.removesuffix(f"/vars/{STATE}"))
+        if not _is_plain(found):
+            raise StateError(
+                f"{path} has at {place} a dataset that is compressed, in chunks, virtual or in "
+                "another file, as Keras does not write it. Load it in your program and write the "
+                "history with clipper.save(path)."
+            )
+        left -= found.nbytes
+        if left < 0:
+            raise StateError(_too_large(path))
+        if found.size:
+            states[place] = State.from_bytes(found[()].tobytes(), f"{path} at {place}")
+
+    try:
+        with h5py.File(file, "r") as weights:
+            weights.visititems(visit)
+    except (FileNotFoundError, StateError):
+        raise
+    except Exception as error:  # damage raises all kinds
+        raise StateError(f"{path} is damaged or not an HDF5 file: {error!s:.200}.") from error
+    return dict(sorted(states.items()))
+
+
+def _is_plain(dataset: Any) -> bool:
+    """Whether the numbers stand in the file one after the other, as they are."""
+    properties = dataset.id.get_create_plist()
+    layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT)
+    return properties.get_layout() in layouts and not properties.get_external_count()
+
+
+def _too_large(path: str) -> str:
+    return f"{path} claims histories that are larger than the file. It is damaged or forged."

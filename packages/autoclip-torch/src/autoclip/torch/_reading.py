@@ -2,75 +2,84 @@
 
 from __future__ import annotations
 
-import _codecs
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from autoclip.core import State, StateError, read_states
+from autoclip.core import State, StateError
+from autoclip.core.adapter import printable
 from autoclip.torch import _legacy
+from autoclip.torch._checkpoint_file import CheckpointFile
+from autoclip.torch._pickle import Unmade, as_bytes
 
-__all__ = ["legacy_histories", "load_file", "read_file", "read_folder"]
+__all__ = ["find_file", "legacy_clippers", "read_file", "state_dicts"]
 
 # What the Hugging Face Trainer and Accelerate call the optimizer's state in a checkpoint.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 # Where Lightning puts checkpoints, from any of its folders.
 _LIGHTNING = (
-    "*.ckpt",
     "checkpoints/*.ckpt",
     "version_*/checkpoints/*.ckpt",
     "*/version_*/checkpoints/*.ckpt",
 )
-_MAX_DEPTH = 20
+# Of a place, as it is shown.
+_MAX_KEYS = 20
+_MAX_KEY = 100
 
 
 def read_file(path: str) -> dict[str, State]:
-    """Every history in a file that `torch.save` wrote, by its place: `"optimizer.autoclip"`.
+    """Read every history in a file that `torch.save` wrote, by its place: `"optimizer.autoclip"`.
 
     Raises:
-        StateError: the file or a history in it is damaged, or it holds Python objects.
+        StateError: the file or a history in it is damaged, or clippers of autoclip 0.2.1 saved it.
         OSError: it cannot be read.
     """
-    loaded = load_file(path)
-    states = {
-        place: State.from_dict(entry, f"{path} at {place}" if place else path)
-        for place, entry in mappings(loaded)
-        if is_state(entry)
-    }
-    if not states and legacy_histories(loaded):
-        raise StateError(
-            f"{path} was saved by autoclip 0.2.1. Convert it first: autoclip convert {path} "
-            "new.autoclip"
-        )
+    with CheckpointFile(path) as file:
+        states: dict[str, State] = {}
+        parsed: dict[int, State] = {}  # many places may have the same bytes
+        for place, entry in _state_dicts(file):
+            key = id(entry["data"])
+            if key not in parsed:
+                source = f"{path} at {place}" if place else path
+                parsed[key] = State.from_dict({**entry, "data": as_bytes(entry["data"])}, source)
+            states[place] = parsed[key]
+        if not states and legacy_clippers(file):
+            raise StateError(
+                f"{path} was saved by autoclip 0.2.1. Convert it first: autoclip convert {path} "
+                "new.autoclip"
+            )
     return states
 
 
-def is_state(entry: Mapping[Any, Any]) -> bool:
-    """Whether this is what a clipper's `state_dict()` returned."""
-    found = entry.get("format")
-    return isinstance(found, str) and found == "autoclip" and "data" in entry
-
-
-def read_folder(path: str) -> dict[str, State]:
-    """Every history in a folder of the Hugging Face Trainer, of Accelerate or of Lightning.
-
-    A checkpoint's folder is read itself. Of a folder with several checkpoints, the newest one is.
+def state_dicts(path: str) -> dict[str, dict[str, Any]]:
+    """Read every clipper's `state_dict()` in a file that `torch.save` wrote, by its place.
 
     Raises:
-        StateError: a history is damaged.
-        OSError: a file cannot be read.
+        StateError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    with CheckpointFile(path) as file:
+        return {
+            place: {**entry, "data": as_bytes(entry["data"])} for place, entry in _state_dicts(file)
+        }
+
+
+def find_file(path: str) -> str | None:
+    """Find the newest checkpoint in a folder of the Hugging Face Trainer, Accelerate or Lightning.
+
+    Returns:
+        The path of the file, or of the folder of the checkpoint; None if there is none.
+
+    Raises:
+        StateError: it is a distributed checkpoint.
     """
     folder = Path(path)
     for name in _OPTIMIZER_FILES:
         if (folder / name).is_file():
-            return read_file(str(folder / name))
-    if (folder / ".metadata").is_file():
+            return str(folder / name)
+    if (folder / ".metadata").exists():
         raise StateError(
             f"{path} is a distributed checkpoint, which only torch.distributed.checkpoint reads. "
             "Load it in your program and write the history with clipper.save(path)."
@@ -81,61 +90,43 @@ def read_folder(path: str) -> dict[str, State]:
         if (match := re.fullmatch(r"checkpoint-(\d+)", each.name)) and each.is_dir()
     }
     if steps:
-        return read_states(steps[max(steps)])
-    found = [each for pattern in _LIGHTNING for each in folder.glob(pattern)]
-    files = [each for each in found if each.is_file()]
-    return read_file(str(max(files, key=os.path.getmtime))) if files else {}
+        return str(steps[max(steps)])
+    found = [each for pattern in _LIGHTNING for each in folder.glob(pattern) if each.is_file()]
+    return str(max(found, key=os.path.getmtime)) if found else None
 
 
-def load_file(path: str) -> Any:
-    """What `torch.save` wrote, unpickling nothing but tensors and plain containers.
-
-    Raises:
-        StateError: it is damaged, not a file of torch's, or holds other Python objects.
-        OSError: it cannot be read.
-    """
-    if torch.__version__ < "2.5":  # torch.save calls it for bytes; allowed in later versions
-        torch.serialization.add_safe_globals([_codecs.encode])
-    # Mapped where the format allows it, since the tensors in it are not needed.
-    mmap = zipfile.is_zipfile(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise StateError(
-            f"{path} is damaged, or holds Python objects, which are not unpickled: they could run "
-            "any code. If you trust it, load it in your program and write the history with "
-            "clipper.save(path)."
-        ) from error
-    except Exception as error:  # torch lets all kinds through for a damaged file
-        raise StateError(f"{path} is damaged or not a PyTorch checkpoint.") from error
+def legacy_clippers(file: CheckpointFile) -> dict[str, Mapping[Any, Any]]:
+    """Find all that clippers of autoclip 0.2.1 saved, by its place in the checkpoint."""
+    return dict(_find(file.contents, _legacy.is_clipper))
 
 
-def legacy_histories(value: Any) -> dict[str, Mapping[str, Any]]:
-    """What clippers of autoclip 0.2.1 saved, by its place in a checkpoint."""
-    return {
-        place: entry
-        for place, entry in mappings(value)
-        if _legacy.is_legacy(entry)
-        and isinstance(entry["param_groups"], list)
-        # An optimizer's state has the same two keys.
-        and all(
-            isinstance(group, Mapping) and "history_length" in group and "lr" not in group
-            for group in entry["param_groups"]
-        )
-    }
+def _state_dicts(file: CheckpointFile) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    return _find(file.contents, lambda entry: entry.get("format") == "autoclip" and "data" in entry)
 
 
-def mappings(value: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """All dicts in nested dicts and lists, with the keys that lead to them."""
-    if isinstance(value, Mapping):
-        yield place, value
-        children: Any = value.items()
-    elif isinstance(value, (list, tuple)):
-        children = enumerate(value)
-    else:
-        return
-    if depth < _MAX_DEPTH:
-        for key, child in children:
-            yield from mappings(child, f"{place}.{key}" if place else str(key), depth + 1)
+def _find(
+    contents: Any, test: Callable[[Mapping[Any, Any]], bool]
+) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Find dicts in nested dicts and lists, each once, with the keys that lead to them."""
+    seen: set[int] = set()
+    path: list[tuple[Any, Iterator[tuple[Any, Any]]]] = [("", iter([("", contents)]))]
+    while path:
+        for key, child in path[-1][1]:
+            if isinstance(child, Unmade):
+                child = child.items
+            if not child or not isinstance(child, (dict, list, tuple)) or id(child) in seen:
+                continue
+            seen.add(id(child))
+            if isinstance(child, dict):
+                path.append((key, iter(child.items())))
+                if test(child):
+                    yield ".".join(_word(each) for each, _ in path[2:][-_MAX_KEYS:]), child
+            else:
+                path.append((key, iter(enumerate(child))))
+            break
+        else:
+            path.pop()
+
+
+def _word(key: Any) -> str:
+    return printable(str(key)[:_MAX_KEY]) if isinstance(key, (str, int)) else type(key).__name__

@@ -25,7 +25,7 @@ from autoclip.core.adapter import CHECKPOINT_FILE, check_parameters, warn_user
 from autoclip.torch._attach import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
-from autoclip.torch._reading import load_file
+from autoclip.torch._reading import state_dicts
 from autoclip.torch._trainers import (
     ClipperClass,
     ClipperMaker,
@@ -257,7 +257,7 @@ def _calling_trainer() -> Trainer | None:
 def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> None:
     reason = f"There is no {path}"
     if os.path.isfile(path):
-        saved = load_file(path)
+        saved = state_dicts(path)
         if STATE_KEY in saved:
             clipper.load_state_dict(saved[STATE_KEY])
             return

@@ -1,0 +1,181 @@
+"""A pickle as plain data: containers, text and numbers. Nothing in it is imported or called.
+
+`torch.load(weights_only=True)` runs no code either, but its cost has no bound: 542 bytes with
+nested tuples as a key take minutes to hash, and 348 bytes allocate a GiB through `bytearray`. Here
+an instruction makes at most one small object, so time and memory follow the file's size, and a
+checkpoint may hold Python objects of any kind.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Unmade", "as_bytes", "read_pickle"]
+
+_MAX_INSTRUCTIONS = 20_000_000
+"""A checkpoint of 100,000 tensors has 3 million instructions."""
+
+
+@dataclass(eq=False)
+class Unmade:
+    """An object that unpickling would make.
+
+    Attributes:
+        function: the dotted name of the class or function that makes it.
+        arguments: the arguments of the call; None for the class or function itself.
+        items: keys and values that are set afterwards, if the object is a kind of dict.
+    """
+
+    function: str
+    arguments: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+
+STORAGE = "storage"
+"""The `function` of a tensor's storage, which a pickle only identifies."""
+
+
+def as_bytes(value: Any) -> Any:
+    """Bytes, if `value` stands for bytes; any other value as it is.
+
+    In pickles of protocol 2, which torch.save writes, bytes are a call that encodes text.
+    """
+    if isinstance(value, Unmade) and value.function == "_codecs.encode":
+        match value.arguments:
+            case (str(text), "latin1"):
+                return text.encode("latin1")
+    return value
+
+
+def read_pickle(file: Any, storages: list[Unmade] | None = None) -> Any:
+    """Read one pickle of protocol 2 to 5, and leave the file behind it.
+
+    Args:
+        file: a binary file. A read of more than it holds must not allocate memory for that.
+        storages: a list to which all tensors' storages are added.
+
+    Returns:
+        dicts, lists, tuples, text, numbers, None, and `Unmade` for everything else.
+
+    Raises:
+        Exception: of any kind, if it is no such pickle.
+    """
+    memo: dict[int, Any] = {}
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # a stack for each mark
+
+    def since_mark() -> list[Any]:
+        nonlocal stack
+        items, stack = stack, below.pop()
+        return items
+
+    argument: Any
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
+        if number > _MAX_INSTRUCTIONS:
+            raise ValueError("the pickle has too many instructions")
+        match instruction.name:
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                stack.append(argument)
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
+                stack.append(argument)
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(instruction.name == "NEWTRUE")
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_SET":
+                stack.append(Unmade("builtins.set"))
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(instruction.name[-1])
+                items = stack[len(stack) - size :]
+                stack[len(stack) - size :] = [tuple(items)]
+            case "TUPLE":
+                items = since_mark()
+                stack.append(tuple(items))
+            case "FROZENSET":
+                items = since_mark()
+                stack.append(Unmade("builtins.frozenset"))
+            case "APPEND":
+                items = [stack.pop()]
+                _extend(stack[-1], items)
+            case "APPENDS" | "ADDITEMS":
+                items = since_mark()
+                _extend(stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                items = [key, value]
+                _update(stack[-1], items)
+            case "SETITEMS":
+                items = since_mark()
+                _update(stack[-1], items)
+            case "GLOBAL":
+                stack.append(Unmade(argument.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(Unmade(".".join((module, name))))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_call(function, arguments))
+            case "NEWOBJ_EX":
+                _, arguments, function = stack.pop(), stack.pop(), stack.pop()
+                stack.append(_call(function, arguments))
+            case "BUILD":
+                stack.pop()  # the object's state
+            case "BINPERSID":
+                stack.append(Unmade(STORAGE, stack.pop()))
+                if storages is not None:
+                    storages.append(stack[-1])
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                [result] = stack
+                return result
+            case name:
+                raise ValueError(f"the pickle has the instruction {name}")
+    raise ValueError("the pickle does not end")
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, Unmade) or not isinstance(arguments, tuple):
+        raise ValueError("the pickle calls no function")
+    if function.function == "collections.OrderedDict" and not arguments:
+        return {}
+    return Unmade(function.function, arguments)
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target += items
+    elif not isinstance(target, Unmade):
+        raise ValueError("the pickle appends to something else than a list")
+
+
+def _update(target: Any, items: list[Any]) -> None:
+    found = target.items if isinstance(target, Unmade) else target
+    if not isinstance(found, dict):
+        raise ValueError("the pickle sets the items of something else than a dict")
+    for key, value in zip(items[::2], items[1::2]):
+        found[key if _is_quick_to_hash(key) else object()] = value
+
+
+def _is_quick_to_hash(key: Any) -> bool:
+    # Nested tuples take exponential time, and large integers can be made to collide.
+    return isinstance(key, (str, bytes)) or (isinstance(key, int) and abs(key) < 2**63)

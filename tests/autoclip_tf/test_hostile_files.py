@@ -1,0 +1,29 @@
+"""Files of Keras and TensorFlow that are made to cost much, or name other files, are refused."""
+
+from __future__ import annotations
+
+import sys
+
+import hostile_files
+import pytest
+
+from autoclip.core._command import main
+
+resource = pytest.importorskip("resource", reason="Windows has neither this nor named pipes")
+MOST_MEMORY = 150 * 2**10 * (2**10 if sys.platform == "darwin" else 1)  # as getrusage counts it
+SLOW_TO_WRITE = {"a_keras_file_that_deflates_to_4_gib", "a_chunk_of_1_gib_with_100_bytes"}
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.mark.parametrize("attack", hostile_files.KERAS.keys() - SLOW_TO_WRITE)
+def test_files(attack, tmp_path, capsys):
+    path = hostile_files.KERAS[attack](tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code = main(["check", str(path)])
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    captured = capsys.readouterr()
+    assert (code in (1, 2), captured.out) == (True, "")
+    assert str(tmp_path) in captured.err
+    assert captured.err.count("\n") == 1
+    assert after - before < MOST_MEMORY
