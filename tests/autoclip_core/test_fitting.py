@@ -552,6 +552,20 @@ def test_a_row_of_other_parameters_is_refused_or_starts_empty(mode: Mode) -> Non
             assert rows(saved.match(ours, partial=True)) == [([], 0)]
 
 
+@pytest.mark.parametrize("mode", ["parameter", "group", "global"])
+def test_a_history_of_another_parameter_of_the_model_goes_to_no_other(mode: Mode) -> None:
+    """The parameters that were trained are frozen now, and others are trained."""
+    saved, ours = state_of(shaped("ab", 2), mode=mode), state_of(shaped("cd", 2), mode=mode)
+    with pytest.warns(UserWarning, match="start empty: .* not used: "):
+        matched = saved.match(ours, others=["a", "b", "e"])
+    assert all(row == ([], 0) for row in rows(matched))
+    with pytest.warns(UserWarning, match="by order"):
+        assert rows(saved.match(ours, others=["e"])) == rows(saved)
+    # A shared name decides, as without them.
+    ours = state_of(shaped("ab", 2), mode=mode)
+    assert rows(quietly(saved, ours)) == rows(saved.match(ours, others=["e"])) == rows(saved)
+
+
 def test_groups_follow_their_parameters_names() -> None:
     saved = state_of(shaped("ab", 2), shaped("cd", 3), shaped("e", 4), mode="group")
     ours = state_of(shaped("e", 4), shaped("dc", 3), shaped("ab", 2), mode="group")

@@ -601,83 +601,149 @@ class TestFrozenLayers:
         assert clipper_of(stage).export_state().groups[0].recorded.tolist() == [16, 16]
 
 
-class TestNames:
-    """Whose history it is: by path, and by order only if no path is shared."""
+def by_file(model, make, folder):
+    model.save_weights(f"{folder}/model.weights.h5")
+    other = make()
+    other.load_weights(f"{folder}/model.weights.h5")
+    return other
 
-    def blocks(self, frozen, names=("block_0", "block_1", "out")):
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input((4,))
-        first = keras.layers.Dense(4, name=names[0])
-        second = keras.layers.Dense(4, name=names[1])
-        outputs = keras.layers.Dense(1, name=names[2])(second(first(inputs)))
-        (first, second)[frozen].trainable = False
+
+def by_checkpoint(model, make, folder):
+    path = tf.train.Checkpoint(model=model).write(f"{folder}/checkpoint")
+    other = make()
+    tf.train.Checkpoint(model=other).read(path)
+    return other
+
+
+def by_clipper(model, make, folder):
+    clipper_of(model).save(f"{folder}/history")
+    other = make()
+    clipper_of(other).load(f"{folder}/history")
+    return other
+
+
+class Twice(keras.layers.Layer):
+    """Two layers of one name: Keras gives their variables one path."""
+
+    def build(self, shape):
+        self.both = [keras.layers.Dense(4, name="proj") for _ in range(2)]
+        for layer in self.both:
+            layer.build(shape)
+
+    def call(self, x):
+        return self.both[0](x) - 0.1 * self.both[1](x)
+
+
+class TestNames:
+    """A history goes to the variable of its name; to another one only if no name is shared."""
+
+    def make(self, *names, frozen=(), optimizer=None, twice=False):
+        """Layers with variables of equal shapes, one after the other, built and trained."""
+        inputs = outputs = keras.Input((4,))
+        for name in names:
+            layer = Twice(name=name) if twice else keras.layers.Dense(4, name=name)
+            layer.trainable = name not in frozen
+            outputs = layer(outputs)
         model = keras.Model(inputs, outputs)
-        model.compile(adam(), loss="mse")
+        model.compile(optimizer or adam(), loss="mse", jit_compile=False)
         model.optimizer.build(model.trainable_variables)
         return model
 
-    @pytest.mark.filterwarnings("ignore:Skipping variable loading")
-    def test_a_block_that_was_frozen_does_not_get_its_neighbours_history(self, tmp_path):
-        fit(self.blocks(frozen=1)).save_weights(tmp_path / "first.weights.h5")
-        other = self.blocks(frozen=0)
-        with pytest.warns(UserWarning, match="start empty: 'block_1/kernel' .* 'block_1/bias'"):
-            other.load_weights(tmp_path / "first.weights.h5")
-        assert clipper_of(other).export_state().groups[0].recorded.tolist() == [0, 0, 8, 8]
+    def fit(self, model):
+        x = make_data()[0]
+        model.fit(x, x, batch_size=8, verbose=0)
+        return model
 
-    def test_two_layers_of_one_name(self, tmp_path):
-        """Keras allows it in a subclassed model."""
+    def load(self, model, make, folder, carry=by_file):
+        """The model that loads, and what AutoClip warns of."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            other = carry(model, make, folder)
+        return other, [str(each.message) for each in said if "istor" in str(each.message)]
 
-        class Twice(keras.Model):
-            def __init__(self):
-                super().__init__(name="twice")
-                self.layers_of_one_name = [keras.layers.Dense(4, name="proj") for _ in range(2)]
+    def windows(self, model):
+        """Each variable's history by its path and number."""
+        found = {}
+        for group in clipper_of(model).export_state().groups:
+            for info, window in zip(group.parameters, group.windows(), strict=True):
+                i = sum(name == info.name for name, _ in found)
+                found[info.name, i] = window.tolist()
+        return found
 
-            def call(self, x):
-                for layer in self.layers_of_one_name:
-                    x = layer(x)
-                return x
+    @pytest.mark.filterwarnings("ignore:A total of")
+    def test_another_layer_of_the_same_model_starts_empty(self, tmp_path):
+        names = ("block_0", "block_1")
+        model = self.fit(self.make(*names, frozen=["block_1"]))
+        other, said = self.load(model, lambda: self.make(*names, frozen=["block_0"]), tmp_path)
+        assert self.windows(other) == {("block_1/kernel", 0): [], ("block_1/bias", 0): []}
+        [message] = said
+        assert "start empty: 'block_1/kernel'" in message
+        assert "not used: 'block_0/kernel'" in message
 
-        def made():
-            keras.utils.set_random_seed(0)
-            model = Twice()
-            model.compile(adam(), loss="mse")
-            return fit(model)
+    @pytest.mark.filterwarnings("ignore:A total of")
+    def test_shared_names_decide(self, tmp_path):
+        model = self.fit(self.make("a", "block_1"))
+        other, said = self.load(model, lambda: self.make("block_1", "block_2"), tmp_path)
+        ours, theirs = self.windows(other), self.windows(model)
+        assert {name for name, _ in theirs if theirs[name, 0]} == {name for name, _ in theirs}
+        for part in ("kernel", "bias"):
+            assert ours[f"block_1/{part}", 0] == theirs[f"block_1/{part}", 0]
+            assert ours[f"block_2/{part}", 0] == []
+        [message] = said
+        assert "start empty: 'block_2/kernel'" in message and "not used: 'a/kernel'" in message
 
-        model = fit(made())  # twice as far as the other one
-        paths = [info.name for info in clipper_of(model).export_state().groups[0].parameters]
-        assert len({*paths}) == 2  # both layers have the same paths
-        model.save_weights(tmp_path / "model.weights.h5")
-        other = made()
+    @pytest.mark.parametrize("carry", [by_file, by_checkpoint, by_clipper])
+    def test_without_a_shared_name_by_order_and_the_pairs_are_said(self, carry, tmp_path):
+        """Layers without names: Keras numbers them through the whole process."""
+        model = self.fit(self.make(None, None))
+        other, said = self.load(model, lambda: self.make(None, None), tmp_path, carry)
+        ours, theirs = self.windows(other), self.windows(model)
+        assert ours.keys().isdisjoint(theirs)
+        assert list(ours.values()) == list(theirs.values()) and all(theirs.values())
+        [message] = said
+        assert "matched by order" in message
+        for (new, _), (old, _) in zip(list(ours)[:2], theirs):
+            assert f"'{old}' → '{new}'" in message
+
+    @pytest.mark.parametrize("carry", [by_file, by_checkpoint, by_clipper])
+    def test_equal_names_match_in_order(self, carry, tmp_path):
+        def make():
+            return self.make("two", twice=True)
+
+        model = self.fit(make())
+        other, said = self.load(model, make, tmp_path, carry)
+        assert {number for _, number in self.windows(model)} == {0, 1}
+        assert self.windows(other) == self.windows(model) and not said
+        assert all(self.windows(other).values())
+
+    @pytest.mark.parametrize("names", [("a", "b"), ("dense", "dense")])
+    @pytest.mark.parametrize("kind", ["sequential", "nested"])
+    def test_a_path_that_a_model_of_its_own_begins(self, kind, names, tmp_path):
+        """`block/dense/kernel` is `dense/kernel` once the model is loaded, and again after that."""
+        inputs = outputs = keras.Input((4,))
+        for i, name in enumerate(names):
+            parts = [keras.layers.Dense(4, name=name)]
+            outputs = keras.Sequential(parts, name=f"block_{i}")(outputs)
+        model = keras.Model(inputs, keras.layers.Dense(4, name="out")(outputs))
+        if kind == "sequential":
+            layers = [keras.layers.Dense(4, name=f"{i}{name}") for i, name in enumerate(names)]
+            model = keras.Sequential([inputs, *layers], name="mine")
+        model.compile(adam(), loss="mse", jit_compile=False)
+        theirs = self.windows(self.fit(model))
+        for come_back in (
+            lambda: (
+                model.save(tmp_path / "m.keras") or keras.saving.load_model(tmp_path / "m.keras")
+            ),
+            lambda: copy.deepcopy(model),
+        ):
+            other, said = self.load(model, lambda: None, tmp_path, lambda *_: come_back())  # noqa: B023
+            assert list(self.windows(other).values()) == list(theirs.values())
+            assert self.windows(other).keys() != theirs.keys() and not said
+        other.save_weights(tmp_path / "m.weights.h5")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            other.load_weights(tmp_path / "model.weights.h5")
-        assert clipper_of(other).state_dict() == clipper_of(model).state_dict()
-
-    def test_a_sequential_model_is_loaded_without_a_warning(self, tmp_path):
-        """Its own name begins the paths of its variables until it is loaded."""
-        model = keras.Sequential([keras.layers.Dense(8), keras.layers.Dense(1)])
-        model.compile(adam(), loss="mse")
-        state = clipper_of(fit(model)).export_state()
-        model.save(tmp_path / "model.keras")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            other = keras.saving.load_model(tmp_path / "model.keras")
-        assert other.variables[0].path != model.variables[0].path
-        loaded = clipper_of(other).export_state()
-        np.testing.assert_array_equal(loaded.groups[0].values, state.groups[0].values)
-        # And back: what the loaded model saves is loaded before and after it is built.
-        other.save_weights(tmp_path / "other.weights.h5")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model.load_weights(tmp_path / "other.weights.h5")
-        assert clipper_of(model).export_state().groups[0].recorded.tolist() == [8] * 4
-
-    def test_a_renamed_model_is_matched_by_order_and_said(self, tmp_path):
-        fit(self.blocks(frozen=1, names=("a", "b", "x"))).save_weights(tmp_path / "a.weights.h5")
-        other = self.blocks(frozen=1, names=("c", "d", "y"))
-        with pytest.warns(UserWarning, match="by order: 'a/kernel' → 'c/kernel'; 'a/bias' → "):
-            other.load_weights(tmp_path / "a.weights.h5")
-        assert clipper_of(other).export_state().groups[0].recorded.tolist() == [8] * 4
+            warnings.simplefilter("error", UserWarning)
+            model.load_weights(tmp_path / "m.weights.h5")
+        assert self.windows(model) == theirs
 
 
 @pytest.mark.filterwarnings("ignore:A total of", "ignore:Skipping variable loading")

@@ -6,7 +6,7 @@ Names that both sides have decide. A history goes to another name only if no nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -43,14 +43,16 @@ _ARGUMENTS = {
 }
 
 
-def match_states(saved: State, current: State, source: str, *, partial: bool) -> State:
+def match_states(
+    saved: State, current: State, source: str, *, partial: bool, others: Collection[str]
+) -> State:
     """The clipper's state with the histories of a saved one; see `State.match`."""
     if saved.mode != current.mode:
         raise StateError(
             f"{source} holds {_ROWS[saved.mode]}, but it is loaded into a clipper with "
             f"{_ROWS[current.mode]}. Make the clipper with {_ARGUMENTS[saved.mode]}."
         )
-    matching = _Matching(saved, current, source, partial)
+    matching = _Matching(saved, current, source, partial, others)
     sources = matching.by_parameter() if saved.mode == "parameter" else matching.by_group()
     notes = [
         _different_settings(saved, current, sources),
@@ -70,11 +72,14 @@ class _Matching:
         current: the clipper that loads it.
         source: the saved state's name in messages.
         partial: whether rows that do not fit start empty instead of raising StateError.
+        others: names of parameters that are not the clipper's.
     """
 
-    def __init__(self, saved: State, current: State, source: str, partial: bool) -> None:
+    def __init__(
+        self, saved: State, current: State, source: str, partial: bool, others: Collection[str]
+    ) -> None:
         self._saved, self._current = saved, current
-        self._source, self._partial = source, partial
+        self._source, self._partial, self._others = source, partial, frozenset(others)
         self._same_framework = saved.framework == current.framework
 
     def by_parameter(self) -> Sources:
@@ -82,7 +87,7 @@ class _Matching:
         theirs, mine = _parameters(self._saved), _parameters(self._current)
         sources = np.full(len(mine), -1, np.int64)
         found, wanted = _by_name(theirs), _by_name(mine)
-        if found.keys() & wanted.keys() - {None}:
+        if found.keys() & {*wanted, *self._others} - {None}:
             for name, rows in wanted.items():
                 partners = found.get(name, [])
                 # Equal names match in order. If there are more on one side, nobody knows which.
@@ -101,6 +106,8 @@ class _Matching:
         mine, theirs = self._current.groups, self._saved.groups
         sources = np.full(len(mine), -1, np.int64)
         links = _shared_names(theirs, mine)
+        if not links and any(not self._others.isdisjoint(_names(group)) for group in theirs):
+            return sources
         if not links or self._saved.mode == "global":
             if not self._same_number_of_groups():
                 return sources

@@ -7,7 +7,7 @@ it. The documentation describes the format for implementers, under "The state fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -256,7 +256,14 @@ class State:
 
     # -- loading -----------------------------------------------------------------------------
 
-    def match(self, current: State, source: str = "the state", *, partial: bool = False) -> State:
+    def match(
+        self,
+        current: State,
+        source: str = "the state",
+        *,
+        partial: bool = False,
+        others: Collection[str] = (),
+    ) -> State:
         """Match this saved state to the clipper that loads it.
 
         The histories come from this state, the settings from `current`. Names that both sides have
@@ -270,6 +277,8 @@ class State:
             source: what to call this state in messages.
             partial: rows that do not fit start empty, too, instead of an error: for checkpoints
                 that hold more than the history and load without it.
+            others: names of parameters of the same model that are not the clipper's. Histories of
+                one of these are not matched by position: their parameters are there.
 
         Returns:
             `current` with this state's histories.
@@ -278,7 +287,7 @@ class State:
             StateError: another mode; parameters of one name with shapes that cannot be the same
                 parameter's; or without shared names another number of groups or parameters.
         """
-        return match_states(self, current, source, partial=partial)
+        return match_states(self, current, source, partial=partial, others=others)
 
     # -- checks ------------------------------------------------------------------------------
 

@@ -277,7 +277,7 @@ class Clipper(KerasSaving):
         with tf.init_scope(), build_scope(variables), collected_variables() as created:
             pipeline = Pipeline(groups, self._settings.mode, owner)
             if self._pending is not None:
-                self._write(pipeline, self._pending.match(self._state_of(pipeline)))
+                self._write(pipeline, self._matched(self._pending, pipeline))
         self._pipeline, self._pending, self._variables = pipeline, None, created
 
     # -- a step ------------------------------------------------------------------------------

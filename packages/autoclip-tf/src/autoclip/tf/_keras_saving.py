@@ -22,6 +22,7 @@ from autoclip.core.adapter import (
     warn_user,
 )
 from autoclip.tf._groups import GroupPattern
+from autoclip.tf._paths import paths_in, with_paths_of
 from autoclip.tf._private import (
     KerasSaveable,
     Trackable,
@@ -30,6 +31,7 @@ from autoclip.tf._private import (
     saving_for_inference,
     saving_for_orbax,
     tf_variable,
+    variables_beside,
 )
 from autoclip.tf._step import Pipeline
 
@@ -51,10 +53,7 @@ class PendingState(NamedTuple):
     state: State
     source: str
     is_partial: bool
-
-    def match(self, current: State) -> State:
-        """Match it to the state of the clipper that now knows them; see `State.match`."""
-        return _match(self.state, current, self.source, self.is_partial)
+    """Whether variables that do not fit start empty, instead of an error."""
 
 
 class KerasSaving(Saveable, KerasSaveable, Trackable):
@@ -118,7 +117,19 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
             state.match(replace(state, mode=self._settings.mode), source)
             self._pending, self._late = PendingState(state, source, is_partial), False
         else:
-            self.commit_state(_match(state, self.describe_state(), source, is_partial))
+            pending = PendingState(state, source, is_partial)
+            self.commit_state(self._matched(pending, self._pipeline))
+
+    def _matched(self, pending: PendingState, pipeline: Pipeline) -> State:
+        """The state of a clipper with this pipeline and the histories of a loaded one."""
+        current = self._state_of(pipeline)
+        saved = with_paths_of(pending.state, current)
+        # A model whose layers were renamed has no path of the saved ones.
+        others: set[str] = set()
+        if paths_in(saved).isdisjoint(paths_in(current)):
+            variables = [each for group in pipeline.groups for each in group.variables]
+            others = {name_of(each) for each in variables_beside(variables)}
+        return saved.match(current, pending.source, partial=pending.is_partial, others=others)
 
     def commit_state(self, state: State) -> None:
         assert self._pipeline is not None
@@ -262,48 +273,6 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy belongs to no variables as yet. It has the history that its variables will get.
         return _copied, (type(self), self._settings, self._patterns, self._bytes())
-
-
-def _match(saved: State, current: State, source: str, is_partial: bool) -> State:
-    """Match a saved state to a clipper's; see `State.match`.
-
-    A Sequential model's own name begins its variables' paths until the model is loaded:
-    `sequential/dense/kernel` is `dense/kernel` afterwards. If the paths are equal but for that, the
-    saved variables get the clipper's paths.
-    """
-    theirs, mine = _paths(saved), _paths(current)
-    if theirs.isdisjoint(mine):
-        shorter = _without_root(theirs)
-        longer = {path: own for own, path in _without_root(mine).items()}
-        if not mine.isdisjoint(shorter.values()):
-            saved = _with_names(saved, shorter)
-        elif not theirs.isdisjoint(longer):
-            saved = _with_names(saved, longer)
-    return saved.match(current, source, partial=is_partial)
-
-
-def _paths(state: State) -> set[str]:
-    return {info.name for group in state.groups for info in group.parameters if info.name}
-
-
-def _without_root(paths: set[str]) -> dict[str, str]:
-    """Each path without its first component; empty if they do not all share it."""
-    shorter = {path: path.partition("/")[2] for path in paths}
-    return shorter if len({path.partition("/")[0] for path in paths}) == 1 else {}
-
-
-def _with_names(state: State, names: Mapping[str, str]) -> State:
-    groups = (
-        replace(
-            group,
-            parameters=tuple(
-                replace(info, name=names.get(info.name or "", info.name))
-                for info in group.parameters
-            ),
-        )
-        for group in state.groups
-    )
-    return replace(state, groups=tuple(groups))
 
 
 def _copied(

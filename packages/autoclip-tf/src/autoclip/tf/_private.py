@@ -37,6 +37,7 @@ __all__ = [
     "saving_for_orbax",
     "tf_variable",
     "variable_key",
+    "variables_beside",
 ]
 
 # What Keras's own saving walks through, and what TensorFlow's checkpoints do. Neither of the two
@@ -134,17 +135,32 @@ def retrace_models(optimizer: Any) -> None:
     A graph that was traced before a clipper was attached does not call it. Keras keeps the graph
     in the model, and an optimizer does not know its models.
     """
-    trained = {id(variable) for variable in getattr(optimizer, "_trainable_variables", ())}
-    if not trained:
-        return  # not built: nothing has been traced
-    for found in gc.get_objects():
+    for model in _models_with(getattr(optimizer, "_trainable_variables", ())):
+        if model.train_function is not None:
+            model.make_train_function(force=True)
+
+
+def variables_beside(variables: Sequence[Any]) -> list[Any]:
+    """The other variables of the models that have some of these; those that are frozen, too."""
+    own = {id(variable) for variable in variables}
+    return [
+        variable
+        for model in _models_with(variables)
+        for variable in model.variables
+        if id(variable) not in own
+    ]
+
+
+def _models_with(variables: Sequence[Any]) -> list[Any]:
+    """The models that train some of these variables, which know nothing of their models."""
+    wanted = {id(variable) for variable in variables}
+    return [
+        found
+        for found in (gc.get_objects() if wanted else ())
         # By its type: some proxies import what they stand for when they are asked for __class__.
-        if (
-            issubclass(type(found), keras.Model)
-            and getattr(found, "train_function", None) is not None
-            and any(id(variable) in trained for variable in found.trainable_variables)
-        ):
-            found.make_train_function(force=True)
+        if issubclass(type(found), keras.Model)
+        and any(id(variable) in wanted for variable in getattr(found, "trainable_variables", ()))
+    ]
 
 
 def saved_by_keras() -> bool:

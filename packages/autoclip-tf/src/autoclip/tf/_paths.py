@@ -1,0 +1,75 @@
+"""Variables' paths in a saved state, as the model that loads it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from autoclip.core import State
+
+__all__ = ["paths_in", "with_paths_of"]
+
+
+def paths_in(state: State) -> set[str]:
+    """The paths of all variables that have one."""
+    return {*_names(state)} - {""}
+
+
+def with_paths_of(saved: State, current: State) -> State:
+    """The saved state, with the clipper's paths for variables that only begin otherwise.
+
+    The name of a Sequential or a subclassed model begins its variables' paths until the model is
+    loaded: `block/dense/kernel` is then `dense/kernel`.
+
+    Args:
+        saved: the state that is loaded.
+        current: the state of the clipper that loads it.
+    """
+    theirs, mine = _names(saved), _names(current)
+    both = {*theirs} & {*mine}
+    old = [i for i, name in enumerate(theirs) if name and name not in both]
+    new = [i for i, name in enumerate(mine) if name and name not in both]
+    old_names, new_names = [theirs[i] for i in old], [mine[i] for i in new]
+    paths = {old[i]: new_names[j] for i, j in _ends(old_names, new_names)}
+    paths |= {old[i]: new_names[j] for j, i in _ends(new_names, old_names)}
+    return _renamed(saved, paths) if paths else saved
+
+
+def _names(state: State) -> list[str]:
+    """All parameters' names in order; "" for none."""
+    return [info.name or "" for group in state.groups for info in group.parameters]
+
+
+def _ends(longer: Sequence[str], shorter: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The places of a path in `longer` and of the one in `shorter` that it ends with.
+
+    Of several paths with one end, all match in order, or none if there are more on one side.
+    """
+    wanted: dict[str, list[int]] = {name: [] for name in shorter}
+    found: dict[str, list[int]] = {name: [] for name in shorter}
+    for j, name in enumerate(shorter):
+        wanted[name].append(j)
+    for i, name in enumerate(longer):
+        end = name
+        while end and end not in wanted:
+            end = end.partition("/")[2]
+        if end:
+            found[end].append(i)
+    for name, places in wanted.items():
+        if len(found[name]) == len(places):
+            yield from zip(found[name], places)
+
+
+def _renamed(state: State, names: dict[int, str]) -> State:
+    places = iter(range(len(_names(state))))
+    groups = (
+        replace(
+            group,
+            parameters=tuple(
+                replace(info, name=names.get(place, info.name))
+                for info, place in zip(group.parameters, places)
+            ),
+        )
+        for group in state.groups
+    )
+    return replace(state, groups=tuple(groups))
