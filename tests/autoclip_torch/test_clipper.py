@@ -681,6 +681,28 @@ def test_gradients_that_are_views_are_scaled_in_place(
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
 
 
+@each_mode
+def test_gradients_that_autograd_negates_lazily(path: str, global_clipping: bool) -> None:
+    """The imaginary part of a conjugate: of a scalar it is contiguous, of others not."""
+    norms = []
+    for conjugates in (True, False):
+        ours = [parameter(), parameter(), parameter(7), parameter(7)]
+        optimizer = SGD(ours, lr=0.1)
+        QuantileClip.as_optimizer(optimizer, quantile=0.5, global_clipping=global_clipping)
+        for size in (1.0, 5.0, 2.0):
+            optimizer.zero_grad()
+            for real, imaginary in (ours[:2], ours[2:]):
+                number = torch.complex(real, imaginary) + (0.5 + 0.3j)
+                if conjugates:
+                    number = number.conj()
+                (number * (2 + 1j if conjugates else 2 - 1j) * size).abs().square().sum().backward()
+            if conjugates:
+                assert ours[1].grad.is_neg() and ours[1].grad.is_contiguous()  # type: ignore[union-attr]
+            optimizer.step()
+        norms.append([ours, optimizer.clipper.last.norms, optimizer.clipper.last.coefficients])
+    torch.testing.assert_close(*norms)
+
+
 def test_frozen_and_empty_parameters_and_those_that_are_seldom_used(path: str) -> None:
     ours = [parameter(2), parameter(0, 3), parameter(2), torch.zeros(2)]
     clipper = QuantileClip(ours, 0.5)

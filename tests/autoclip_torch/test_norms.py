@@ -356,7 +356,13 @@ def test_gradients_that_fill_several_buffers() -> None:
 CpuDtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
 # Both sides of every limit: gathered or on its own, whole rows or not, NumPy's or torch's threads.
 SHAPES = [(), (0,), (1,), (300,), (8, 8), (2**12,), (2**12 + 1,), (17, 512), (2**13 + 1,)]
-Gradient = st.none() | st.builds(normal, st.sampled_from(SHAPES), CpuDtypes, st.integers(0, 5))
+Dense = st.builds(normal, st.sampled_from(SHAPES), CpuDtypes, st.integers(0, 5))
+# Autograd negates lazily; so do views such as the imaginary part of a conjugate.
+Gradient = st.none() | Dense | Dense.map(torch._neg_view)
+
+
+def never(index: int) -> Tensor:
+    raise AssertionError(f"gradient {index} shares no memory")
 
 
 def make_plan(gradients: Sequence[Tensor | None], numpy: bool) -> Plan:
@@ -378,10 +384,10 @@ def test_a_plan_measures_and_scales_like_one_gradient_at_a_time(
     for part in plan.devices.values():
         if isinstance(part, CpuPlan):
             norms = part.norms.of(gradients)
-            part.scaling.apply(gradients, coefficients)
+            part.scaling.apply(gradients, coefficients, never)
         else:
             norms = part.norms.of(gradients).numpy()
-            part.scaling.apply(gradients, torch.from_numpy(coefficients))
+            part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
         expected = [0.0 if g is None else exact(g) for g in before]
         assert norms.tolist() == pytest.approx(expected, rel=1e-6)
     for i, (gradient, original) in enumerate(zip(gradients, before)):
@@ -403,10 +409,10 @@ def test_a_plan_is_followed_again_and_again(numpy: bool) -> None:
         coefficients = np.where(np.arange(5) == step, 0.5, 1.0)
         expected = [exact(g) * c for g, c in zip(gradients, coefficients)]
         if isinstance(part, CpuPlan):
-            part.scaling.apply(gradients, coefficients)
+            part.scaling.apply(gradients, coefficients, never)
             assert part.norms.of(gradients).tolist() == pytest.approx(expected, rel=1e-6)
         else:
-            part.scaling.apply(gradients, torch.from_numpy(coefficients))
+            part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
             assert part.norms.of(gradients).tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -439,9 +445,9 @@ def test_views_are_scaled_in_place(numpy: bool, name: str) -> None:
     before = gradient.resolve_conj().resolve_neg().clone()
     part = make_plan([gradient, None], numpy).devices[CPU]
     if isinstance(part, DevicePlan):
-        part.scaling.apply([gradient, None], torch.tensor([0.5, 0.5]))
+        part.scaling.apply([gradient, None], torch.tensor([0.5, 0.5]), never)
     else:
-        part.scaling.apply([gradient, None], np.array([0.5, 0.5]))
+        part.scaling.apply([gradient, None], np.array([0.5, 0.5]), never)
     assert torch.equal(gradient.resolve_conj().resolve_neg(), before * 0.5)
 
 
@@ -460,9 +466,9 @@ def test_other_layouts_and_dtypes_are_scaled(numpy: bool, shared: bool) -> None:
     part = make_plan(gradients, numpy).devices[CPU]
     coefficients = np.full(1 if shared else len(gradients), 0.5)
     if isinstance(part, CpuPlan):
-        part.scaling.apply(gradients, coefficients)
+        part.scaling.apply(gradients, coefficients, never)
     else:
-        part.scaling.apply(gradients, torch.from_numpy(coefficients))
+        part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
     expected = [0.5 * norm for norm in before]
     assert [exact(gradient) for gradient in gradients] == pytest.approx(expected, rel=1e-6)
 
@@ -475,10 +481,10 @@ def test_tiny_coefficients_zero_no_gradient(numpy: bool, dtype: torch.dtype, siz
     coefficient = 1e-42
     part = make_plan([gradient, None], numpy).devices[CPU]
     if isinstance(part, CpuPlan):
-        part.scaling.apply([gradient, None], np.array([coefficient, 1.0]))
+        part.scaling.apply([gradient, None], np.array([coefficient, 1.0]), never)
         assert gradient.double().tolist() == pytest.approx([1e-12] * size, rel=1e-2)
     else:
-        part.scaling.apply([gradient, None], torch.tensor([coefficient, 1.0]).double())
+        part.scaling.apply([gradient, None], torch.tensor([coefficient, 1.0]).double(), never)
         assert (gradient > 0).all()
 
 
@@ -491,7 +497,7 @@ def test_only_broken_gradients_are_zeroed(numpy: bool, dtype: torch.dtype) -> No
     gradients[4][7] = math.inf  # type: ignore[index]
     before = [None if g is None else g.clone() for g in gradients]
     part = make_plan(gradients, numpy).devices[CPU]
-    part.scaling.zero_nonfinite(gradients, part.norms.of(gradients))  # type: ignore[arg-type]
+    part.scaling.zero_nonfinite(gradients, part.norms.of(gradients), never)  # type: ignore[arg-type]
     for i in (0, 3):
         assert torch.equal(gradients[i], before[i])  # type: ignore[arg-type]
     for i in (2, 4):
@@ -509,7 +515,7 @@ def test_gradients_without_memory_are_left_alone(numpy: bool) -> None:
         assert norms.shape == (3,)
         coefficients = np.full(3, 0.5)
         part.scaling.apply(  # type: ignore[arg-type]
-            gradients, coefficients if isinstance(part, CpuPlan) else torch.full((3,), 0.5)
+            gradients, coefficients if isinstance(part, CpuPlan) else torch.full((3,), 0.5), never
         )
     # A plan of fake gradients is not one for real ones of the same shapes.
     assert not make_plan(gradients, numpy).fits([torch.ones(3), torch.ones(70000), None])

@@ -75,17 +75,21 @@ def plan_of(gradients: list[Tensor | None]) -> DevicePlan:
     return plan
 
 
+def never(index: int) -> Tensor:
+    raise AssertionError(f"gradient {index} shares no memory")
+
+
 def clip_each(plan: DevicePlan, gradients: list[Tensor | None], shared: bool) -> None:
     norms = plan.norms.of(gradients)
     coefficients = (1.0 / norms).clamp(max=1.0)
-    plan.scaling.apply(gradients, coefficients[:1] if shared else coefficients)
+    plan.scaling.apply(gradients, coefficients[:1] if shared else coefficients, never)
 
 
 def clip_each_and_zero(plan: DevicePlan, gradients: list[Tensor | None], shared: bool) -> None:
     norms = plan.norms.of(gradients)
-    plan.scaling.zero_nonfinite(gradients, norms)
+    plan.scaling.zero_nonfinite(gradients, norms, never)
     coefficients = (1.0 / norms).clamp(max=1.0)
-    plan.scaling.apply(gradients, coefficients[:1] if shared else coefficients)
+    plan.scaling.apply(gradients, coefficients[:1] if shared else coefficients, never)
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -24,6 +24,7 @@ from oracles import (
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -38,13 +39,38 @@ def own() -> tuple[int, int]:
 
 
 @pytest.mark.processes(2)
+@pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("global_clipping", MODES)
-def test_ddp(global_clipping):
-    assert_trains_alike(
-        lambda model: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True),
-        global_clipping,
-        part=own(),
-    )
+def test_ddp(global_clipping, views):
+    """Also where all gradients are views of one bucket, in which they stay."""
+    models = []
+
+    def wrap(model):
+        models.append(
+            nn.parallel.DistributedDataParallel(
+                model, find_unused_parameters=True, gradient_as_bucket_view=views
+            )
+        )
+        return models[0]
+
+    assert_trains_alike(wrap, global_clipping, part=own())
+    storages = {p.grad.untyped_storage().data_ptr() for p in models[0].parameters()}
+    assert (len(storages) == 1) is views
+
+
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("global_clipping", MODES)
+def test_parts_that_share_memory(global_clipping):
+    """`torch.autograd.grad` returns one DTensor for both terms of a sum."""
+    mesh = init_device_mesh("cpu", (2,))
+    ours = [nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)])) for _ in range(2)]
+    clipper = QuantileClip(ours, 0.0, global_clipping=global_clipping)
+    for size in (1.0, 4.0):
+        found = torch.autograd.grad(((ours[0] + ours[1]) * size).sum(), ours)
+        for mine, gradient in zip(ours, found):
+            mine.grad = gradient
+        clipper.step()
+    assert [mine.grad.full_tensor().tolist() for mine in ours] == [[1.0] * 6] * 2
 
 
 @pytest.mark.processes(2)

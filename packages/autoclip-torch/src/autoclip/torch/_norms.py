@@ -274,8 +274,10 @@ def _sums(
 
 def _sum_rows(values: Tensor, length: int, out: npt.NDArray[np.float64]) -> None:
     """Write each row's sum of squares, of a float32 or float64 tensor, to `out`, [rows, 1, 1]."""
+    if values.is_neg():  # NumPy reads no lazily negated tensor
+        values = negated_view(values)
     if not values.is_contiguous():
-        values = _flat(values).resolve_neg()
+        values = _flat(values)
     if len(out) * length < _LARGE or torch.get_num_threads() == 1:
         rows = values.numpy().reshape(-1, 1, length)
         np.matmul(rows, rows.reshape(-1, length, 1), out=out)

@@ -73,7 +73,12 @@ class Plan:
 
 
 def _signature(gradients: Sequence[Tensor | None]) -> list[Any]:
-    # The class tells a FakeTensor, which has no memory, from the tensor that it stands for.
-    return [
-        None if g is None else (type(g), g.shape, g.dtype, g.layout, g.device) for g in gradients
-    ]
+    signature: list[Any] = []
+    for g in gradients:
+        if g is None:
+            signature.append(None)
+        else:
+            # The class tells a FakeTensor, which has no memory, from the tensor it stands for. Not
+            # a tuple each: of thousands, the garbage collector would look at all of them.
+            signature += (type(g), g.shape, g.dtype, g.layout, g.device)
+    return signature

@@ -25,6 +25,7 @@ __all__ = [
     "foreach_norm",
     "is_fake",
     "is_logging_step",
+    "is_view",
     "negated_view",
     "root_mesh",
 ]
@@ -85,6 +86,11 @@ def is_fake(tensor: Tensor) -> bool:
         # The class is imported only where it is in use: it brings half of torch.compile along.
         type(tensor) is not Tensor and type(tensor).__name__ == "FakeTensor"
     )
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor was made as a view of another one."""
+    return tensor._is_view()
 
 
 def root_mesh(mesh: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autoclip.torch._norms import REAL_DTYPES, chunks, values_of
+from autoclip.torch._overlap import Overlaps, Renew
 from autoclip.torch._private import foreach_copy_, foreach_mul_, is_fake, negated_view
 
 __all__ = ["CpuScaling", "DeviceScaling"]
@@ -83,25 +84,38 @@ class CpuScaling:
                     views[dtype] = buffer.unbind()
                     self._buffers.append(buffer.numpy())
                 self._factors[i] = views[dtype]
+        self._overlaps = Overlaps(gradients, self._places)
+        self._is_elsewhere = np.array([g is not None for g in gradients], np.bool_)
+        self._is_elsewhere[self._places] = False
+        self._are_all_here = not self._is_elsewhere.any()
 
     def apply(
-        self, gradients: Sequence[Tensor | None], coefficients: npt.NDArray[np.float64]
+        self,
+        gradients: list[Tensor | None],
+        coefficients: npt.NDArray[np.float64],
+        renew: Renew,
     ) -> None:
         """Multiply the gradients whose coefficient is below 1; the others are not even read.
 
         Args:
-            gradients: like those that the plan was made of.
+            gradients: like those that the plan was made of; renewed ones are put in the list.
             coefficients: float64[n], or float64[1] for all of them.
+            renew: for gradients that share memory with others.
         """
-        clipped = (coefficients < 1.0).nonzero()[0].tolist()
+        is_shared = len(coefficients) == 1
+        below = coefficients < 1.0
+        if not (is_shared or self._are_all_here):
+            below &= ~self._is_elsewhere  # the coefficients of a group are those on every device
+        clipped = below.nonzero()[0].tolist()
         if not clipped:
             return
+        clipped = self._places if is_shared else clipped
+        self._overlaps.separate(gradients, clipped, renew)
         for buffer in self._buffers:
             buffer[: len(coefficients)] = coefficients
         numbers = coefficients.tolist()
-        is_shared = len(numbers) == 1
         tensors, factors = [], []
-        for i in self._places if is_shared else clipped:
+        for i in clipped:
             gradient, k = gradients[i], 0 if is_shared else i
             if gradient is None:
                 continue
@@ -115,15 +129,19 @@ class CpuScaling:
             foreach_mul_(tensors, factors)
 
     def zero_nonfinite(
-        self, gradients: Sequence[Tensor | None], norms: npt.NDArray[np.float64]
+        self, gradients: list[Tensor | None], norms: npt.NDArray[np.float64], renew: Renew
     ) -> None:
         """Zero each gradient whose norm is not finite.
 
         Args:
-            gradients: like those that the plan was made of.
+            gradients: like those that the plan was made of; renewed ones are put in the list.
             norms: float64[n], finite exactly where the gradient is.
+            renew: for gradients that share memory with others.
         """
-        for i in np.flatnonzero(~np.isfinite(norms)).tolist():
+        broken = np.flatnonzero(~np.isfinite(norms)).tolist()
+        if broken:
+            self._overlaps.separate(gradients, broken, renew)
+        for i in broken:
             gradient = gradients[i]
             if gradient is not None:
                 values_of(gradient).zero_()
@@ -205,14 +223,18 @@ class DeviceScaling:
                 ]
                 order, repeats = torch.tensor([part, counts], device=device).unbind()
                 small.append(_Gathered(part, order, repeats, here, views))
+        self._places = [*self._others, *(i for same in self._plain.values() for i in same.all)]
+        self._overlaps = Overlaps(gradients, self._places)
 
-    def apply(self, gradients: Sequence[Tensor | None], coefficients: Tensor) -> None:
+    def apply(self, gradients: list[Tensor | None], coefficients: Tensor, renew: Renew) -> None:
         """Multiply every gradient by its coefficient without asking the device whether it must.
 
         Args:
-            gradients: like those that the plan was made of.
+            gradients: like those that the plan was made of; renewed ones are put in the list.
             coefficients: float64[n] (float32 on MPS), or [1] for all of them, on the device.
+            renew: for gradients that share memory with others.
         """
+        self._overlaps.separate(gradients, self._places, renew)
         is_shared = len(coefficients) == 1
         # Below its smallest normal number a float32 factor may become zero, and the gradient too.
         # A norm is never that far above its threshold unless both are near the ends of float32.
@@ -244,13 +266,15 @@ class DeviceScaling:
             else:  # torch multiplies no 8-bit floats
                 values.copy_(values.float() * one[0])
 
-    def zero_nonfinite(self, gradients: Sequence[Tensor | None], norms: Tensor) -> None:
+    def zero_nonfinite(self, gradients: list[Tensor | None], norms: Tensor, renew: Renew) -> None:
         """Zero each gradient whose norm is not finite.
 
         Args:
-            gradients: like those that the plan was made of.
+            gradients: like those that the plan was made of; renewed ones are put in the list.
             norms: [n], finite exactly where the gradient is, on the device.
+            renew: for gradients that share memory with others.
         """
+        self._overlaps.separate(gradients, self._places, renew)
         # Masked, not multiplied: NaN times zero is NaN.
         broken = (norms < math.inf).logical_not()
         alone = list(self._others)

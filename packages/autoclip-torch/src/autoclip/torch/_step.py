@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from autoclip.core.adapter import (
 from autoclip.torch import _rows
 from autoclip.torch._groups import Groups
 from autoclip.torch._norms import norm_dtype
+from autoclip.torch._overlap import Renew
 from autoclip.torch._plan import Plan
 from autoclip.torch._routes import (
     Norms,
@@ -139,7 +141,7 @@ class Pipeline:
         """
         groups = self.groups
         parameters = groups.parameters()
-        gradients: Sequence[Tensor | None] = [p.grad for p in parameters]
+        gradients: list[Tensor | None] = [p.grad for p in parameters]
         mode = groups.settings.mode
         self._sharding = sharding_of(parameters, self._sharding, mode)
         if any(gradient is not None for gradient in gradients):
@@ -158,8 +160,9 @@ class Pipeline:
         if scale is not None or found_inf is not None:
             for device, norms in measured.items():
                 measured[device] = unscaled(norms, scale, found_inf)
+        renew = partial(_renewed, parameters)
         if self._choices is not None and found_inf is None:
-            self._treat_nonfinite(gradients, measured)
+            self._treat_nonfinite(gradients, measured, renew)
         home = self._routes[0].batch.device if mode == "global" else None
         total = total_norm(measured, home)
         found, skipped, skips_update = self._record(measured, total, defers_skip)
@@ -167,13 +170,13 @@ class Pipeline:
         for device, part in self._plan.devices.items():
             coefficients = coefficients_on(device, found, mode)
             if coefficients is not None:
-                part.scaling.apply(gradients, coefficients)  # type: ignore[arg-type]
+                part.scaling.apply(gradients, coefficients, renew)  # type: ignore[arg-type]
         self._norm = total
         return StepResult(total, _withheld(parameters, skipped), skips_update)
 
     def _measure(
-        self, gradients: Sequence[Tensor | None]
-    ) -> tuple[Sequence[Tensor | None], dict[torch.device, Norms]]:
+        self, gradients: list[Tensor | None]
+    ) -> tuple[list[Tensor | None], dict[torch.device, Norms]]:
         """The gradients as they lie in this process, and their true norms.
 
         Returns:
@@ -276,7 +279,10 @@ class Pipeline:
     # -- NaN and infinity --------------------------------------------------------------------
 
     def _treat_nonfinite(
-        self, gradients: Sequence[Tensor | None], measured: dict[torch.device, Norms]
+        self,
+        gradients: list[Tensor | None],
+        measured: dict[torch.device, Norms],
+        renew: Renew,
     ) -> None:
         """Do what `on_nonfinite` says; the norm of a gradient that is zeroed becomes 0."""
         choices = self._choices
@@ -295,12 +301,13 @@ class Pipeline:
             if isinstance(norms, np.ndarray):
                 broken = choices.zeros & ~np.isfinite(norms)
                 if part is not None and broken.any():
-                    part.scaling.zero_nonfinite(gradients, np.where(broken, norms, 0.0))  # type: ignore[arg-type]
+                    bad = np.where(broken, norms, 0.0)
+                    part.scaling.zero_nonfinite(gradients, bad, renew)  # type: ignore[arg-type]
                     measured[device] = np.where(broken, 0.0, norms)
             else:
                 concerned = torch.where(choices.zeros_on(device), norms, 0.0)
                 if part is not None:
-                    part.scaling.zero_nonfinite(gradients, concerned)  # type: ignore[arg-type]
+                    part.scaling.zero_nonfinite(gradients, concerned, renew)  # type: ignore[arg-type]
                 measured[device] = torch.where(concerned < torch.inf, norms, 0.0)
 
     # -- the history -------------------------------------------------------------------------
@@ -425,6 +432,15 @@ def _fitting(plan: Plan | None, gradients: Sequence[Tensor | None]) -> Plan:
 def _has_backward_hooks(parameter: Tensor) -> bool:
     own = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
     return any(own)
+
+
+def _renewed(parameters: Sequence[Tensor], index: int) -> Tensor:
+    """Give a parameter a copy of its gradient in memory of its own; the part of it that is here."""
+    gradient = parameters[index].grad
+    assert gradient is not None
+    parameters[index].grad = own = gradient.clone()
+    to_local: Callable[[], Tensor] | None = getattr(own, "to_local", None)  # of a DTensor
+    return own if to_local is None else to_local()
 
 
 def _withheld(parameters: Sequence[Tensor], places: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,137 @@
+"""Gradients that share memory, found before any of them is written.
+
+`backward` gives each parameter a gradient of its own. `torch.autograd.grad` and `torch.func.grad`
+may return one tensor for two parameters, views of each other, or a tensor whose elements all lie in
+one place. Multiplied in place, such a gradient would be multiplied twice, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoclip.torch._norms import values_of
+from autoclip.torch._private import is_fake, is_view
+
+__all__ = ["Overlaps", "Renew"]
+
+Renew: TypeAlias = Callable[[int], Tensor]
+"""Gives a parameter, by its index, a gradient in memory of its own, and returns that."""
+
+# Devices whose tensors have no address of their own: data_ptr() is 0, or an object's.
+_WITHOUT_ADDRESSES = ("xla", "mps")
+
+
+class Overlaps:
+    """The search for gradients that share memory with another one, or within themselves.
+
+    Disjoint views of one buffer, such as DDP's gradient buckets, share none. Views that interleave,
+    such as two columns of a matrix, are taken for sharing.
+
+    Args:
+        gradients: tensors of any dtype, layout and device; None for none.
+        places: which of them to look at.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None], places: Iterable[int]) -> None:
+        self._dense: list[int] = []
+        self._loose: list[int] = []
+        self._opaque: list[int] = []
+        for i in places:
+            gradient = gradients[i]
+            if gradient is None or is_fake(gradient) or not gradient.numel():
+                continue
+            if gradient.device.type in _WITHOUT_ADDRESSES:
+                self._opaque.append(i)
+            elif gradient.layout is torch.strided and gradient.is_contiguous():
+                self._dense.append(i)
+            else:
+                self._loose.append(i)
+        sizes = [gradients[i].nbytes for i in self._dense]  # type: ignore[union-attr]
+        self._sizes = np.array(sizes, np.int64)
+        # In C, one call for thousands; of a single index, itemgetter returns no tuple.
+        self._dense_of = itemgetter(*self._dense) if len(self._dense) > 1 else None
+        self._disjoint: list[int] = []
+
+    def separate(
+        self, gradients: list[Tensor | None], written: Iterable[int], renew: Renew
+    ) -> None:
+        """Replace gradients until none that is to be written shares memory.
+
+        Args:
+            gradients: like those that this was made of; the replaced ones are changed in the list.
+            written: which of them are to be written.
+            renew: see `Renew`.
+        """
+        if self._opaque:
+            found = self._found_without_addresses(gradients)
+        else:
+            found = [i for i in written if not _is_injective(gradients[i])]
+            found += self._found_inside_another(gradients)
+        for i in dict.fromkeys(found) if found else ():
+            gradients[i] = renew(i)
+
+    def _found_inside_another(self, gradients: Sequence[Tensor | None]) -> Sequence[int]:
+        begins: list[int] = []
+        if self._dense_of is not None:
+            begins += map(Tensor.data_ptr, self._dense_of(gradients))
+        elif self._dense:
+            begins.append(gradients[self._dense[0]].data_ptr())  # type: ignore[union-attr]
+        indices, sizes = self._dense, self._sizes
+        if self._loose:
+            loose = [values_of(gradients[i]) for i in self._loose]  # type: ignore[arg-type]
+            begins += [values.data_ptr() for values in loose]
+            indices, sizes = indices + self._loose, np.append(sizes, [*map(_extent, loose)])
+        elif begins == self._disjoint:  # gradients that stay where they are, step after step
+            return []
+        ordered = np.array(begins, np.int64)
+        order = ordered.argsort(kind="stable")
+        ordered = ordered[order]
+        ends = np.maximum.accumulate(ordered + sizes[order])
+        inside = order[1:][ordered[1:] < ends[:-1]].tolist()
+        if not inside:
+            self._disjoint = begins
+        return [indices[k] for k in inside]
+
+    def _found_without_addresses(self, gradients: Sequence[Tensor | None]) -> list[int]:
+        # A view may be of another gradient, and XLA writes to an expanded one by adding up.
+        seen: set[int] = set()
+        found = []
+        for i in self._opaque:
+            gradient = gradients[i]
+            if gradient is None:
+                continue
+            if id(gradient) in seen or is_view(gradient):
+                found.append(i)
+            seen.add(id(gradient))
+        return found
+
+
+def _is_injective(gradient: Tensor | None) -> bool:
+    """Whether each element surely has a place of its own, unlike those of an expanded tensor."""
+    if gradient is None or (gradient.layout is torch.strided and gradient.is_contiguous()):
+        return True
+    reach = 0
+    for stride, size in _strides(values_of(gradient)):
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+def _extent(values: Tensor) -> int:
+    """How many bytes lie between the beginning of the first and the end of the last element."""
+    if not values.numel():
+        return 0
+    reach = sum((size - 1) * stride for stride, size in _strides(values))
+    return (reach + 1) * values.element_size()
+
+
+def _strides(values: Tensor) -> list[tuple[int, int]]:
+    """Strides and sizes of the dimensions that have any length, smallest strides first."""
+    return sorted((t, n) for t, n in zip(values.stride(), values.shape) if n > 1)
