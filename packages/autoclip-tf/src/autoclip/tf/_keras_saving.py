@@ -154,7 +154,9 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     # Keras's own saving, in `model.save`, `save_weights` and the callbacks that call them.
 
     def _obj_type(self) -> str:
-        return "Optimizer"  # Keras's list of kinds is closed
+        # Keras's list of kinds is closed. Each time it makes an object of the kind and leaves out
+        # what that has, too; a loss is made fast, an optimizer has variables.
+        return "Loss"
 
     def __dir__(self) -> Iterable[str]:
         # Keras evaluates every attribute of what it saves or loads, in search of more to save.
