@@ -174,7 +174,8 @@ class TensorFlow(Side):
 
     def _call(self, gradients: Any) -> Any:
         self.clipper(zip(gradients, self.variables))
-        return self.clipper._pipeline._report.read_value()  # `last` rounds to float32
+        report = self.clipper._pipeline._report.read_value()  # `last` rounds to float32
+        return tf.where(report < 1e250, report, tf.constant(np.inf, tf.float64))
 
     def step(self, gradients: list[float | None], dtype: str) -> tuple[Any, Any]:
         if self.in_graph:

@@ -327,7 +327,7 @@ def test_a_state_that_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> Non
     path = tmp_path / "history"
     filled(1.0).save(path)
     broken = filled(2.0)
-    broken._ring.recorded[0] = 0
+    broken._windows.ring.recorded[0] = 0
     with pytest.raises(StateError, match="the state to be saved"):
         broken.save(path)
     assert norm_in(path) == 1.0

@@ -13,6 +13,7 @@ import pickle
 import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from reference import Row
 
 from autoclip.core import SMALLEST_NORM, History, Quantile, Rule, Standard, State
-from autoclip.core._quantile import _BandTracker
+from autoclip.core._quantile_trackers import _Bands
 from autoclip.core._settings import GroupSettings
 
 Norms = npt.NDArray[np.float64]
@@ -395,7 +396,10 @@ def test_a_ceiling_limits_every_threshold(
         thresholds = np.minimum(free.thresholds, ceiling)
         assert limited.thresholds.tolist() == thresholds.tolist()
         a, b = free.record(norms), limited.record(norms)
-        assert b.thresholds.tolist() == np.minimum(a.thresholds, ceiling).tolist()
+        # A norm that float32 does not hold is compared with the ceiling alone.
+        beyond = np.isfinite(norms) & (norms > 3.5e38)
+        expected = np.where(beyond, ceiling, np.minimum(a.thresholds, ceiling))
+        assert b.thresholds.tolist() == expected.tolist()
     assert [w.tolist() for w in free.read(range(rows))[0]] == [
         w.tolist() for w in limited.read(range(rows))[0]
     ]
@@ -560,6 +564,20 @@ def test_the_smallest_norm_that_counts(more: int) -> None:
     assert history.recorded.tolist()[:5] == [1, 0, 1, 1, 0]
     inf = math.inf
     assert report.thresholds.tolist()[:5] == [SMALLEST_NORM, inf, largest, largest, inf]
+
+
+@pytest.mark.parametrize("rule", [Quantile(0.5), Standard(), Standard(decay=0.9, shrink=True)])
+@pytest.mark.parametrize("rows", [3, 50])
+def test_a_finite_norm_beyond_float32_is_clipped_to_the_ceiling(rule: Rule, rows: int) -> None:
+    limited, free = (History(rows, rule, 10, max_norm=each) for each in (4.0, None))
+    for history, coefficient in ((limited, 4.0 / 3e39), (free, 1.0)):
+        history.record([2.0] * rows)
+        report = history.record([3e39, math.inf, math.nan] + [1.0] * (rows - 3))
+        assert report.coefficients.tolist()[:3] == [coefficient, 1.0, 1.0]
+        assert history.recorded.tolist() == [1, 1, 1] + [2] * (rows - 3)
+        dropping = History.of([replace(each, on_spike="zero") for each in history.settings])
+        assert dropping.record([3e39] * rows).coefficients[0] == (coefficient == 1.0)
+    assert limited.record([3e39] * rows).thresholds.tolist() == [4.0] * rows
 
 
 @settings(max_examples=40)
@@ -739,13 +757,13 @@ def test_no_single_step_cuts_all_bands_anew(
     """The rows of a model move together, but their bands are cut a few at a time."""
     rows, length = 161, 1000
     cut: list[int] = []
-    original = _BandTracker._cut_bands
+    original = _Bands._cut_bands
 
-    def counted(self: _BandTracker, some: npt.NDArray[np.int64]) -> None:
+    def counted(self: _Bands, some: npt.NDArray[np.int64]) -> None:
         cut[-1] += len(some)
         original(self, some)
 
-    monkeypatch.setattr(_BandTracker, "_cut_bands", counted)
+    monkeypatch.setattr(_Bands, "_cut_bands", counted)
     history = History(rows, Quantile(0.9), length)
     random = np.random.default_rng(0)
     for step in range(2 * length):

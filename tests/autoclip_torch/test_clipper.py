@@ -353,7 +353,7 @@ def test_a_long_history_on_a_device_grows_with_use_and_stays_right(
         report, expected = ours.record(torch.from_numpy(norms)), core.record(norms)
         np.testing.assert_allclose(report.thresholds, expected.thresholds, rtol=1e-12)
         np.testing.assert_allclose(report.coefficients, expected.coefficients, rtol=1e-12)
-        capacities.append(ours._values.shape[1])
+        capacities.append(ours._windows.values.shape[1])
         if step == 50:  # written in another order of the ring, and it goes on
             ours.write(range(3), *ours.read(range(3)))
     (found, counts), (wanted, wanted_counts) = ours.read(range(3)), core.read(range(3))
@@ -368,10 +368,14 @@ def test_a_long_history_on_a_device_grows_with_use_and_stays_right(
 def test_a_loaded_history_stays_in_place_where_there_is_room() -> None:
     """A captured CUDA graph goes on writing where the history was."""
     history = TensorHistory([GroupSettings(Quantile(0.5), 8)] * 2, torch.device("cpu"))
-    tensors = {k: v.data_ptr() for k, v in vars(history).items() if isinstance(v, Tensor)}
-    assert len(tensors) == 5
+
+    def places() -> list[int]:
+        windows = history._windows
+        return [each.data_ptr() for each in (windows.values, windows.ordered, windows.counts)]
+
+    before = places()
     history.write([0, 1], [np.float32([1, 2, 3]), np.float32([4])], [3, 1])
-    assert {k: v.data_ptr() for k, v in vars(history).items() if isinstance(v, Tensor)} == tensors
+    assert places() == before
     report = history.record(torch.tensor([5.0, 6.0], dtype=torch.float64))
     assert report.thresholds.tolist() == [2.5, 5.0]
 

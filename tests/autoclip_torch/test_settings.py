@@ -126,7 +126,7 @@ def test_tensors_give_the_cores_numbers_for_any_rule_and_setting(
 def test_only_rules_that_ask_for_quantiles_of_the_norms_keep_them_in_order() -> None:
     for rule, kept in ((Quantile(0.5), True), (Mad(), True), (Standard(), False)):
         history = TensorHistory([GroupSettings(rule, 10)] * 2, CPU)
-        assert (history._ordered is not None) is kept
+        assert (history._windows.ordered is not None) is kept
 
 
 # -- through a clipper ---------------------------------------------------------------------------
@@ -468,13 +468,14 @@ def test_many_groups_are_arranged_in_one_go(path: str, monkeypatch: pytest.Monke
     optimizer = SGD([{"params": [mine]} for mine in ours], lr=0.1)
     made = []
     for kind in (History, TensorHistory):
-        original = kind._read_numbers
+        name = "_set_up" if kind is History else "__init__"
+        original = getattr(kind, name)
 
-        def counted(self: Any, original: Any = original) -> None:
+        def counted(self: Any, *args: Any, original: Any = original) -> None:
             made.append(self)
-            original(self)
+            original(self, *args)
 
-        monkeypatch.setattr(kind, "_read_numbers", counted)
+        monkeypatch.setattr(kind, name, counted)
     QuantileClip.as_optimizer(optimizer)
     give(ours, [1.0] * 300)
     optimizer.step()

@@ -80,6 +80,7 @@ class Row:
 
     def compare(self, norm: float) -> tuple[float, float, float | None]:
         """As `step`; what a past-only row is to `append` next is returned instead."""
+        exact = norm
         with np.errstate(over="ignore"):
             norm = float(np.float32(norm))
         counts = SMALLEST <= norm < math.inf
@@ -99,13 +100,18 @@ class Row:
             threshold = min(threshold, self.settings["max_norm"])
             target = min(target, self.settings["max_norm"])
 
-        if not counts:
+        ceiling = self.settings["max_norm"]
+        beyond = norm == math.inf and exact < math.inf and ceiling is not None
+        if not counts and not beyond:
             return threshold, 1.0, None
+        if beyond:  # float32 does not hold it: it is clipped to the ceiling and not recorded
+            threshold = target = ceiling
+            norm = exact
         coefficient = min(1.0, target / norm)
         entering = norm * coefficient if self.settings["record"] == "clipped" else norm
         if coefficient < 1.0 and self.settings["on_spike"] != "clip":
             coefficient = 0.0
-        return threshold, coefficient, None if current else entering
+        return threshold, coefficient, None if current or beyond else entering
 
     def append(self, norm: float) -> None:
         """Record a norm, rounded to float32, unless that is too small to record."""

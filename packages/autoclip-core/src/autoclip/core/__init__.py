@@ -19,20 +19,23 @@ from autoclip.core._diagnostics import RowSummary, Summary, summarize  # noqa: E
 from autoclip.core._errors import StateError  # noqa: E402
 from autoclip.core._fields import setting  # noqa: E402
 from autoclip.core._files import MAX_FILE_BYTES  # noqa: E402
-from autoclip.core._history import History, Report  # noqa: E402
+from autoclip.core._history import History  # noqa: E402
 from autoclip.core._logging import log_values  # noqa: E402
 from autoclip.core._max_norm import MaxNorm  # noqa: E402
+from autoclip.core._ops import SMALLEST_NORM  # noqa: E402
 from autoclip.core._quantile import Quantile  # noqa: E402
 from autoclip.core._reading import read_states  # noqa: E402
-from autoclip.core._ring import SMALLEST_NORM, RingBuffer  # noqa: E402
 from autoclip.core._rule import Rule, register_rule  # noqa: E402
 from autoclip.core._saving import Saveable  # noqa: E402
 from autoclip.core._settings import OnNonfinite, OnSpike, Record  # noqa: E402
 from autoclip.core._standard import Standard  # noqa: E402
 from autoclip.core._state import GroupState, ParameterInfo, State  # noqa: E402
-from autoclip.core._tracker import Tracker  # noqa: E402
+from autoclip.core._step import Report  # noqa: E402
 from autoclip.core._version import __version__  # noqa: E402
 from autoclip.core._window import Window  # noqa: E402
+
+# Accelerations, which the rules know nothing of.
+from autoclip.core import _quantile_trackers, _standard_trackers  # noqa: E402, F401  isort: skip
 
 __all__ = [
     "MAX_FILE_BYTES",
@@ -46,7 +49,6 @@ __all__ = [
     "Quantile",
     "Record",
     "Report",
-    "RingBuffer",
     "RowSummary",
     "Rule",
     "Saveable",
@@ -54,7 +56,6 @@ __all__ = [
     "State",
     "StateError",
     "Summary",
-    "Tracker",
     "Window",
     "__version__",
     "log_values",

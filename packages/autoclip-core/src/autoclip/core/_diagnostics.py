@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from autoclip.core._errors import StateError
 from autoclip.core._files import PathLike
-from autoclip.core._history import History, Report
+from autoclip.core._history import History
 from autoclip.core._logging import log_values, recorded_rows
 from autoclip.core._notices import idle_notice, state_notices
 from autoclip.core._reading import read_states
@@ -23,6 +23,7 @@ from autoclip.core._rule import RULES
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state import GroupState, State
+from autoclip.core._step import Report
 from autoclip.core._text import describe, printable
 
 __all__ = ["CANDIDATES", "RowSummary", "Rows", "Source", "Summary", "rows_of", "summarize"]

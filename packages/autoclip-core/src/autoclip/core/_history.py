@@ -4,49 +4,148 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, Generic, TypeVar
+from operator import mul
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._ring import SMALLEST_NORM, RingBuffer, Rows, is_recorded
+from autoclip.core._ops import LARGEST_NORM, SMALLEST_NORM, is_recorded
+from autoclip.core._ring import OPS, RingBuffer, Rows
 from autoclip.core._rows import make_state
-from autoclip.core._rule import Rule, rule_arguments
+from autoclip.core._rule import Rule
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import GroupSettings, Record
 from autoclip.core._state import MAX_RECORDED, ParameterInfo, State
-from autoclip.core._tracker import FewRowsTracker, Tracker
+from autoclip.core._step import Report, numbers_of, record, thresholds_of
+from autoclip.core._tracker import FewRows, Tracker, tracker_of
 
 __all__ = ["History", "Report"]
 
-ArrayT = TypeVar("ArrayT")
 
+class _Windows:
+    """The windows of all rows, their settings, and a tracker if the rule has one.
 
-@dataclass(frozen=True)
-class Report(Generic[ArrayT]):
-    """What one step did, row by row.
-
-    Attributes:
-        norms: [rows], the norms that were given; 0 for a row without a gradient.
-        thresholds: [rows], what each norm was compared with; infinite where nothing is known yet.
-        coefficients: [rows], what each gradient is multiplied by, `min(1, threshold / norm)`; 1
-            for a row that recorded nothing in this step. Where `on_spike` is `"zero"` or `"skip"`,
-            0 for a norm above its threshold.
-        names: what the rows stand for: parameters' names, groups, or all parameters.
+    For `record` it is what `Windows` is in other backends: rows of different lengths, thresholds
+    from the tracker. A history replaces it as a whole, so an interrupted load changes nothing.
     """
 
-    norms: ArrayT
-    thresholds: ArrayT
-    coefficients: ArrayT
-    names: tuple[str, ...] = ()
+    ops = OPS
+
+    def __init__(self, settings: Sequence[GroupSettings], ring: RingBuffer) -> None:
+        self.settings, self.ring = settings, ring
+        self.numbers = {
+            # Rows with the same setting share what a rule computes of it.
+            name: OPS.common(column) if name.startswith("rule/") else column
+            for name, column in numbers_of(settings).items()
+        }
+        self.tracker = tracker_of([each.rule for each in settings], ring.history_length)
+        self.few = self.tracker if isinstance(self.tracker, FewRows) else None
+        # In Python's numbers, for a few rows.
+        self._lists: list[Any] = [
+            self.numbers[name][:, 0].tolist() if name in self.numbers else None
+            for name in ("warmup_steps", "max_norm", "drops")
+        ]
+        # Whether the ring has changed, or is about to, since the tracker followed it.
+        self.is_stale = True
 
     @property
-    def spikes(self) -> ArrayT:
-        """bool[rows]: whether the norm was above its threshold, regardless of `on_spike`."""
-        return self.coefficients < 1.0  # type: ignore[operator, return-value]
+    def recorded(self) -> npt.NDArray[np.int64]:
+        """int64[rows, 1]: how many norms each row has ever recorded."""
+        return self.ring.recorded[:, None]
+
+    def settled(self) -> _Windows:
+        """These windows, after a step that an interrupt has cut short has been completed."""
+        if self.is_stale:
+            self.ring.finish()
+            if self.tracker is not None:
+                self.tracker.rebuild(self.ring)
+            self.is_stale = False
+        return self
+
+    def push(self, norms: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]) -> _Windows:
+        """Append one norm to each row where `usable`; both [rows, 1]."""
+        rows: Rows = slice(None) if usable.all() else np.flatnonzero(usable)
+        entered = norms[rows, 0]
+        if not len(entered):
+            return self
+        self.is_stale = True
+        self.ring = self.ring.reserved(rows)
+        left = self.ring.push(rows, entered)
+        if isinstance(self.tracker, Tracker):
+            if not self.ring.is_full:
+                left = np.where(left > 0, left, np.float32(np.nan))
+            self.tracker.update(self.ring, rows, entered, left)
+        self.is_stale = False
+        return self
+
+    def judge(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> tuple[Any, Any]:
+        """See `Windows.judge`."""
+        if self.tracker is not None:
+            if isinstance(self.tracker, Tracker):
+                found = self.tracker.thresholds.copy()
+            else:
+                rows = range(self.ring.rows)
+                found = np.array([self.tracker.threshold(self.ring, row) for row in rows])
+            column = found[:, None]
+            return column, column
+        thresholds = np.empty((self.ring.rows, 1))
+        scales_elsewhere = norm is not None and type(rule).clip_to is not Rule.clip_to
+        targets = np.empty_like(thresholds) if scales_elsewhere else thresholds
+        for some, windows in self.ring.windows():
+            own = {
+                name: value[some] if isinstance(value, np.ndarray) and len(value) > 1 else value
+                for name, value in arguments.items()
+            }
+            thresholds[some], targets[some] = windows.judge(
+                rule, own, norm[some] if scales_elsewhere else None
+            )
+        return thresholds, targets
+
+    def record_few(
+        self, tracker: FewRows, given: npt.NDArray[np.float64]
+    ) -> Report[npt.NDArray[np.float64]]:
+        """`record` in Python's numbers, which is faster for a few rows."""
+        settings, listed = self.settings[0], given.tolist()
+        norms = array("f", listed)  # rounded; infinite beyond float32
+        entered = [norm if SMALLEST_NORM <= norm <= LARGEST_NORM else 0.0 for norm in norms]
+        if 0.0 in entered:
+            _refuse_negative(given)
+        warmups, ceilings, drops = self._lists
+        cold = warmups and (self.ring.recorded < warmups).tolist()
+        if settings.include_current:
+            self._push_each(tracker, entered)
+        limits, coefficients = [], []
+        for row, norm in enumerate(entered):
+            limit = math.inf if cold and cold[row] else tracker.threshold(self.ring, row)
+            if ceilings:
+                limit = min(limit, ceilings[row])
+                if norms[row] > LARGEST_NORM and listed[row] < math.inf:
+                    norm, limit = listed[row], ceilings[row]
+            limits.append(limit)
+            coefficients.append(limit / norm if limit < norm else 1.0)
+        if not settings.include_current:
+            if settings.record == "clipped":
+                clipped = array("f", map(mul, entered, coefficients))
+                entered = [norm if norm >= SMALLEST_NORM else 0.0 for norm in clipped]
+            self._push_each(tracker, entered)
+        if drops:
+            coefficients = [0.0 if c < 1.0 and d else c for c, d in zip(coefficients, drops)]
+        return Report(given, np.array(limits), np.array(coefficients))
+
+    def _push_each(self, tracker: FewRows, entered: Sequence[float]) -> None:
+        self.is_stale = True
+        if not self.ring.is_full:
+            self.ring = self.ring.reserved(np.flatnonzero(entered))
+        self.ring.push_each(entered, tracker.update)
+        self.is_stale = False
+
+
+def _refuse_negative(norms: npt.NDArray[np.float64]) -> None:
+    if (norms < 0).any():
+        raise ValueError(f"A norm is never negative, but got {np.nanmin(norms)}.")
 
 
 class History(Saveable):
@@ -118,47 +217,32 @@ class History(Saveable):
         return history
 
     def _set_up(self, settings: Sequence[GroupSettings]) -> None:
-        self._settings = list(settings)
-        first = self._settings[0] if settings else None
-        for each in dict.fromkeys(self._settings):
-            if first is not None and each.structure != first.structure:
+        settings = list(settings)
+        for each in dict.fromkeys(settings):
+            if each.structure != settings[0].structure:
                 raise TypeError(
                     "The rows of a history take rules of one class, whose settings differ in "
-                    f"numbers only, but got {first.rule} and {each.rule}."
+                    f"numbers only, but got {settings[0].rule} and {each.rule}."
                 )
-        self._includes_current = first is None or bool(first.include_current)
-        self._records_clipped = first is not None and first.record == "clipped"
-        self._ring = RingBuffer(len(self._settings), first.history_length if first else 1)
-        self._read_numbers()
-
-    def _read_numbers(self) -> None:
-        """Take up what settings that are numbers say of each row, and start to track."""
-        settings = self._settings
-        # What most clippers do not use costs them nothing: None.
-        self._ceilings = _numbers([each.max_norm for each in settings], np.inf)
-        self._warmups = _numbers([each.warmup_steps or None for each in settings], 0)
-        drops = [each.on_spike != "clip" for each in settings]
-        self._drops = np.array(drops) if any(drops) else None
-        self._tracker: Tracker | None = None
-        self._few: FewRowsTracker | None = None
-        if not settings:
-            return
-        rules = [each.rule for each in settings]
-        self._rule = type(rules[0])
-        self._arguments = rule_arguments(rules)
-        self._tracker = self._rule.track(rules, self._ring)
-        if isinstance(self._tracker, FewRowsTracker) and self._drops is None:
-            self._few = self._tracker
-        if self._tracker is not None:
-            self._tracker.rebuild(np.flatnonzero(self._ring.lengths))
+        empty = [np.empty(0, np.float32)] * len(settings)
+        length = settings[0].history_length if settings else 1
+        ring = RingBuffer(empty, np.zeros(len(settings), np.int64), length)
+        self._windows = _Windows(settings, ring)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self._settings, "ring": self._ring}
+        windows = self._windows.settled()
+        return {"settings": windows.settings, "ring": windows.ring}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set_up(state["settings"])
-        self._ring = state["ring"]
-        self._read_numbers()
+        self._windows = _Windows(state["settings"], state["ring"])
+
+    @property
+    def _settings(self) -> Sequence[GroupSettings]:
+        return self._windows.settings
+
+    @property
+    def _ring(self) -> RingBuffer:
+        return self._windows.settled().ring
 
     @property
     def rows(self) -> int:
@@ -183,8 +267,7 @@ class History(Saveable):
                 "settings takes one GroupSettings a row that differs from the present one in "
                 "numbers only. Make a new History for others, and write the windows into it."
             )
-        self._settings = list(settings)
-        self._read_numbers()
+        self._windows = _Windows(list(settings), self._ring)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -199,7 +282,7 @@ class History(Saveable):
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """int64[rows]: how many norms each window holds now."""
-        return self._ring.lengths.copy()
+        return self._ring.lengths
 
     @property
     def recorded(self) -> npt.NDArray[np.int64]:
@@ -213,7 +296,12 @@ class History(Saveable):
         Infinite where nothing was recorded yet or the row is still warming up; never above
         `max_norm`. Without `include_current` the next norms are compared with these.
         """
-        return self._limited(self._judge()[0], self._ring.recorded)
+        if not self.rows:
+            return np.empty(0)
+        windows = self._windows.settled()
+        with np.errstate(all="ignore"):  # empty rows
+            found = thresholds_of(windows.settings[0], windows.numbers, windows)
+        return np.ravel(found)
 
     def record(self, norms: npt.ArrayLike) -> Report[npt.NDArray[np.float64]]:
         """Compare one norm a row with its threshold, and append it to the row's window.
@@ -230,117 +318,23 @@ class History(Saveable):
         Raises:
             ValueError: the shape is not [rows], or a norm is negative. Nothing is recorded.
         """
+        windows = self._windows
         given = np.array(norms, np.float64)  # a copy: the report keeps it
-        if given.shape != (self.rows,):
+        if given.shape != (len(windows.settings),):
             raise ValueError(
                 f"record takes one norm a row, shape ({self.rows},), but got shape {given.shape}."
             )
-        if self._few is not None:
-            return self._record_few(self._few, given)
-        with np.errstate(over="ignore"):  # a float64 norm may be too large for float32
-            rounded = given.astype(np.float32)
-        usable = is_recorded(rounded)
-        rows: Rows = slice(None)
-        if not usable.all():
-            if (given < 0).any():
-                raise ValueError(_negative_norm(given))
-            rows = np.flatnonzero(usable)
-            if not len(rows):
-                return Report(given, self.thresholds, np.ones(self.rows))
-        return self._record_many(given, rounded, rows)
-
-    def _record_many(
-        self, given: npt.NDArray[np.float64], rounded: npt.NDArray[np.float32], rows: Rows
-    ) -> Report[npt.NDArray[np.float64]]:
-        before = self._ring.recorded.copy() if self._warmups is not None else self._ring.recorded
-        if self._includes_current:
-            self._push(rows, rounded[rows])
-        raw, clip_to = self._judge(rounded)
-        thresholds = self._limited(raw, before)
-        targets = thresholds if clip_to is raw else self._limited(clip_to, before)
-        coefficients = np.ones(self.rows)
-        # The ratio to the *rounded* norm, the one in the window: so the largest never clips.
-        coefficients[rows] = np.minimum(1.0, targets[rows] / rounded[rows])
-        if not self._includes_current:
-            entered = rounded[rows]
-            if self._records_clipped:
-                entered = (entered * coefficients[rows]).astype(np.float32)
-            self._push(rows, entered)
-        if self._drops is not None:
-            coefficients[(coefficients < 1.0) & self._drops] = 0.0
-        return Report(given, thresholds, coefficients)
-
-    def _record_few(
-        self, tracker: FewRowsTracker, given: npt.NDArray[np.float64]
-    ) -> Report[npt.NDArray[np.float64]]:
-        """`record` in Python's numbers, which is quicker for a few rows."""
-        listed = given.tolist()
-        if [norm for norm in listed if norm < 0]:
-            raise ValueError(_negative_norm(given))
-        push, update = self._ring.push_one, tracker.update_one
-        first, warmups, ceilings = self._includes_current, self._warmups, self._ceilings
-        limits, coefficients = [], []
-        for row, norm in enumerate(array("f", listed)):  # rounded; infinite beyond float32
-            usable = SMALLEST_NORM <= norm < math.inf
-            warm = warmups is None or self._ring.recorded[row] >= warmups[row]
-            if usable and first:
-                update(row, norm, push(row, norm))
-            limit = tracker.thresholds[row] if warm else math.inf
-            if ceilings is not None:
-                limit = min(limit, float(ceilings[row]))
-            coefficient = limit / norm if usable and limit < norm else 1.0
-            if usable and not first:
-                entered = float(np.float32(norm * coefficient)) if self._records_clipped else norm
-                update(row, entered, push(row, entered))
-            limits.append(limit)
-            coefficients.append(coefficient)
-        return Report(given, np.array(limits), np.array(coefficients))
-
-    def _push(self, rows: Rows, entered: npt.NDArray[np.float32]) -> None:
-        if self._records_clipped:  # clipped to nothing that a history records
-            usable = is_recorded(entered)
-            if not usable.all():
-                index = np.arange(self.rows) if isinstance(rows, slice) else rows
-                rows, entered = index[usable], entered[usable]
-        left = self._ring.push(rows, entered)
-        if self._tracker is not None:
-            self._tracker.update(rows, entered, left)
-
-    def _judge(
-        self, norms: npt.NDArray[np.float32] | None = None
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The rule's thresholds, and what it scales `norms` above them down to."""
-        if self._tracker is not None:
-            thresholds = np.array(self._tracker.thresholds, np.float64)
-            return thresholds, thresholds
-        raw = np.full(self.rows, np.inf)
-        if not self.rows:
-            return raw, raw
-        clip_to = raw if norms is None or self._rule.clip_to is Rule.clip_to else raw.copy()
-        for rows, window in self._ring.windows():
-            arguments = {
-                name: value[rows] if isinstance(value, np.ndarray) and len(value) > 1 else value
-                for name, value in self._arguments.items()
-            }
-            filled = self._ring.lengths[rows] > 0
-            with np.errstate(all="ignore"):  # empty rows, and norms below their threshold
-                found = np.broadcast_to(self._rule.threshold(window, **arguments), (len(rows), 1))
-                raw[rows] = np.where(filled, found[:, 0], np.inf)
-                if clip_to is not raw and norms is not None:
-                    norm = norms[rows, None].astype(np.float64)
-                    target = self._rule.clip_to(window, norm, found, **arguments)
-                    clip_to[rows] = np.where(filled & (norm > found)[:, 0], target[:, 0], np.inf)
-        return raw, clip_to
-
-    def _limited(
-        self, thresholds: npt.NDArray[np.float64], recorded: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
-        """Thresholds after warm-up and below the ceiling."""
-        if self.rows and self._warmups is not None:
-            thresholds = np.where(recorded >= self._warmups, thresholds, np.inf)
-        if self.rows and self._ceilings is not None:
-            thresholds = np.minimum(thresholds, self._ceilings)
-        return thresholds
+        if windows.is_stale:
+            windows.settled()
+        if windows.few is not None:
+            return windows.record_few(windows.few, given)
+        if not windows.settings:
+            return Report(given, np.empty(0), np.empty(0))
+        _refuse_negative(given)
+        with np.errstate(all="ignore"):  # norms beyond float32, empty rows, NaN
+            column = given[:, None]
+            _, report = record(windows.settings[0], windows.numbers, windows, column)
+        return Report(given, report.thresholds[:, 0], report.coefficients[:, 0])
 
     def reset(self) -> None:
         """Forget all norms, as if nothing had been recorded."""
@@ -388,8 +382,8 @@ class History(Saveable):
         for row, window, count in zip(index, windows, recorded):
             norms, number = _checked(row, window, count)
             kept[row], counts[row] = norms[-self.history_length :], number
-        self._ring.write(kept, counts)
-        self._read_numbers()
+        ring = RingBuffer(kept, counts, self.history_length)
+        self._windows = _Windows(self._settings, ring)
 
     def export_state(self) -> State:
         return self._state(*self.read(range(self.rows)))
@@ -403,7 +397,7 @@ class History(Saveable):
         groups = [list(run) for _, run in groupby(range(self.rows), self._settings.__getitem__)]
         return make_state(
             "numpy",
-            self._rule.name,
+            self._settings[0].rule.name,
             "parameter",
             [self._settings[rows[0]] for rows in groups],
             [[ParameterInfo(None, None)] * len(rows) for rows in groups],
@@ -419,17 +413,6 @@ class History(Saveable):
     def __repr__(self) -> str:
         kinds = ", ".join(map(str, dict.fromkeys(self.rules)))
         return f"History(rows={self.rows}, rule={kinds}, history_length={self.history_length})"
-
-
-def _numbers(values: Sequence[float | None], none: float) -> npt.NDArray[Any] | None:
-    """One number a row; None where no row has any."""
-    if all(value is None for value in values):
-        return None
-    return np.array([none if value is None else value for value in values])
-
-
-def _negative_norm(given: npt.NDArray[np.float64]) -> str:
-    return f"A norm is never negative, but got {np.nanmin(given)}."
 
 
 def _checked(row: int, window: Any, count: Any) -> tuple[npt.NDArray[np.float32], int]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._history import Report
-from autoclip.core._ring import is_recorded
+from autoclip.core._ops import is_recorded
+from autoclip.core._step import Report
 
 __all__ = ["check_parameters", "log_values", "recorded_rows"]
 

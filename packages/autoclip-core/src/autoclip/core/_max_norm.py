@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._history import History, Report
+from autoclip.core._history import History
 from autoclip.core._rows import make_state, row_names, split_state
 from autoclip.core._rule import Rule
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import ClipperSettings, Record
 from autoclip.core._state import ParameterInfo, State
+from autoclip.core._step import Report
 
 __all__ = ["MaxNorm"]
 

@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._history import Report
 from autoclip.core._logging import log_values, recorded_rows
 from autoclip.core._saving import Saveable
 from autoclip.core._state import State
+from autoclip.core._step import Report
 from autoclip.core._warnings import warn_user
 
 __all__ = ["EQUAL", "MANY", "constant_notice", "idle_notice", "log_and_watch", "state_notices"]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from autoclip.core._history import History
 from autoclip.core._quantile import Quantile
+from autoclip.core._ring import OPS
 from autoclip.core._settings import GroupSettings, batches
 from autoclip.core._standard import Standard
 from autoclip.core._window import interpolate
@@ -203,7 +204,7 @@ def running_quantiles(
         lower = position.astype(np.int64)
         a = values[here]
         b = np.where(lower + 1 < count, values[after[here]], a)
-        found[step, some] = interpolate(a, b, position - lower)
+        found[step, some] = interpolate(OPS, a, b, position - lower)
         leaving = nodes[step, some]
         left, right = before[leaving], after[leaving]
         after[left], before[right] = right, left

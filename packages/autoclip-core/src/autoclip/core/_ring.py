@@ -1,72 +1,71 @@
-"""The last norms of many rows, in ring buffers that grow with use."""
+"""Windows of many rows in NumPy: ring buffers of different lengths that grow with use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._window import NumpyWindow
+from autoclip.core._ops import NumpyOps
+from autoclip.core._window import Windows, counts_of, slots_of
 
-__all__ = ["SMALLEST_NORM", "RingBuffer", "Rows", "is_recorded"]
-
-SMALLEST_NORM = float(np.finfo(np.float32).tiny)
-"""A norm below float32's smallest normal number, 1.18e-38, counts as zero: never recorded."""
+__all__ = ["OPS", "RingBuffer", "Rows"]
 
 Rows: TypeAlias = slice | npt.NDArray[np.int64]
-"""Which rows: an index array without duplicates, or `slice(None)` for all of them."""
+"""Some rows: an index array without duplicates, or `slice(None)` for all of them."""
 
-_FIRST_CAPACITY = 16
-
-
-def is_recorded(norms: Any) -> Any:
-    """Which norms enter a history: not zero, not NaN, not infinite.
-
-    Args:
-        norms: an array of any framework, rounded to float32 as a history holds them.
-
-    Returns:
-        A bool array of the same kind and shape.
-    """
-    return (norms >= SMALLEST_NORM) & (norms < np.inf)
+OPS = NumpyOps()
+FIRST_CAPACITY = 16
 
 
 class RingBuffer:
-    """The last `history_length` recorded norms of each row.
+    """The last `history_length` recorded norms of each row, laid out as `Windows` describes.
 
     Each row has a ring of its own in one flat array. A ring grows by doubling up to
-    `history_length`, so memory follows what is held. A norm has a *place* in its ring: in a full
-    window how many norms the row had recorded before it, modulo `history_length`; in a shorter one
-    how many norms of the window are older. Places follow from the window and `recorded` alone, so
-    that sums over places give the same bits after a load as without one.
+    `history_length`, so memory follows the contents.
+
+    Args:
+        windows: one float32[length] a row, oldest norm first, at most `history_length` long.
+        recorded: int64[rows], how many norms each row has ever recorded.
+        history_length: how many norms a row keeps at most.
 
     Attributes:
-        history_length: how many norms a row keeps at most.
-        lengths: int64[rows], how many norms the window of each row holds.
-        recorded: int64[rows], how many norms each row has ever recorded.
+        history_length: see above.
+        counts: int64[rows], how many norms have come into each window.
+        is_full: whether all windows are known to hold `history_length` norms.
     """
 
-    def __init__(self, rows: int, history_length: int) -> None:
+    def __init__(
+        self,
+        windows: Sequence[npt.NDArray[np.float32]],
+        recorded: npt.NDArray[np.int64],
+        history_length: int,
+    ) -> None:
+        lengths = np.array([len(window) for window in windows], np.int64)
         self.history_length = history_length
-        self.lengths: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
-        self.recorded: npt.NDArray[np.int64] = np.zeros(rows, np.int64)
-        self._lay_out(np.full(rows, min(_FIRST_CAPACITY, history_length), np.int64))
+        self.counts = counts_of(lengths, np.asarray(recorded, np.int64), history_length)
+        self._before: npt.NDArray[np.int64] = recorded - self.counts
+        self._lay_out(self.widths())
+        for start, window, count in zip(self._row_starts, windows, self.counts.tolist()):
+            self._values[start + slots_of(count, history_length)] = window
 
     def _lay_out(self, capacities: npt.NDArray[np.int64]) -> None:
         self._capacities = capacities
         self._starts = np.cumsum(capacities) - capacities
-        self._values: npt.NDArray[np.float32] = np.zeros(int(capacities.sum()), np.float32)
-        self._grows = bool((capacities < self.history_length).any())
-        self._row_starts = self._starts.tolist()
+        self._row_starts: list[int] = self._starts.tolist()
+        self._values = np.zeros(int(capacities.sum()), np.float32)
+        self.is_full = False
+        # An interrupt may come between two writes: norms that are about to be recorded, 0 for a row
+        # without one, and `counts` before.
+        self._unfinished: tuple[Any, Any] | None = None
         self._make_views()
 
     def _make_views(self) -> None:
         # For one row at a time: Python's numbers, without NumPy's price for a scalar.
         self._values_view: Any = memoryview(self._values.data)
-        self._recorded_view: Any = memoryview(self.recorded.data)
-        self._lengths_view: Any = memoryview(self.lengths.data)
+        self._counts_view: Any = memoryview(self.counts.data)
 
     def __getstate__(self) -> dict[str, Any]:
         return {n: value for n, value in self.__dict__.items() if not n.endswith("_view")}
@@ -78,158 +77,155 @@ class RingBuffer:
     @property
     def rows(self) -> int:
         """How many rows there are."""
-        return len(self.lengths)
+        return len(self.counts)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64[rows]: how many norms the window of each row holds."""
+        return np.minimum(self.counts, self.history_length)
+
+    @property
+    def recorded(self) -> npt.NDArray[np.int64]:
+        """int64[rows]: how many norms each row has ever recorded."""
+        return self.counts + self._before
 
     @property
     def nbytes(self) -> int:
         """How much memory the norms take, in bytes."""
         return self._values.nbytes
 
+    # -- a step ------------------------------------------------------------------------------
+
+    def reserved(self, rows: Rows) -> RingBuffer:
+        """This buffer, or a copy that has room for one more norm in each of `rows`."""
+        if not self.is_full:
+            self.is_full = bool((self.lengths == self.history_length).all())
+        if self.is_full:
+            return self
+        slots = self.counts % self.history_length
+        if (slots[rows] < self._capacities[rows]).all():
+            return self
+        # Rows that are nearly full grow along, so that rows which fill up one after the other do
+        # not each copy everything.
+        grows = 4 * (slots + 1) > 3 * self._capacities
+        doubled = np.minimum(2 * self._capacities, self.history_length)
+        grown = RingBuffer.__new__(RingBuffer)
+        grown.history_length = self.history_length
+        grown.counts, grown._before = self.counts.copy(), self._before
+        grown._lay_out(np.where(grows, doubled, self._capacities))
+        kept = zip(self._row_starts, grown._row_starts, self._capacities.tolist())
+        for old, new, count in kept:
+            grown._values[new : new + count] = self._values[old : old + count]
+        return grown
+
     def push(self, rows: Rows, entered: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Append one norm to each of `rows`.
+        """Append one norm to each of `rows`, for which there is room.
 
         Args:
             rows: which rows.
             entered: float32[n], one norm a row.
 
         Returns:
-            float32[n]: the norms that fell out of the windows, NaN where none did.
+            float32[n]: the norms that fell out of the windows, 0 if none did.
         """
-        recorded, lengths = self.recorded[rows], self.lengths[rows]
-        full = lengths == self.history_length
-        places = np.where(full, recorded % self.history_length, lengths)
-        if self._grows:
-            self._reserve(rows, places)
-        slots = self._starts[rows] + places
-        left: npt.NDArray[np.float32] = np.where(full, self._values[slots], np.float32(np.nan))
+        slots = self._starts[rows] + self.counts[rows] % self.history_length
+        left: npt.NDArray[np.float32] = self._values[slots]
+        coming = entered
+        if not isinstance(rows, slice):
+            coming = np.zeros(self.rows, np.float32)
+            coming[rows] = entered
+        self._unfinished = coming, self.counts.copy()
         self._values[slots] = entered
-        self.recorded[rows] += 1
-        self.lengths[rows] += ~full
-        if not full.all():
-            self._renumber(rows, ~full)
+        self.counts[rows] += 1
+        self._unfinished = None
         return left
 
-    def push_one(self, row: int, entered: float) -> float | None:
-        """Append one norm to one row; the norm that fell out of the window, or None."""
-        recorded, length = self._recorded_view[row], self._lengths_view[row]
-        self._recorded_view[row] = recorded + 1
-        if length == self.history_length:
-            slot = self._row_starts[row] + recorded % length
-            left: float = self._values_view[slot]
-            self._values_view[slot] = entered
-            return left
-        if self._grows:
-            self._reserve(np.array([row]), np.array([length]))
-        self._values_view[self._row_starts[row] + length] = entered
-        self._lengths_view[row] = length + 1
-        self._renumber(np.array([row]), np.array([True]))
-        return None
+    def push_each(self, entered: Sequence[float], note: Any) -> None:
+        """Append a norm to each row for which there is room, in Python's numbers.
 
-    def _renumber(self, rows: Rows, grown: npt.NDArray[np.bool_]) -> None:
-        """Rotate the windows that have just become full and whose places change by that."""
-        for row in self.renumbered(rows, grown).tolist():
-            start, length = self._row_starts[row], self.history_length
-            window = self._values[start : start + length]
-            window[:] = np.roll(window, int(self.recorded[row]) % length)
-
-    def renumbered(self, rows: Rows, grown: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """Which of `rows`, where `grown`, got other places when they became full just now.
-
-        A window that was loaded into a longer history, for one.
+        Args:
+            entered: one norm a row, 0 for a row that records nothing.
+            note: called with the row, its norm, and the norm that fell out of the window or 0.
         """
-        full = self.lengths[rows] == self.history_length
-        changed = np.flatnonzero(grown & full & (self.recorded[rows] % self.history_length != 0))
-        return changed if isinstance(rows, slice) else rows[changed]
+        values, counts, length = self._values_view, self._counts_view, self.history_length
+        self._unfinished = entered, counts.tolist()
+        for row, norm in enumerate(entered):
+            if norm:
+                count = counts[row]
+                slot = self._row_starts[row] + count % length
+                left = values[slot]
+                values[slot] = norm
+                counts[row] = count + 1
+                note(row, norm, left)
+        self._unfinished = None
 
-    def _reserve(self, rows: Rows, places: npt.NDArray[np.int64]) -> None:
-        if (places < self._capacities[rows]).all():
-            return
-        # Rows that are nearly full grow along, so that rows which fill up one after the other do
-        # not each copy everything.
-        grows = 4 * self.lengths > 3 * self._capacities
-        doubled = np.minimum(2 * self._capacities, self.history_length)
-        old, starts, kept = self._values, self._starts.tolist(), self._capacities.tolist()
-        self._lay_out(np.where(grows, doubled, self._capacities))
-        for start, new, count in zip(starts, self._row_starts, kept):
-            self._values[new : new + count] = old[start : start + count]
+    def finish(self) -> None:
+        """Complete a step that an interrupt has cut short."""
+        if self._unfinished is not None:
+            entered, before = map(np.array, self._unfinished)
+            rows = np.flatnonzero(entered)
+            self._values[self._starts[rows] + before[rows] % self.history_length] = entered[rows]
+            self.counts[:] = before + (entered > 0)
+            self._unfinished = None
+
+    # -- contents ----------------------------------------------------------------------------
 
     def read(self, row: int) -> npt.NDArray[np.float32]:
         """float32[length]: a copy of a row's window, oldest norm first."""
-        start, length = self._row_starts[row], int(self.lengths[row])
-        held: npt.NDArray[np.float32] = self._values[start : start + length]
-        full = length == self.history_length
-        return np.roll(held, -(int(self.recorded[row]) % length) if full else 0)
+        slots = slots_of(int(self.counts[row]), self.history_length)
+        window: npt.NDArray[np.float32] = self._values[self._row_starts[row] + slots]
+        return window
 
-    def write(
-        self, windows: list[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
-    ) -> None:
-        """Replace all windows.
+    def norms(self, row: int) -> npt.NDArray[np.float64]:
+        """float64[length]: a row's window, in the order of the slots."""
+        start = self._row_starts[row]
+        held = self._values[start : start + int(self._capacities[row])].astype(np.float64)
+        return held if self.is_full else held[held > 0]
 
-        Args:
-            windows: one float32[length] a row, oldest norm first, at most `history_length` long.
-            recorded: int64[rows].
-        """
-        self.lengths = np.array([len(window) for window in windows], np.int64)
-        self.recorded = np.array(recorded, np.int64)
-        self._lay_out(self._widths())
-        for start, window, count in zip(self._row_starts, windows, self.recorded.tolist()):
-            full = len(window) == self.history_length
-            held = np.roll(window, count % len(window)) if full else window
-            self._values[start : start + len(window)] = held
-
-    def newest(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """int64[n]: the place of each row's newest norm."""
-        recorded, lengths = self.recorded[rows], self.lengths[rows]
-        full = lengths == self.history_length
-        return np.where(full, (recorded - 1) % self.history_length, lengths - 1)
+    def matrix(self, rows: Rows, width: int) -> npt.NDArray[np.float32]:
+        """float32[n, width]: the first slots of some rows, zeros for unused ones."""
+        capacities = self._capacities
+        whole = isinstance(rows, slice) or len(rows) == self.rows
+        if whole and (self.is_full or (capacities == capacities[0]).all()):
+            return self._values.reshape(self.rows, -1)[:, :width]
+        held: npt.NDArray[np.float32] = self._values[self._starts[rows, None] + np.arange(width)]
+        return held
 
     def at(
-        self, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
+        self, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
-        """The norms at `places`, [n, m]; float64[n, m], NaN where the window holds no such norm."""
-        held = places < self.lengths[rows, None]
-        slots = self._starts[rows, None] + np.where(held, places, 0)
-        return np.where(held, self._values[slots].astype(np.float64), np.nan)
-
-    def between(self, row: int, first: int, end: int) -> list[float]:
-        """The norms of one row at the places from `first` up to `end`."""
-        start = self._row_starts[row]
-        end = min(end, int(self.lengths[row]))
-        norms: list[float] = self._values_view[start + first : start + end].tolist()
-        return norms
+        """float64[n, m]: the norms in some slots, [n, m]; 0 if there is none."""
+        there = slots < self._capacities[rows, None]
+        held = self._values[self._starts[rows, None] + np.where(there, slots, 0)]
+        return np.where(there, held.astype(np.float64), 0.0)
 
     def padded(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """float32[n, longest]: the windows of rows, in no order, filled up with infinity."""
-        matrix, valid = self._matrix(rows, int(self.lengths[rows].max()))
-        return matrix if valid is None else np.where(valid, matrix, np.float32(np.inf))
+        """float32[n, longest]: the slots of some rows, in no order, zeros for unused ones."""
+        capacities = self._capacities[rows]
+        if (capacities == capacities[0]).all():
+            return self.matrix(rows, int(capacities[0]))
+        return self.at(rows, np.arange(capacities.max())[None]).astype(np.float32)
 
-    def _matrix(
-        self, rows: npt.NDArray[np.int64], width: int
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_] | None]:
-        lengths, capacities = self.lengths[rows], self._capacities[rows]
-        places = np.arange(width)
-        if len(rows) == self.rows and (capacities == capacities[0]).all():
-            matrix = self._values.reshape(self.rows, -1)[:, :width]
-        else:
-            slots = self._starts[rows, None] + np.minimum(places, capacities[:, None] - 1)
-            matrix = self._values[slots]
-        return matrix, None if (lengths == width).all() else places < lengths[:, None]
-
-    def _widths(self) -> npt.NDArray[np.int64]:
-        """int64[rows]: each length, rounded up to a power of two; at most the capacity."""
-        powers = np.ceil(np.log2(np.maximum(self.lengths, _FIRST_CAPACITY))).astype(np.int64)
+    def widths(self) -> npt.NDArray[np.int64]:
+        """int64[rows]: each length, rounded up to a power of two."""
+        powers = np.ceil(np.log2(np.maximum(self.lengths, FIRST_CAPACITY))).astype(np.int64)
         widths: npt.NDArray[np.int64] = np.minimum(1 << powers, self.history_length)
         return widths
 
-    def windows(self) -> Iterator[tuple[npt.NDArray[np.int64], NumpyWindow]]:
-        """All rows, and what a rule sees of them; rows of about one length at a time.
+    def windows(self) -> Iterator[tuple[Rows, Windows]]:
+        """All rows and their windows; rows of about one length at a time.
 
-        So one long window beside many short ones does not make all of them long. The width of a
-        row follows from its length alone: sums over it have the same bits after a load, and
-        whatever the other rows hold.
+        So one long window among many short ones does not make all of them long. The width of a
+        row follows from its own past: sums over it have the same bits after a load, and
+        independent of the other rows.
         """
-        widths = self._widths()
+        length, counts, before = self.history_length, self.counts[:, None], self._before[:, None]
+        if self.is_full:
+            everything = self.matrix(slice(None), length)
+            yield slice(None), Windows(OPS, length, everything, None, counts, before)
+            return
+        widths = self.widths()
         for width in dict.fromkeys(widths.tolist()):
             rows = np.flatnonzero(widths == width)
-            matrix, valid = self._matrix(rows, width)
-            yield rows, NumpyWindow(matrix, valid, self.newest(rows), self.lengths[rows])
+            matrix = self.matrix(rows, width)
+            yield rows, Windows(OPS, length, matrix, None, counts[rows], before[rows])

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-import numpy as np
+from typing import Any, ClassVar, TypeVar
 
 from autoclip.core._fields import check_fields, check_known_settings
-from autoclip.core._window import QuantileProbe
-
-if TYPE_CHECKING:
-    from autoclip.core._ring import RingBuffer
-    from autoclip.core._tracker import Tracker
 
 __all__ = [
     "MAX_NAME",
     "RULES",
     "Rule",
-    "needs_order",
     "register_rule",
-    "rule_arguments",
     "rule_instance",
+    "structure_of",
 ]
 
 MAX_NAME = 100
@@ -70,13 +62,6 @@ class Rule(ABC):
 
     name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Drop an inherited tracker if the subclass changes what it computes."""
-        super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if "track" not in own and ("threshold" in own or "clip_to" in own):
-            cls.track = vars(Rule)["track"]  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -122,30 +107,10 @@ class Rule(ABC):
         """
         return False
 
-    @classmethod
-    def track(cls, rules: Sequence[Any], ring: RingBuffer) -> Tracker | None:
-        """An incremental NumPy evaluation with the same results as `threshold`; None for none.
-
-        Where `clip_to` returns anything but the threshold there must be none: it needs the windows.
-
-        Args:
-            rules: of this class, one a row, with equal `structure`.
-            ring: the rows' windows, all empty.
-        """
-        return None
-
     @property
     def settings(self) -> dict[str, Any]:
         """The rule's settings by name, as a saved state holds them."""
         return {name: getattr(self, name) for name in self.setting_names()}
-
-    @property
-    def structure(self) -> tuple[Any, ...]:
-        """The settings that rows which are evaluated together must share: all but floats."""
-        return tuple(
-            (name, None if isinstance(value, float) else (type(value).__name__, value))
-            for name, value in self.settings.items()
-        )
 
     @classmethod
     def setting_names(cls) -> tuple[str, ...]:
@@ -164,6 +129,14 @@ class Rule(ABC):
 
 
 RuleT = TypeVar("RuleT", bound=Rule)
+
+
+def structure_of(rule: Rule) -> tuple[Any, ...]:
+    """The settings that rows which are recorded together must share: all but floats."""
+    return tuple(
+        (name, None if isinstance(value, float) else (type(value).__name__, value))
+        for name, value in rule.settings.items()
+    )
 
 
 @cache
@@ -225,21 +198,6 @@ def register_rule(rule: type[RuleT]) -> type[RuleT]:
     return rule
 
 
-def rule_arguments(rules: Sequence[Rule]) -> dict[str, Any]:
-    """The settings of rules with equal `structure`, as `Rule.threshold` takes them.
-
-    Returns:
-        For each setting float64[rows, 1] if it is a float, or float64[1, 1] if all rows have the
-        same; otherwise the value that all share.
-    """
-    arguments = rules[0].settings
-    for name, value in arguments.items():
-        if isinstance(value, float):
-            column = np.array([getattr(rule, name) for rule in rules], np.float64)[:, None]
-            arguments[name] = column[:1] if (column == value).all() else column
-    return arguments
-
-
 def rule_instance(rule: Rule) -> Rule:
     """`rule`, unless it is a class.
 
@@ -252,11 +210,3 @@ def rule_instance(rule: Rule) -> Rule:
             f"Make an instance: {rule.__name__}()."
         )
     return rule
-
-
-def needs_order(rule: Rule) -> bool:
-    """Whether a rule computes quantiles of the norms themselves, so that sorted windows pay off."""
-    probe = QuantileProbe()
-    with np.errstate(all="ignore"):
-        rule.threshold(probe, **rule_arguments([rule]))
-    return probe.asked

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from autoclip.core._fields import check_fields, check_flag, check_known_settings, setting
-from autoclip.core._rule import Rule
+from autoclip.core._rule import Rule, structure_of
 
 __all__ = [
     "CLIPPER_SETTINGS",
@@ -141,7 +141,7 @@ class GroupSettings:
         """What rows that are recorded together must share; the other settings are numbers a row."""
         return (
             type(self.rule),
-            self.rule.structure,
+            structure_of(self.rule),
             self.history_length,
             self.include_current,
             self.record,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from autoclip.core._errors import StateError
 from autoclip.core._matching import match_states
-from autoclip.core._ring import SMALLEST_NORM
+from autoclip.core._ops import SMALLEST_NORM
 from autoclip.core._rule import MAX_NAME
 from autoclip.core._safetensors import SealedTensors, brief_repr, check_size
 from autoclip.core._settings import Mode

@@ -1,75 +1,95 @@
-"""What a tracker is: a rule's thresholds in NumPy, kept up to date as norms arrive."""
+"""Accelerations of rules in NumPy: thresholds that are kept up to date as norms arrive.
+
+A tracker gives the same thresholds as its rule does on whole windows. It follows from the windows,
+so it is never saved. The files of the rules know nothing of it.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._ring import RingBuffer, Rows
+from autoclip.core._rule import Rule
 
-__all__ = ["FEW_ROWS", "FewRowsTracker", "Tracker"]
-
-FEW_ROWS = 8
-"""Up to so many rows Python's own numbers are quicker than NumPy's arrays."""
+__all__ = ["FewRows", "Tracker", "register_tracker", "tracker_of"]
 
 
 class Tracker(ABC):
-    """The thresholds of many rows under one kind of rule.
-
-    What a tracker remembers follows from the windows, so it is never saved.
-
-    Args:
-        rules: one a row.
-        ring: the rows' windows.
+    """The thresholds of many rows.
 
     Attributes:
         thresholds: float64[rows]; infinite for a row that has recorded nothing.
     """
 
-    def __init__(self, rules: Sequence[Any], ring: RingBuffer) -> None:
-        self.ring = ring
-        self.thresholds: Any = np.full(len(rules), np.inf)
+    def __init__(self, rows: int) -> None:
+        self.thresholds = np.full(rows, np.inf)
 
     @abstractmethod
     def update(
-        self, rows: Rows, entered: npt.NDArray[np.float32], left: npt.NDArray[np.float32]
+        self,
+        ring: RingBuffer,
+        rows: Rows,
+        entered: npt.NDArray[np.float32],
+        left: npt.NDArray[np.float32],
     ) -> None:
         """Bring `thresholds[rows]` up to date after each of `rows` recorded a norm.
 
         Args:
-            rows: the rows that recorded. Their windows hold the new norm already.
+            ring: the windows, which hold the new norms already.
+            rows: the rows that recorded.
             entered: float32[n], the norms that came.
-            left: float32[n], the norms that fell out of the windows, NaN where none did.
+            left: float32[n], the norms that fell out of the windows, NaN if none did.
         """
 
     @abstractmethod
-    def rebuild(self, rows: npt.NDArray[np.int64]) -> None:
-        """Derive everything about `rows`, none of them empty, from their windows."""
+    def rebuild(self, ring: RingBuffer) -> None:
+        """Derive everything from the windows."""
 
 
-class FewRowsTracker(Tracker):
-    """A tracker for at most `FEW_ROWS` rows, one norm at a time.
-
-    Attributes:
-        thresholds: a list of floats, one a row.
-    """
-
-    def __init__(self, rules: Sequence[Any], ring: RingBuffer) -> None:
-        super().__init__(rules, ring)
-        self.thresholds = [np.inf] * len(rules)
+class FewRows(ABC):
+    """The thresholds of a few rows, one at a time in Python's numbers, which are faster there."""
 
     @abstractmethod
-    def update_one(self, row: int, entered: float, left: float | None) -> None:
-        """Bring one row's threshold up to date; see `Tracker.update`."""
+    def threshold(self, ring: RingBuffer, row: int) -> float:
+        """The threshold of one row; infinite if it has recorded nothing."""
 
-    def update(
-        self, rows: Rows, entered: npt.NDArray[np.float32], left: npt.NDArray[np.float32]
-    ) -> None:
-        """See `Tracker.update`."""
-        index = range(self.ring.rows) if isinstance(rows, slice) else rows.tolist()
-        for row, came, went in zip(index, entered.tolist(), left.tolist()):
-            self.update_one(row, came, None if went != went else went)
+    @abstractmethod
+    def update(self, row: int, came: float, left: float) -> None:
+        """Take in a norm; `left` is the one that fell out of the window, 0 if none did."""
+
+    @abstractmethod
+    def rebuild(self, ring: RingBuffer) -> None:
+        """Derive everything from the windows."""
+
+
+_Make: TypeAlias = Callable[[Sequence[Any], int], "Tracker | FewRows | None"]
+_TRACKERS: dict[type[Rule], _Make] = {}
+
+
+def register_tracker(rule: type[Rule]) -> Callable[[_Make], _Make]:
+    """Decorator of a function that makes the tracker of a rule.
+
+    The function gets the rules, one a row, and `history_length`; it returns None if the windows
+    are as fast.
+    """
+
+    def register(make: _Make) -> _Make:
+        _TRACKERS[rule] = make
+        return make
+
+    return register
+
+
+def tracker_of(rules: Sequence[Rule], history_length: int) -> Tracker | FewRows | None:
+    """The tracker of rows with these rules, of one class; None if there is none."""
+    kind = type(rules[0]) if rules else Rule
+    for known, make in _TRACKERS.items():
+        # A subclass may compute something else.
+        if (kind.threshold, kind.clip_to) == (known.threshold, known.clip_to):
+            return make(rules, history_length)
+    return None

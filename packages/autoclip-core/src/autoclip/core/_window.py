@@ -1,39 +1,167 @@
-"""What a rule sees of the norms that were recorded: one small interface, one class a backend."""
+"""Windows of recorded norms: how they are laid out, and what a rule sees of them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NumpyWindow", "QuantileProbe", "Window"]
+from autoclip.core._ops import NumpyOps, Ops
+from autoclip.core._rule import Rule
+
+__all__ = [
+    "Window",
+    "Windows",
+    "counts_of",
+    "interpolate",
+    "needs_order",
+    "pack",
+    "slots_of",
+    "unpack",
+]
 
 ArrayT = TypeVar("ArrayT")
 
 
-class Window(ABC, Generic[ArrayT]):
+@dataclass(frozen=True)
+class Windows:
+    """The windows of many rows, in the arrays of a framework.
+
+    The norm that came as the k-th (from 0) into a row's window is in slot `k % history_length`. So
+    a norm that leaves makes room for the one that comes, and sums have the same bits after a load.
+    Unused slots hold zero, which no history records.
+
+    Attributes:
+        ops: the operations of the framework.
+        history_length: how many norms a row keeps at most.
+        values: float32[rows, capacity], one ring a row. A capacity below `history_length` must be
+            extended before a step that needs a further slot.
+        ordered: the same in ascending order, zeros first; None if the rule does not need it.
+        counts: int64[rows, 1], how many norms have come into each window.
+        before: int64[rows, 1], how many the row had recorded before: not 0 for a window that was
+            loaded into a longer history.
+    """
+
+    ops: Ops
+    history_length: int
+    values: Any
+    ordered: Any
+    counts: Any
+    before: Any
+
+    @cached_property
+    def lengths(self) -> Any:
+        """int64[rows, 1]: how many norms each window holds."""
+        return self.ops.minimum(self.counts, self.history_length)
+
+    @property
+    def recorded(self) -> Any:
+        """int64[rows, 1]: how many norms each row has ever recorded."""
+        return self.counts + self.before
+
+    def push(self, norms: Any, usable: Any) -> Windows:
+        """The windows with one norm appended to each row where `usable`; both [rows, 1].
+
+        The present arrays are donated.
+        """
+        ops, slot = self.ops, self.counts % self.history_length
+        held = ops.take(self.values, slot)
+        # A row that does not record takes back what it held: nothing changes.
+        came = ops.where(usable, norms, held)
+        return self.replace(slot, came, held, self.counts + ops.whole(usable))
+
+    def replace(self, slot: Any, came: Any, left: Any, counts: Any) -> Windows:
+        """The windows with `came` instead of `left` at `slot`, and other counts."""
+        ordered = self.ordered
+        if ordered is not None:
+            ordered = self.ops.insert(ordered, came, left)
+        values = self.ops.put(self.values, slot, came)
+        return Windows(self.ops, self.history_length, values, ordered, counts, self.before)
+
+    def judge(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> tuple[Any, Any]:
+        """The rule's thresholds, and what it scales gradients above them down to.
+
+        Args:
+            rule: one of the rows' rules.
+            arguments: the settings as `Rule.threshold` takes them.
+            norm: [rows, 1], the gradients' norms; None if only thresholds are asked for.
+
+        Returns:
+            [rows, 1] each, `ops.unlimited` for empty windows; twice the same if the rule scales to
+            its threshold.
+        """
+        ops, rows = self.ops, int(self.counts.shape[0])
+        window: Window[Any] = Window(self)
+        found = ops.column(rule.threshold(window, **arguments), rows)
+        filled = self.lengths > 0
+        thresholds = ops.where(filled, found, ops.unlimited)
+        if norm is None or type(rule).clip_to is Rule.clip_to:
+            return thresholds, thresholds
+        above = filled & (norm > found)
+        norm = ops.where(above, norm, ops.unlimited)  # what it says elsewhere does not count
+        target = rule.clip_to(window, norm, found, **arguments)
+        if target is found:
+            return thresholds, thresholds
+        return thresholds, ops.where(above, ops.column(target, rows), ops.unlimited)
+
+
+class Window(Generic[ArrayT]):
     """The windows of many rows, as a rule sees them.
 
     Rules combine these arrays with Python's operators and with each other's results: the same rule
     then runs in NumPy, PyTorch and TensorFlow. All numbers are float64 (float32 on devices that
     lack it).
 
-    Attributes:
-        norms: [rows, length], the recorded norms, in no particular order. Where a window is not
-            full, the rest holds arbitrary numbers; `sum`, `mean` and `quantile` leave them out.
-        age: [rows, length], how many norms the row has recorded since: 0 for the newest.
-            [1, length] where all rows have the same.
-        count: [rows, 1], how many norms each window holds; at least 1.
+    Args:
+        windows: what the rows have recorded.
     """
 
-    norms: ArrayT
-    age: ArrayT
-    count: ArrayT
+    def __init__(self, windows: Windows) -> None:
+        self._ops = windows.ops
+        self._windows = windows
+        self._capacity = int(windows.values.shape[1])
 
-    @abstractmethod
+    @cached_property
+    def norms(self) -> ArrayT:
+        """[rows, length], the recorded norms, in no particular order.
+
+        If a window is not full, the rest holds zeros; `sum`, `mean` and `quantile` leave them out.
+        """
+        return self._ops.wide(self._windows.values)  # type: ignore[no-any-return]
+
+    @cached_property
+    def age(self) -> ArrayT:
+        """[rows, length], how many norms the row has recorded since: 0 for the newest.
+
+        [1, length] if all rows are known to have the same.
+        """
+        newest = self._ops.common(self._windows.counts) - 1
+        ages = (newest - self._ops.slots(self._capacity)) % self._windows.history_length
+        return self._ops.wide(ages)  # type: ignore[no-any-return]
+
+    @cached_property
+    def count(self) -> ArrayT:
+        """[rows, 1], how many norms each window holds; at least 1."""
+        return self._ops.wide(self._held)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _held(self) -> Any:
+        return self._ops.maximum(self._windows.lengths, 1)
+
+    @cached_property
+    def _valid(self) -> Any:
+        """Mask of the slots that hold a norm; None if all are known to."""
+        full = self._ops.are_all(self._windows.lengths == self._capacity)
+        return None if full else self._windows.values > 0
+
+    def _masked(self, values: Any, rest: float) -> Any:
+        """`values` at the window's norms, and `rest` in unused slots."""
+        return values if self._valid is None else self._ops.where(self._valid, values, rest)
+
     def sum(self, values: Any = None) -> ArrayT:
         """The sum over each window.
 
@@ -43,12 +171,13 @@ class Window(ABC, Generic[ArrayT]):
         Returns:
             [rows, 1].
         """
+        given = self.norms if values is None else self._masked(values, 0.0)
+        return self._ops.sum(given)  # type: ignore[no-any-return]
 
     def mean(self, values: Any = None) -> ArrayT:
         """The mean over each window; see `sum`."""
         return self.sum(values) / self.count  # type: ignore[operator, no-any-return]
 
-    @abstractmethod
     def quantile(self, q: Any, values: Any = None) -> ArrayT:
         """A quantile of each window, interpolated linearly as `numpy.quantile` does by default.
 
@@ -59,91 +188,127 @@ class Window(ABC, Generic[ArrayT]):
         Returns:
             [rows, 1].
         """
+        ops = self._ops
+        if values is not None:
+            ordered = ops.sort(self._masked(values, -ops.unlimited))
+        elif self._windows.ordered is None:
+            ordered = ops.sort(self._windows.values)
+        else:
+            ordered = self._windows.ordered
+        position = q * (self.count - 1)  # type: ignore[operator]
+        lower = ops.whole(position)
+        t = position - ops.wide(lower)
+        # What is unused comes first.
+        slots = lower + (self._capacity - self._held) + ops.slots(2)
+        found = ops.take(ordered, ops.minimum(slots, self._capacity - 1))
+        a, b = ops.halves(ops.wide(found))
+        return interpolate(ops, a, b, t)  # type: ignore[no-any-return]
+
+    def log(self, values: Any) -> ArrayT:
+        """The natural logarithm.
+
+        Args:
+            values: [rows, length] or [rows, 1], positive.
+        """
+        if self._is_window(values):
+            values = self._masked(values, 1.0)
+        return self._ops.log(values)  # type: ignore[no-any-return]
+
+    def exp(self, values: Any) -> ArrayT:
+        """The exponential function.
+
+        Args:
+            values: [rows, length] or [rows, 1].
+        """
+        if self._is_window(values):
+            values = self._masked(values, 0.0)
+        return self._ops.exp(values)  # type: ignore[no-any-return]
+
+    def _is_window(self, values: Any) -> bool:
+        return int(values.shape[-1]) == self._capacity
 
 
-class NumpyWindow(Window[npt.NDArray[np.float64]]):
-    """Windows as NumPy arrays.
-
-    Args:
-        values: float32[rows, length].
-        valid: bool[rows, length], where `values` holds a norm; None for everywhere.
-        newest: int64[rows], the slot of each row's newest norm; older ones precede it, circularly.
-        count: int64[rows].
-    """
-
-    def __init__(
-        self,
-        values: npt.NDArray[np.float32],
-        valid: npt.NDArray[np.bool_] | None,
-        newest: npt.NDArray[np.int64],
-        count: npt.NDArray[np.int64],
-    ) -> None:
-        self._values = values
-        self._valid = valid
-        self._newest = newest
-        self.count = np.maximum(count, 1)[:, None].astype(np.float64)
-
-    @cached_property
-    def norms(self) -> npt.NDArray[np.float64]:  # type: ignore[override]
-        """See `Window`; converted only for rules that ask."""
-        return self._values.astype(np.float64)
-
-    @cached_property
-    def age(self) -> npt.NDArray[np.float64]:  # type: ignore[override]
-        """See `Window`; converted only for rules that ask."""
-        places = np.arange(self._values.shape[1])
-        newest, count = self._newest[:, None], self.count
-        if (newest == newest[0]).all() and (count == count[0]).all():
-            # Rows that always record together share their ages, and what a rule computes from them.
-            newest, count = newest[:1], count[:1]
-        return (newest - places) % count
-
-    def sum(self, values: Any = None) -> npt.NDArray[np.float64]:
-        """See `Window.sum`."""
-        given = self.norms if values is None else values
-        if self._valid is not None:
-            given = np.where(self._valid, given, 0.0)
-        total: npt.NDArray[np.float64] = np.sum(
-            np.broadcast_to(given, self._values.shape), axis=1, keepdims=True
-        )
-        return total
-
-    def quantile(self, q: Any, values: Any = None) -> npt.NDArray[np.float64]:
-        """See `Window.quantile`."""
-        given = self._values if values is None else np.broadcast_to(values, self._values.shape)
-        if self._valid is not None:
-            given = np.where(self._valid, given, np.float32(np.inf))
-        ordered = np.sort(given, axis=1)
-        last = self.count - 1
-        position = np.asarray(q, np.float64) * last
-        lower = position.astype(np.int64)
-        upper = np.minimum(lower + 1, last.astype(np.int64))
-        a = np.take_along_axis(ordered, lower, axis=1).astype(np.float64)
-        b = np.take_along_axis(ordered, upper, axis=1).astype(np.float64)
-        return interpolate(a, b, position - lower)
-
-
-def interpolate(
-    a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], t: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """Between neighbouring values, from the nearer one: the same bits as `numpy.quantile`."""
+def interpolate(ops: Ops, a: Any, b: Any, t: Any) -> Any:
+    """Between neighboring values, from the nearer one: the same bits as `numpy.quantile`."""
     difference = b - a
-    return np.where(t < 0.5, a + difference * t, b - difference * (1 - t))
+    return ops.where(t < 0.5, a + difference * t, b - difference * (1 - t))
 
 
-class QuantileProbe(NumpyWindow):
-    """A window of one norm that records whether a rule asks for quantiles of the norms themselves.
-
-    Backends keep a sorted copy of the windows up to date only for rules that do.
-    """
+class _Probe(Window[npt.NDArray[np.float64]]):
+    """A window of one norm; records whether a rule asks for quantiles of the norms themselves."""
 
     def __init__(self) -> None:
-        super().__init__(
-            np.ones((1, 1), np.float32), None, np.zeros(1, np.int64), np.ones(1, np.int64)
-        )
+        one, none = np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64)
+        super().__init__(Windows(NumpyOps(), 1, one.astype(np.float32), None, one, none))
         self.asked = False
 
     def quantile(self, q: Any, values: Any = None) -> npt.NDArray[np.float64]:
         """See `Window.quantile`."""
         self.asked |= values is None
         return super().quantile(q, values)
+
+
+def needs_order(rule: Rule) -> bool:
+    """Whether a rule computes quantiles of the norms themselves, so that sorted windows pay off."""
+    probe = _Probe()
+    with np.errstate(all="ignore"):
+        arguments = {
+            name: np.full((1, 1), value) if isinstance(value, float) else value
+            for name, value in rule.settings.items()
+        }
+        rule.threshold(probe, **arguments)
+    return probe.asked
+
+
+# -- from lists of norms to windows and back -----------------------------------------------------
+
+
+def slots_of(count: int, history_length: int) -> npt.NDArray[np.int64]:
+    """int64[length]: the slots of a window's norms, oldest first, of which `count` have come."""
+    return np.arange(max(0, count - history_length), count) % history_length
+
+
+def counts_of(
+    lengths: npt.NDArray[np.int64], recorded: npt.NDArray[np.int64], history_length: int
+) -> npt.NDArray[np.int64]:
+    """int64[rows]: how many norms have come into each window."""
+    return np.where(lengths == history_length, recorded, lengths)
+
+
+def pack(
+    windows: Sequence[npt.NDArray[np.float32]],
+    recorded: Sequence[int] | npt.NDArray[np.int64],
+    history_length: int,
+    capacity: int,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Lay windows out as `Windows` describes.
+
+    Args:
+        windows: of each row, oldest norm first; of one that is too long the newest stay.
+        recorded: how many norms each row has ever recorded.
+        history_length: how many norms a row keeps at most.
+        capacity: how many slots a row has.
+
+    Returns:
+        `values`, `counts` and `before`.
+    """
+    lengths = np.array([min(len(window), history_length) for window in windows], np.int64)
+    recorded = np.asarray(recorded, np.int64)
+    counts = counts_of(lengths, recorded, history_length)
+    values = np.zeros((len(windows), capacity), np.float32)
+    for row, (window, count) in enumerate(zip(windows, counts.tolist())):
+        values[row, slots_of(count, history_length)] = window[-history_length:]
+    return values, counts[:, None], (recorded - counts)[:, None]
+
+
+def unpack(
+    values: npt.NDArray[np.float32],
+    counts: npt.NDArray[np.int64],
+    before: npt.NDArray[np.int64],
+    history_length: int,
+) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+    """The windows of each row, oldest norm first, and how many norms each has ever recorded."""
+    windows = [
+        ring[slots_of(count, history_length)] for ring, count in zip(values, counts[:, 0].tolist())
+    ]
+    return windows, (counts + before)[:, 0]

@@ -11,10 +11,10 @@ from autoclip.core._factory import make_factory
 from autoclip.core._files import write_file
 from autoclip.core._logging import check_parameters
 from autoclip.core._notices import log_and_watch
+from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
 from autoclip.core._reading import CHECKPOINT_FILE
-from autoclip.core._ring import SMALLEST_NORM, is_recorded
 from autoclip.core._rows import make_state, parameter_names, row_names, split_state
-from autoclip.core._rule import RULES, needs_order, rule_arguments, rule_instance
+from autoclip.core._rule import RULES, rule_instance
 from autoclip.core._settings import (
     CLIPPER_SETTINGS,
     ClipperSettings,
@@ -27,9 +27,10 @@ from autoclip.core._settings import (
     batches,
 )
 from autoclip.core._state import GroupState, ParameterInfo, State
+from autoclip.core._step import numbers_of, record, thresholds_of
 from autoclip.core._text import printable
 from autoclip.core._warnings import warn_user
-from autoclip.core._window import Window
+from autoclip.core._window import Windows, needs_order, pack, unpack
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -42,12 +43,13 @@ __all__ = [
     "GroupSettings",
     "GroupState",
     "Mode",
+    "Ops",
     "ParamGroup",
     "ParameterInfo",
     "QuantileSettings",
     "StandardSettings",
     "State",
-    "Window",
+    "Windows",
     "attached_message",
     "batches",
     "check_parameters",
@@ -58,13 +60,17 @@ __all__ = [
     "make_state",
     "needs_order",
     "nonfinite_message",
+    "numbers_of",
+    "pack",
     "parameter_names",
     "printable",
+    "record",
     "row_names",
-    "rule_arguments",
     "rule_instance",
     "second_clipper_message",
     "split_state",
+    "thresholds_of",
+    "unpack",
     "warn_user",
     "write_file",
 ]

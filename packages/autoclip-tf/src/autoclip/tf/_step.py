@@ -253,7 +253,8 @@ class Pipeline:
         values = self._report.read_value().numpy()
         if not values.any():
             return None
-        norms, thresholds, coefficients = values.astype(np.float32).T
+        with np.errstate(over="ignore"):  # the threshold of a row that clips nothing
+            norms, thresholds, coefficients = values.astype(np.float32).T
         return Report(norms, thresholds, coefficients, self.row_names)
 
     def reset(self) -> None:

@@ -1,0 +1,216 @@
+"""Trackers of the quantile rule: sorted windows of a few rows, bands of many."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from autoclip.core._quantile import Quantile
+from autoclip.core._ring import OPS, RingBuffer, Rows
+from autoclip.core._tracker import FewRows, Tracker, register_tracker
+from autoclip.core._window import interpolate
+
+_MOST_SORTED_ROWS = 40
+"""Above this many rows, bands are faster: see `core_history.py` among the benchmarks."""
+_LONGEST_SORTED = 2**14
+"""Up to this length, moving half of a sorted window takes less time than the care of a band."""
+
+
+@register_tracker(Quantile)
+def _make(rules: Sequence[Quantile], history_length: int) -> Tracker | FewRows:
+    if len(rules) <= _MOST_SORTED_ROWS and history_length <= _LONGEST_SORTED:
+        return _SortedRows(rules)
+    return _Bands(rules, history_length)
+
+
+class _SortedRows(FewRows):
+    """Quantiles of a few sorted windows."""
+
+    def __init__(self, rules: Sequence[Quantile]) -> None:
+        self._rules = [(rule.quantile, rule.factor) for rule in rules]
+        self._ordered = [array("f") for _ in rules]
+
+    def update(self, row: int, came: float, left: float) -> None:
+        ordered = self._ordered[row]
+        if left:
+            del ordered[bisect_left(ordered, left)]
+        insort(ordered, came)
+
+    def threshold(self, ring: RingBuffer, row: int) -> float:
+        ordered = self._ordered[row]
+        if not ordered:
+            return math.inf
+        quantile, factor = self._rules[row]
+        position = quantile * (len(ordered) - 1)
+        lower = int(position)
+        a, t = ordered[lower], position - lower
+        if t:  # then there is a next one
+            b = ordered[lower + 1]
+            a = a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
+        return factor * a
+
+    def rebuild(self, ring: RingBuffer) -> None:
+        self._ordered = [
+            array("f", np.sort(ring.read(row)).tobytes()) for row in range(len(self._rules))
+        ]
+
+
+_LARGEST_ROOT = 1024
+"""The band stops growing there: a `history_length` beyond 2^20 is hardly ever filled."""
+_SORTED_AT_ONCE = 2**22
+
+
+class _Bands(Tracker):
+    """Quantiles from a band of each window: the values around the one that is asked for.
+
+    A threshold needs two neighboring order statistics, not a sorted window. For every row we
+    keep a *band*, a run of the sorted window around them, and the number of values *below* it. A
+    value that comes or goes outside the band only changes that number; one inside changes the
+    band, by one sort of a few dozen values. The thresholds are exact throughout, and the cost of
+    a step depends on the band's width, which is about `2 * sqrt(history_length)`.
+
+    The order statistics move by at most one place a step. Long before they leave a band, a new
+    one is cut from the window, a few rows at a time: no single step has to do it for all rows.
+
+    Ends: a band that has nothing below (above) it takes in whatever comes on that side.
+    Otherwise a value equal to an end counts as inside, where an equal one is sure to be found
+    when it leaves.
+    """
+
+    def __init__(self, rules: Sequence[Quantile], history_length: int) -> None:
+        rows = len(rules)
+        super().__init__(rows)
+        self._quantiles = np.array([rule.quantile for rule in rules], np.float64)
+        self._factors = np.array([rule.factor for rule in rules], np.float64)
+        self._scales = bool((self._factors != 1.0).any())
+        self._width = max(16, 2 * min(math.isqrt(history_length), _LARGEST_ROOT))
+        # Rows whose order statistics come this close to an end wait for a new band.
+        self._margin = self._width // 4
+        self._cuts = -(-rows // self._margin)
+        # One column more than the width: room for a value that comes before another is dropped.
+        self._band = np.full((rows, self._width + 1), np.inf, np.float32)
+        self._sizes = np.zeros(rows, np.int64)
+        self._below = np.zeros(rows, np.int64)
+        self._low = np.full(rows, -np.inf, np.float32)
+        self._high = np.full(rows, np.inf, np.float32)
+        self._ring: RingBuffer
+        self._lengths: npt.NDArray[np.int64]
+
+    def update(
+        self,
+        ring: RingBuffer,
+        rows: Rows,
+        entered: npt.NDArray[np.float32],
+        left: npt.NDArray[np.float32],
+    ) -> None:
+        self._ring, self._lengths = ring, ring.lengths
+        low, high = self._low[rows], self._high[rows]
+        # Comparisons with NaN, "nothing left", are false.
+        self._below[rows] += (entered < low).astype(np.int64) - (left < low)
+        comes = (entered >= low) & (entered <= high)
+        goes = (left >= low) & (left <= high)
+        changed = np.flatnonzero(comes | goes)
+        if len(changed):
+            index = changed if isinstance(rows, slice) else rows[changed]
+            self._change_bands(
+                index, entered[changed], left[changed], comes[changed], goes[changed]
+            )
+        self._interpolate(rows)
+
+    def _change_bands(
+        self,
+        rows: npt.NDArray[np.int64],
+        entered: npt.NDArray[np.float32],
+        left: npt.NDArray[np.float32],
+        comes: npt.NDArray[np.bool_],
+        goes: npt.NDArray[np.bool_],
+    ) -> None:
+        band, sizes = self._band[rows], self._sizes[rows]
+        index = np.arange(len(rows))
+        # The value that comes takes the place of the one that goes; the sort does the rest.
+        place = np.where(goes, (band < left[:, None]).sum(axis=1), sizes)
+        band[index, place] = np.where(comes, entered, np.float32(np.inf))
+        sizes = sizes + comes - goes
+        band.sort(axis=1)
+
+        overfull = np.flatnonzero(sizes > self._width)
+        if len(overfull):
+            # Drop the end that is farther from the order statistics that are asked for.
+            offsets = self._positions(rows[overfull]).astype(np.int64) - self._below[rows[overfull]]
+            drop_low = overfull[offsets > self._width // 2]
+            band[drop_low, :-1] = band[drop_low, 1:]
+            self._below[rows[drop_low]] += 1
+            band[overfull, self._width] = np.inf
+            sizes[overfull] = self._width
+
+        self._band[rows], self._sizes[rows] = band, sizes
+        self._set_ends(rows)
+
+    def _set_ends(self, rows: npt.NDArray[np.int64]) -> None:
+        below, sizes = self._below[rows], self._sizes[rows]
+        above = self._lengths[rows] - below - sizes
+        last = self._band[rows, np.maximum(sizes - 1, 0)]
+        self._low[rows] = np.where(below > 0, self._band[rows, 0], np.float32(-np.inf))
+        self._high[rows] = np.where(above > 0, last, np.float32(np.inf))
+
+    def _positions(self, rows: Rows) -> npt.NDArray[np.float64]:
+        return self._quantiles[rows] * (self._lengths[rows] - 1)
+
+    def _interpolate(self, rows: Rows) -> None:
+        lengths = self._lengths[rows]
+        positions = self._quantiles[rows] * (lengths - 1)
+        lower = positions.astype(np.int64)
+        upper = np.minimum(lower + 1, lengths - 1)
+        below = self._below[rows]
+        index = np.arange(len(self._lengths)) if isinstance(rows, slice) else rows
+        # How far the order statistics are from the ends, where there is more beyond an end.
+        end = below + self._sizes[rows]
+        room = np.minimum(
+            np.where(below > 0, lower - below, self._width),
+            np.where(end < lengths, end - 1 - upper, self._width),
+        )
+        close = np.flatnonzero(room < self._margin)
+        if len(close):
+            self._renew(index[close], room[close])
+            below = self._below[rows]
+        a = self._band[index, lower - below].astype(np.float64)
+        b = self._band[index, upper - below].astype(np.float64)
+        found = interpolate(OPS, a, b, positions - lower)
+        self.thresholds[rows] = self._factors[rows] * found if self._scales else found
+
+    def _renew(self, rows: npt.NDArray[np.int64], room: npt.NDArray[np.int64]) -> None:
+        """Cut new bands for the rows that have left theirs and for a few of those that may soon."""
+        outside = int((room < 0).sum())
+        count = max(outside, self._cuts)
+        if count < len(rows):
+            rows = rows[np.argpartition(room, count)[:count]]
+        self._cut_bands(rows)
+
+    def _cut_bands(self, rows: npt.NDArray[np.int64]) -> None:
+        longest = int(self._lengths[rows].max())
+        pieces = -(-len(rows) * longest // _SORTED_AT_ONCE)
+        for some in np.array_split(rows, pieces):
+            lengths = self._lengths[some]
+            ordered = np.sort(self._ring.padded(some), axis=1)  # unused slots, zeros, come first
+            sizes = np.minimum(self._width, lengths)
+            middle = self._positions(some).astype(np.int64) + 1
+            starts = np.minimum(np.maximum(middle - sizes // 2, 0), lengths - sizes)
+            columns = np.arange(self._width)
+            slots = (starts + ordered.shape[1] - lengths)[:, None] + columns
+            band = np.take_along_axis(ordered, np.minimum(slots, ordered.shape[1] - 1), axis=1)
+            self._band[some, :-1] = np.where(columns < sizes[:, None], band, np.float32(np.inf))
+            self._band[some, -1] = np.inf
+            self._sizes[some], self._below[some] = sizes, starts
+        self._set_ends(rows)
+
+    def rebuild(self, ring: RingBuffer) -> None:
+        self._ring, self._lengths = ring, ring.lengths
+        rows = np.flatnonzero(self._lengths)
+        if len(rows):
+            self._cut_bands(rows)
+            self._interpolate(rows)

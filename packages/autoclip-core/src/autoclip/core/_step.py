@@ -1,0 +1,158 @@
+"""The step, written once: norms in, thresholds and coefficients out, norms recorded.
+
+Each row's norm is compared with a threshold that a rule computes of the row's window, and recorded
+(Seetharaman et al., 2020, arXiv:2007.14469, Algorithm 1). Backends supply the operations (`Ops`)
+and keep the windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from autoclip.core._ops import LARGEST_NORM, Ops, is_recorded
+from autoclip.core._rule import Rule
+from autoclip.core._settings import GroupSettings
+
+__all__ = ["Report", "numbers_of", "record", "thresholds_of"]
+
+ArrayT = TypeVar("ArrayT")
+
+
+class AnyWindows(Protocol):
+    """The part of `Windows` that a step needs."""
+
+    @property
+    def ops(self) -> Ops: ...
+
+    @property
+    def recorded(self) -> Any: ...
+
+    def push(self, norms: Any, usable: Any) -> Any: ...
+
+    def judge(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> Any: ...
+
+
+WindowsT = TypeVar("WindowsT", bound=AnyWindows)
+
+
+@dataclass(frozen=True)
+class Report(Generic[ArrayT]):
+    """What one step did, row by row.
+
+    Attributes:
+        norms: [rows], the norms that were given; 0 for a row without a gradient.
+        thresholds: [rows], what each norm was compared with; infinite where nothing is known yet.
+        coefficients: [rows], what each gradient is multiplied by, `min(1, threshold / norm)`; 1
+            for a row that recorded nothing in this step. Where `on_spike` is `"zero"` or `"skip"`,
+            0 for a norm above its threshold.
+        names: what the rows stand for: parameters' names, groups, or all parameters.
+    """
+
+    norms: ArrayT
+    thresholds: ArrayT
+    coefficients: ArrayT
+    names: tuple[str, ...] = ()
+
+    @property
+    def spikes(self) -> ArrayT:
+        """bool[rows]: whether the norm was above its threshold, regardless of `on_spike`."""
+        return self.coefficients < 1.0  # type: ignore[operator, return-value]
+
+
+def numbers_of(settings: Sequence[GroupSettings]) -> dict[str, npt.NDArray[Any]]:
+    """The settings that are numbers, which rows have of their own.
+
+    Args:
+        settings: one a row, of equal `structure`.
+
+    Returns:
+        [rows, 1] by name; nothing for a setting that no row uses, so that it costs nothing. Those
+        of the rule are `"rule/<name>"`.
+    """
+    found: dict[str, Any] = {}
+    if any(each.max_norm is not None for each in settings):
+        found["max_norm"] = [each.max_norm or np.inf for each in settings]
+    if any(each.warmup_steps for each in settings):
+        found["warmup_steps"] = [each.warmup_steps for each in settings]
+    if any(each.on_spike != "clip" for each in settings):
+        found["drops"] = [each.on_spike != "clip" for each in settings]
+    for name, value in settings[0].rule.settings.items() if settings else ():
+        if isinstance(value, float):
+            found[f"rule/{name}"] = [getattr(each.rule, name) for each in settings]
+    return {name: np.array(values)[:, None] for name, values in found.items()}
+
+
+def record(
+    settings: GroupSettings, numbers: Mapping[str, Any], windows: WindowsT, norms: Any
+) -> tuple[WindowsT, Report[Any]]:
+    """Compare one norm a row with its threshold, and append it to the row's window.
+
+    A norm that is zero (below `SMALLEST_NORM`), NaN or infinite stands for a gradient that says
+    nothing: its row records nothing and its coefficient is 1. A finite norm beyond float32's range
+    cannot be recorded; `max_norm` clips it.
+
+    Args:
+        settings: of the rows; `numbers` replaces those that are numbers.
+        numbers: as `numbers_of` returns them, in arrays of the framework.
+        windows: the rows' windows, donated.
+        norms: [rows, 1] in the type of `ops.wide`, L2 norms ≥ 0.
+
+    Returns:
+        The windows after the step, and a report of [rows, 1] each.
+    """
+    ops = windows.ops
+    rounded = ops.narrow(norms)
+    # The ratio to the *rounded* norm, the one in the window: so the largest never clips.
+    norm, usable = ops.wide(rounded), is_recorded(rounded)
+    warm = _warm(numbers, windows)
+    if settings.include_current:
+        windows = windows.push(rounded, usable)
+    found, target = windows.judge(settings.rule, _arguments(settings, numbers), norm)
+    thresholds = _limited(ops, numbers, warm, found)
+    targets = thresholds if target is found else _limited(ops, numbers, warm, target)
+    coefficients = ops.where(usable, ops.divide(ops.minimum(targets, norm), norm), 1.0)
+    if not settings.include_current:
+        if settings.record == "clipped":
+            rounded = ops.narrow(norm * coefficients)
+            windows = windows.push(rounded, usable & is_recorded(rounded))
+        else:
+            windows = windows.push(rounded, usable)
+    if "max_norm" in numbers and not ops.are_all(usable):
+        ceilings = numbers["max_norm"]
+        beyond = (norm > LARGEST_NORM) & (norms < ops.unlimited)
+        thresholds = ops.where(beyond, ceilings, thresholds)
+        ratio = ops.divide(ops.minimum(ceilings, norms), norms)
+        coefficients = ops.where(beyond, ratio, coefficients)
+    if "drops" in numbers:
+        coefficients = ops.where(numbers["drops"] & (coefficients < 1.0), 0.0, coefficients)
+    return windows, Report(norms, thresholds, coefficients)
+
+
+def thresholds_of(settings: GroupSettings, numbers: Mapping[str, Any], windows: AnyWindows) -> Any:
+    """[rows, 1]: the thresholds of the windows as they are; see `record`."""
+    found, _ = windows.judge(settings.rule, _arguments(settings, numbers))
+    return _limited(windows.ops, numbers, _warm(numbers, windows), found)
+
+
+def _warm(numbers: Mapping[str, Any], windows: AnyWindows) -> Any:
+    """Mask of the rows that have recorded enough norms; None if no row warms up."""
+    return windows.recorded >= numbers["warmup_steps"] if "warmup_steps" in numbers else None
+
+
+def _limited(ops: Ops, numbers: Mapping[str, Any], warm: Any, thresholds: Any) -> Any:
+    """Thresholds after warm-up and below the ceiling."""
+    if warm is not None:
+        thresholds = ops.where(warm, thresholds, ops.unlimited)
+    return ops.minimum(thresholds, numbers["max_norm"]) if "max_norm" in numbers else thresholds
+
+
+def _arguments(settings: GroupSettings, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the rule as `Rule.threshold` takes them."""
+    return {
+        name: numbers.get(f"rule/{name}", value) for name, value in settings.rule.settings.items()
+    }
