@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import random
 import shutil
@@ -16,7 +17,10 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,6 +46,7 @@ def bind(path: Path) -> None:
         listener.bind(str(path))
 
 
+LEFT = ".history.0123456789abcdef.tmp"
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 
@@ -367,9 +372,175 @@ def test_a_process_killed_while_it_writes_leaves_a_complete_state(tmp_path: Path
         assert list(tmp_path.iterdir()) == [path]
 
 
-# -- what a killed process leaves --------------------------------------------------------------
+# -- interrupts --------------------------------------------------------------------------------
 
-LEFT = ".history.0123456789abcdef.tmp"
+
+def opened_in(folder: Path) -> list[str]:
+    """The files in a folder that this process has open."""
+    paths = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # listdir's own
+            paths.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return [path for path in paths if path.startswith(f"{folder}/")]
+
+
+class Interrupts:
+    """Raises `error` at the n-th line of Python that runs in a call."""
+
+    def __init__(self, error: BaseException, at: int, only: str = "") -> None:
+        self.error, self.left, self.only = error, at, only
+
+    def trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if self.only not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise self.error
+        return self.trace
+
+    def call(self, function: Callable[[], None]) -> bool:
+        """Whether the call was interrupted; it must raise just this exception then."""
+        before = sys.gettrace()
+        same = None
+        sys.settrace(self.trace)
+        try:
+            function()
+        except BaseException as error:
+            same = error is self.error
+            error.__traceback__ = None  # its frames hold what was open
+        finally:
+            sys.settrace(before)
+        assert same is (None if self.left > 0 else True)  # neither swallowed nor replaced
+        return self.left <= 0
+
+
+@pytest.mark.parametrize(
+    ("error", "only"),
+    [
+        (KeyboardInterrupt, ""),
+        (MemoryError, ""),
+        # An alarm's handler raises it. The standard library ignores any OSError in places.
+        (TimeoutError, "autoclip"),
+    ],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupt_at_any_line_leaves_the_old_file_or_the_new_one(
+    error: type[BaseException], only: str, existing: bool, tmp_path: Path
+) -> None:
+    path, history = tmp_path / "history", filled(2.0)
+    old, new = filled(1.0).state_dict()["data"], history.state_dict()["data"]
+    results = set()
+    for at in itertools.count(1):
+        path.unlink(missing_ok=True)
+        if existing:
+            path.write_bytes(old)
+            (tmp_path / LEFT).write_bytes(b"of a killed process")
+        interrupted = Interrupts(error(), at, only).call(lambda: history.save(path))
+        left = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+        left.pop(LEFT, None)
+        assert left in (
+            [{"history": old}, {"history": new}] if existing else [{}, {"history": new}]
+        )
+        assert opened_in(tmp_path) == []
+        results.add(left.get("history"))
+        if not interrupted:
+            break
+    assert at > 100  # it was interrupted at as many lines
+    assert results == {old if existing else None, new}
+
+
+def test_an_interrupted_read_leaves_no_file_open(tmp_path: Path) -> None:
+    path, history = tmp_path / "history", filled(2.0)
+    history.save(path)
+    before = history.state_dict()
+    for at in itertools.count(1):
+        if not Interrupts(KeyboardInterrupt(), at, "_files").call(lambda: history.load(path)):
+            break
+        assert opened_in(tmp_path) == []
+        assert history.state_dict() == before
+    assert at > 10
+
+
+def test_an_alarm_during_a_save_is_what_is_raised(tmp_path: Path) -> None:
+    """A real signal, many times, at whatever moment; its handler's error comes out as it is."""
+
+    class Over(TimeoutError):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Over("the time is over")
+
+    path = tmp_path / "history"
+    history = History(1, Quantile(0.5), 200_000)
+    history.write([0], [[2.0] * 200_000], [200_000])
+    history.save(path)
+    moments, stopped = random.Random(0), 0
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(40):
+            start = time.perf_counter()
+            history.save(path)
+            took = time.perf_counter() - start
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-5, took))
+                history.save(path)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Over:
+                stopped += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert [each.name for each in tmp_path.iterdir()] == ["history"]
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert stopped > 0
+
+
+@pytest.mark.parametrize("vanishes", ["really", "as the file system says"])
+def test_a_temporary_file_that_is_gone_again_and_again_is_an_error(
+    vanishes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems count no links, so a loop until there is one would never end."""
+    path = tmp_path / "history"
+    filled(1.0).save(path)
+    stat_of, asked = os.stat, 0
+
+    def gone(name: object, **options: Any) -> os.stat_result:
+        nonlocal asked
+        if str(name).endswith(".tmp"):
+            asked += 1
+            if vanishes == "really":
+                os.unlink(str(name))
+            else:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return stat_of(name, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", gone)
+    with pytest.raises(OSError, match="removes its temporary file") as caught:
+        filled(2.0).save(path)
+    monkeypatch.undo()
+    assert caught.value.filename == str(path)
+    assert 1 < asked < 100
+    assert norm_in(path) == 1.0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_without_links_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status_of = os.fstat
+
+    def unlinked(descriptor: int) -> Any:
+        status = status_of(descriptor)
+        fields = {name: getattr(status, name) for name in dir(status) if name.startswith("st_")}
+        return SimpleNamespace(**fields | {"st_nlink": 0})
+
+    monkeypatch.setattr(os, "fstat", unlinked)
+    filled(2.0).save(tmp_path / "history")
+    assert norm_in(tmp_path / "history") == 2.0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# -- what a killed process leaves --------------------------------------------------------------
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path: Path) -> None:

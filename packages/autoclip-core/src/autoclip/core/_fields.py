@@ -67,15 +67,13 @@ class _Limits:
             return None
         if self.kind in (int, float):
             value = _plain_number(value)
-        wrong_type = TypeError(
-            f"{name} takes {self.takes}, but got {value!r:.200} of type {type(value).__name__}."
-        )
-        # bool is an int to Python, and True for a number is almost certainly a mistake.
-        if self.kind is not bool and isinstance(value, bool):
-            raise wrong_type
         expected: Any = {float: Real, int: Integral}.get(self.kind, self.kind)
-        if not isinstance(value, expected):
-            raise wrong_type
+        # bool is an int to Python, and True for a number is almost certainly a mistake.
+        is_flag = self.kind is not bool and isinstance(value, bool)
+        if is_flag or not isinstance(value, expected):
+            raise TypeError(
+                f"{name} takes {self.takes}, but got {value!r:.200} of type {type(value).__name__}."
+            )
         if self.kind is float:
             try:
                 number = float(value)

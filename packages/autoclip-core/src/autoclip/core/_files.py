@@ -9,8 +9,9 @@ import secrets
 import stat
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from io import BufferedWriter
+from types import TracebackType
 from typing import Union
 
 from autoclip.core._errors import StateError
@@ -29,6 +30,30 @@ __all__ = ["MAX_FILE_BYTES", "PathLike", "read_file", "write_file"]
 PathLike = Union[str, "os.PathLike[str]"]
 
 _ABANDONED_SECONDS = 3600.0
+_ATTEMPTS = 10
+
+
+class _Removed(Exception):
+    """Another process has removed the temporary file."""
+
+
+class _ErrorsIgnored:
+    """A block whose failing system calls do not matter.
+
+    Exceptions that a signal handler raises do, and TimeoutError is an OSError.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> bool:
+        return _is_of_the_system(error)
+
+
+def _is_of_the_system(error: object) -> bool:
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def write_file(path: PathLike, data: bytes) -> None:
@@ -48,30 +73,57 @@ def write_file(path: PathLike, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; a file that was there is as it was.
     """
+    name = os.fspath(path)
+    target = os.path.realpath(name)
+    temporary = ""
     try:
-        _write(os.fspath(path), data)
+        old = _status(name, target)
+        _remove_abandoned(target)
+        for _ in range(_ATTEMPTS):
+            # Named before it is made: from then on it is removed, whatever comes in between.
+            temporary = _temporary_name(target)
+            if _write(temporary, target, old, data):
+                _sync_folder(os.path.dirname(target))
+                return
+        raise OSError(errno.EBUSY, "another process removes its temporary file")
     except OSError as error:
         # The user knows the name that was passed, not that of a temporary file.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if _is_of_the_system(error) and error.filename in (None, target, temporary):
+            error.filename = str(path)
+            del error.filename2
+        raise
 
 
-def _write(path: str, data: bytes) -> None:
-    if os.path.basename(path) in ("", os.curdir):  # realpath would take "new/" for "new"
+def _status(name: str, target: str) -> os.stat_result | None:
+    """The status of the file that is to be replaced; None if there is none.
+
+    Raises:
+        OSError: it must not be replaced.
+    """
+    if os.path.basename(name) in ("", os.curdir):  # realpath would take "new/" for "new"
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    target = Path(os.path.realpath(path))
     try:
-        old: os.stat_result | None = target.stat()
+        old = os.stat(target)
     except FileNotFoundError:
-        old = None
-    if old is not None and not stat.S_ISREG(old.st_mode):
+        return None
+    if not stat.S_ISREG(old.st_mode):
         raise OSError(errno.EINVAL, "AutoClip writes its state to regular files only")
     effective = os.access in os.supports_effective_ids
-    if old is not None and not os.access(target, os.W_OK, effective_ids=effective):
+    if not os.access(target, os.W_OK, effective_ids=effective):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    _remove_abandoned(target)
-    temporary, descriptor = _create_temporary(target, old)
+    return old
+
+
+def _write(temporary: str, target: str, old: os.stat_result | None, data: bytes) -> bool:
+    """Write to a temporary file and rename it; False if another process has removed it."""
+    # 0o666: the user's umask decides about a new file. No user may read what the old one hides.
+    mode = 0o666 if old is None else stat.S_IMODE(old.st_mode) & 0o666
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        # From the system call to the file object no line of Python runs that could be interrupted.
+        with open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
+            _lock(file)
+            if not _exists(temporary):  # removed between its creation and the lock
+                raise _Removed
             file.write(data)
             file.flush()
             if old is not None:
@@ -81,86 +133,95 @@ def _write(path: str, data: bytes) -> None:
                 os.replace(temporary, target)
         if sys.platform == "win32":  # an open file cannot be renamed there
             os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
+    except BaseException as error:
+        with _ErrorsIgnored():
+            os.unlink(temporary)
+        if isinstance(error, _Removed):
+            return False
         raise
-    _sync_folder(target.parent)
+    return True
 
 
-def _create_temporary(target: Path, old: os.stat_result | None) -> tuple[Path, int]:
-    """A new locked file beside `target`, which is not readable by more users than the old one."""
-    # 0o666: the user's umask decides about a new file.
-    mode = 0o666 if old is None else stat.S_IMODE(old.st_mode) & 0o666
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    while True:
-        temporary = target.with_name(f".{_stem(target)}.{secrets.token_hex(8)}.tmp")
-        descriptor = os.open(temporary, flags, mode)
-        if sys.platform != "win32":
-            with suppress(OSError):  # some file systems have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Another process may have removed the file between its creation and the lock.
-        if os.fstat(descriptor).st_nlink:
-            return temporary, descriptor
-        os.close(descriptor)
+def _exists(path: str) -> bool:
+    # os.path.exists takes a TimeoutError of a signal handler for a missing file.
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def _stem(target: Path) -> str:
+def _lock(file: BufferedWriter) -> None:
+    if sys.platform != "win32":
+        with _ErrorsIgnored():  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _temporary_name(target: str) -> str:
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(8)}.tmp")
+
+
+def _stem(name: str) -> str:
     # A name has at most 255 bytes, and a character up to four of them.
-    return target.name[:50]
+    return name[:50]
 
 
-def _keep_access(temporary: Path, old: os.stat_result) -> None:
+def _keep_access(temporary: str, old: os.stat_result) -> None:
     # Mounts without owners or permissions refuse these calls, and all their files are alike.
     if sys.platform != "win32":
-        with suppress(OSError):
+        with _ErrorsIgnored():
             os.chown(temporary, old.st_uid, old.st_gid)
-    with suppress(OSError):
+    with _ErrorsIgnored():
         os.chmod(temporary, stat.S_IMODE(old.st_mode) & 0o777)
 
 
-def _remove_abandoned(target: Path) -> None:
+def _remove_abandoned(target: str) -> None:
     """Remove what processes that were killed left of earlier attempts to write `target`."""
-    pattern = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
-    with suppress(OSError), os.scandir(target.parent) as entries:
+    folder, name = os.path.split(target)
+    pattern = re.compile(rf"\.{re.escape(_stem(name))}\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
+    with _ErrorsIgnored(), os.scandir(folder) as entries:
         for entry in entries:
             if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with suppress(OSError):
+                with _ErrorsIgnored():
                     _remove_if_abandoned(entry.path)
 
 
 def _remove_if_abandoned(temporary: str) -> None:
     if sys.platform != "win32":
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # the process that writes it is alive
-        except OSError:
-            pass  # this file system has no locks, or, as NFS, none for what is open for reading
-        else:
-            os.unlink(temporary)  # while it is locked, so that a writer that just made it notices
-            return
-        finally:
-            os.close(descriptor)
+        opener = partial(_open_at_once, more=os.O_NOFOLLOW)
+        with open(temporary, "rb", opener=opener) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # The process that writes it is alive; or this file system has no locks, or, as
+                # NFS, none for what is open for reading.
+                if isinstance(error, BlockingIOError) or not _is_of_the_system(error):
+                    raise
+            else:
+                os.unlink(temporary)  # while it is locked, so that its writer may notice
+                return
     if time.time() - os.stat(temporary).st_mtime > _ABANDONED_SECONDS:
         os.unlink(temporary)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: str) -> None:
     # Without it a crash of the machine can undo the rename. Windows cannot open a folder.
     if not hasattr(os, "O_DIRECTORY"):
         return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems do not sync folders
-    finally:
-        os.close(descriptor)
+    descriptor = None
+    with _ErrorsIgnored():  # some network file systems do not sync folders
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _open_at_once(path: str, flags: int, more: int = 0) -> int:
+    # Blocking, a pipe without a writer would hang.
+    return os.open(path, flags | more | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_file(path: PathLike) -> bytes:
@@ -172,29 +233,31 @@ def read_file(path: PathLike) -> bytes:
         StateError: it is a folder, a pipe or a device, too large, or begins unlike a state.
         OSError: it is not there or cannot be read.
     """
-    # Opened without blocking: a pipe without a writer would hang here for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    name = os.fspath(path)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StateError(
-                f"{os.fspath(path)} is not a regular file. Load the file that save wrote."
-            )
-        if status.st_size > MAX_FILE_BYTES:
-            raise StateError(
-                f"{os.fspath(path)} has {status.st_size} bytes, but a state file has at most "
-                f"{MAX_FILE_BYTES}. Load the file that save wrote."
-            )
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
+        with open(name, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _not_regular(name)
+            if status.st_size > MAX_FILE_BYTES:
+                raise StateError(
+                    f"{name} has {status.st_size} bytes, but a state file has at most "
+                    f"{MAX_FILE_BYTES}. Load the file that save wrote."
+                )
             # Before another program's file of gigabytes fills the memory.
             beginning = file.read(9)
-            check_beginning(beginning, status.st_size, os.fspath(path))
+            check_beginning(beginning, status.st_size, name)
             file.seek(0)
-            check_header(file.read(header_end(beginning)), os.fspath(path))
+            check_header(file.read(header_end(beginning)), name)
             file.seek(0)
             return file.read(status.st_size)
+    except IsADirectoryError as error:
+        raise _not_regular(name) from error
     except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-    finally:
-        os.close(descriptor)
+        if _is_of_the_system(error) and error.filename is None:
+            error.filename = name
+        raise
+
+
+def _not_regular(name: str) -> StateError:
+    return StateError(f"{name} is not a regular file. Load the file that save wrote.")

@@ -56,7 +56,7 @@ def match_states(
     sources = matching.by_parameter() if saved.mode == "parameter" else matching.by_group()
     notes = [
         _different_settings(saved, current, sources),
-        _other_names(saved, current, sources),
+        _other_names(saved, current, sources) if matching.is_by_order else "",
         _rows_without_partner(saved, current, sources),
     ]
     if any(notes):
@@ -66,6 +66,9 @@ def match_states(
 
 class _Matching:
     """Two states and whether their rows can be the same ones.
+
+    Attributes:
+        is_by_order: whether no name is shared, so that the order decides.
 
     Args:
         saved: the state that was saved.
@@ -81,6 +84,7 @@ class _Matching:
         self._saved, self._current = saved, current
         self._source, self._partial, self._others = source, partial, frozenset(others)
         self._same_framework = saved.framework == current.framework
+        self.is_by_order = False
 
     def by_parameter(self) -> Sources:
         """The sources of rows that stand for a parameter each."""
@@ -94,6 +98,7 @@ class _Matching:
                 if len(partners) == len(rows):
                     sources[rows] = partners
         elif self._same_numbers():
+            self.is_by_order = True
             sources = np.arange(len(mine))
         for row, (partner, parameter) in enumerate(zip(sources.tolist(), mine)):
             if partner >= 0 and not theirs[partner].fits(parameter, self._same_framework):
@@ -111,6 +116,7 @@ class _Matching:
         if not links or self._saved.mode == "global":
             if not self._same_number_of_groups():
                 return sources
+            self.is_by_order = True
             links = {(i, i) for i in range(len(mine))}
         for i, j in links:
             # A group that was split or joined has no history in the file.
