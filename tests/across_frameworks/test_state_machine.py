@@ -46,15 +46,17 @@ norms = st.builds(lambda k, e: k * 2.0**e, st.integers(1, 255), st.integers(-8, 
 wide_norms = st.builds(lambda k, e: k * 2.0**e, st.integers(1, 255), st.integers(-40, 40))
 nothing = st.sampled_from([None, 0.0, np.nan, np.inf])
 
-rules = st.builds(
-    Quantile, st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.sampled_from([1.25, 1.5])
-) | st.builds(
-    Standard,
-    st.sampled_from([0.7, 1.3]),
-    # Weights that float64 adds up exactly: equal norms have no deviation.
-    decay=st.sampled_from([None, 0.5]),
-    factor=st.sampled_from([1.0, 1.5]),
-    shrink=st.booleans(),
+rules = (
+    st.builds(Quantile, st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.sampled_from([1.25, 1.5]))
+    | st.builds(
+        Standard,
+        st.sampled_from([0.7, 1.3]),
+        # Weights that float64 adds up exactly: equal norms have no deviation.
+        decay=st.sampled_from([None, 0.5]),
+        factor=st.sampled_from([1.0, 1.5]),
+        shrink=st.booleans(),
+    )
+    | st.builds(Standard, st.just(1.3), decay=st.sampled_from([None, 0.5]), log=st.just(True))
 )
 modes = st.sampled_from([(True, "raw"), (False, "raw"), (False, "clipped")])
 # What a traced graph can follow, too.

@@ -202,6 +202,21 @@ def test_skipped_steps_of_olmo_core(sigma: float) -> None:
     assert 0.0 in expected
 
 
+def test_steps_given_up_above_four_deviations_of_the_log_norm() -> None:
+    """Chen et al., 2018: a moving average and a moving deviation of the log norm."""
+    norms, decay, expected = stream(), 0.99, []
+    for step, norm in enumerate(norms):
+        logs = np.log(norms[:step])
+        weights = decay ** np.arange(step)[::-1]
+        if step >= 25:
+            mean = np.average(logs, weights=weights)
+            deviation = np.average((logs - mean) ** 2, weights=weights) ** 0.5
+        expected.append(float(step < 25 or np.log(norm) <= mean + 4 * deviation))
+    rule = Standard(4.0, decay=decay, log=True)
+    assert coefficients(run(norms, rule, 1000, on_spike="skip")) == expected
+    assert 0.0 in expected
+
+
 def test_adagc() -> None:
     """An exponential average of clipped norms times 1.04, after a warm-up, per tensor.
 
@@ -256,6 +271,7 @@ class ToTheMean(Standard):
         decay: Any,
         factor: Any,
         shrink: bool,
+        log: bool,
     ) -> Any:
         weights = decay**window.age
         return window.sum(weights * window.norms) / window.sum(weights)

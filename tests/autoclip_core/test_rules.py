@@ -127,6 +127,41 @@ def test_shrinking_needs_a_threshold_that_is_not_below_the_mean() -> None:
         Standard(factor=0.5, shrink=True)
 
 
+def test_logarithms_and_shrinking_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="shrink=True and log=True exclude each other"):
+        Standard(shrink=True, log=True)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0, 3),
+    st.none() | st.floats(0.25, 0.999),
+    st.integers(1, 60),
+    st.booleans(),
+    st.sampled_from([1, 20]),
+)
+def test_mean_and_deviation_of_logarithms(
+    seed: int, deviations: float, decay: float | None, length: int, current: bool, rows: int
+) -> None:
+    """Under any scale: a threshold is multiplied by what the norms are multiplied by."""
+    rule = Standard(deviations, decay, 1.25, log=True)
+    each = GroupSettings(rule, length, warmup_steps=2, include_current=current)
+    histories = [History.of([each] * rows) for _ in range(2)]
+    references = [Row(rule.name, **each.settings) for _ in range(rows)]
+    random = np.random.default_rng(seed)
+    for _ in range(100):
+        norms = np.where(random.random(rows) < 0.1, math.nan, random.lognormal(size=rows))
+        report, scaled = (
+            history.record(norms * scale) for history, scale in zip(histories, (1.0, 2.0**60))
+        )
+        np.testing.assert_allclose(scaled.thresholds, report.thresholds * 2.0**60, rtol=1e-9)
+        for row, reference in enumerate(references):
+            expected = reference.step(norms[row])
+            found = report.thresholds[row], report.coefficients[row]
+            assert found == pytest.approx(expected, rel=1e-11, abs=0)
+
+
 class PlainQuantile(Quantile):
     """The same thresholds, which no tracker is known for."""
 

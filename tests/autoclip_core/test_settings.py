@@ -82,6 +82,7 @@ def test_the_defaults() -> None:
         "deviations": 2.0,
         "decay": None,
         "shrink": False,
+        "log": False,
     }
     assert GroupSettings(Standard()).warmup_steps == 25
     assert GroupSettings(Standard()).include_current is False

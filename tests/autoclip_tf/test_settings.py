@@ -67,6 +67,7 @@ KINDS = {
     "standard, current": (Standard(0.5), {"warmup_steps": 0, "include_current": True}),
     "zclip": (
         Standard(1.0, decay=0.75, shrink=True),
+        Standard(1.0, decay=0.75, log=True),
         {"record": "clipped", "warmup_steps": 2, "max_norm": 100.0},
     ),
     "mad": (Mad(1.0), {"include_current": False}),

@@ -97,7 +97,7 @@ def _core(file: File, copies: int, whole: bool = False) -> Rows:
     for row in file["rows"]:
         rest = dict(row["settings"])
         rule = RULES[file["rule"]]
-        made = rule(**{name: rest.pop(name) for name in rule.setting_names()})
+        made = rule(**{name: rest.pop(name) for name in rule.setting_names() if name in rest})
         settings.append(GroupSettings(made, **rest))
     found: Rows = [{}] * len(settings)
     runs = batches(settings).values() if whole else [[i] for i in range(len(settings))]
@@ -141,7 +141,7 @@ def torch_host(file: File) -> Rows:
     rows = file["rows"]
     if file["mode"] == "global":
         own = dict(rows[0]["settings"])
-        rule = type(rule)(**{name: own.pop(name) for name in rule.setting_names()})
+        rule = type(rule)(**{name: own.pop(name) for name in rule.setting_names() if name in own})
         clipper = autoclip.torch.Clipper(parameters, rule, global_clipping=True, **own)
     else:
         left = iter(parameters)
@@ -208,7 +208,7 @@ def _tensorflow(file: File, compiled: bool | None) -> Rows:
     variables = [tf.Variable([0.0], name=name) for name in names]
     if file["mode"] == "global":
         own = dict(settings[0])
-        rule = type(rule)(**{name: own.pop(name) for name in rule.setting_names()})
+        rule = type(rule)(**{name: own.pop(name) for name in rule.setting_names() if name in own})
         clipper = autoclip.tf.Clipper(rule, global_clipping=True, **own)
     else:
         clipper = autoclip.tf.Clipper(

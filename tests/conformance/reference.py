@@ -30,6 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "decay": None,
         "factor": 1.0,
         "shrink": False,
+        "log": False,
         "include_current": False,
         "warmup_steps": 25,
     },
@@ -48,11 +49,15 @@ def threshold_of(rule: str, settings: dict[str, Any], window: list[float]) -> tu
         spread = np.median(np.abs(np.array(window) - median))
         return float(median + settings["deviations"] * spread), math.nan
     weights, total = weights_of(settings["decay"], len(window))
+    logs = settings.get("log")
+    if logs:
+        window = [math.log(norm) for norm in window]
     mean = math.fsum(map(mul, weights, window)) / total
     if rule == "exponential_mean":
         return settings["factor"] * mean, mean
     variance = math.fsum([w * (x - mean) ** 2 for w, x in zip(weights, window)]) / total
-    return settings["factor"] * (mean + settings["deviations"] * math.sqrt(variance)), mean
+    limit = mean + settings["deviations"] * math.sqrt(variance)
+    return settings["factor"] * (math.exp(limit) if logs else limit), mean
 
 
 @cache

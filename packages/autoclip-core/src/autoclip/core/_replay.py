@@ -118,6 +118,8 @@ def _rule_thresholds(
     for rows in batches([plain[each] for each in settings]).values():
         rules: list[Any] = [settings[row].rule for row in rows]
         running = _RUNNING.get(type(rules[0])) if len(rows) > _FEW_ROWS else None
+        if isinstance(rules[0], Standard) and rules[0].log:
+            running = None
         if running is not None and steps:
             for some in np.array_split(np.arange(len(rows)), -(-len(rows) // _ROWS_AT_ONCE)):
                 index = np.asarray(rows)[some]

@@ -74,6 +74,7 @@ class StandardSettings(CommonSettings, total=False):
     decay: float | None
     factor: float
     shrink: bool
+    log: bool
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _SHORT = 4096
 @register_tracker(Standard)
 def _make(rules: Sequence[Standard], history_length: int) -> Tracker | FewRows | None:
     first = rules[0]
-    if first.decay is not None or first.shrink:
+    if first.decay is not None or first.shrink or first.log:
         return None
     if len(rules) <= _FEW_ROWS and history_length <= _SHORT:
         return _Moments(rules)

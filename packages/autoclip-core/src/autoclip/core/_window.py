@@ -171,8 +171,11 @@ class Window(Generic[ArrayT]):
         Returns:
             [rows, 1].
         """
-        given = self.norms if values is None else self._masked(values, 0.0)
-        return self._ops.sum(given)  # type: ignore[no-any-return]
+        if values is None:
+            values = self.norms
+        if values is not self.norms:  # which have zeros in unused slots
+            values = self._masked(values, 0.0)
+        return self._ops.sum(values)  # type: ignore[no-any-return]
 
     def mean(self, values: Any = None) -> ArrayT:
         """The mean over each window; see `sum`."""

@@ -81,7 +81,7 @@ class StandardClip(Clipper):
         history_length: see `Clipper`, as for the rest.
         global_clipping: see `Clipper`.
         group_settings: see `Clipper`; such as `[{"match": "embedding", "deviations": 3.0}]`.
-        settings: `decay`, `factor` and `shrink`, see `autoclip.core.Standard`, and those of
+        settings: `decay`, `factor`, `shrink` and `log`, see `autoclip.core.Standard`, and those of
             `Clipper`.
 
     Raises:

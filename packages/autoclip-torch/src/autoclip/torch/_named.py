@@ -81,7 +81,7 @@ class StandardClip(Clipper):
         global_clipping: one history of the norm of all gradients together instead of one for each
             parameter.
         global_threshold: the name of `global_clipping` in autoclip 0.2.1; deprecated.
-        settings: `decay` (None), `factor` (1.0) and `shrink` (False), see
+        settings: `decay` (None), `factor` (1.0), `shrink` (False) and `log` (False), see
             `autoclip.core.Standard`, and those of `Clipper`.
 
     Raises:
