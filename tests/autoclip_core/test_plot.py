@@ -89,9 +89,12 @@ def test_the_row_that_is_clipped_hardest_is_the_default() -> None:
     hardest = int(np.mean([report.coefficients for report in reports], axis=0).argmin())
     assert plot.norms(state).axes[0].get_title("left") == f"encoder.layers.{hardest}.weight"
     assert plot.norms(state, -1).axes[0].get_title("left") == "encoder.layers.2.weight"
-    for missing in ("encoder", 3):
+    assert plot.norms(state, "layers.2").axes[0].get_title("left") == "encoder.layers.2.weight"
+    for missing in ("decoder", 3):
         with pytest.raises(KeyError, match=r"The 3 rows are encoder\.layers\.0\.weight"):
             plot.norms(state, missing)
+    with pytest.raises(KeyError, match="3 rows have 'encoder' in their names"):
+        plot.norms(state, "encoder")
 
 
 def test_the_distribution_marks_quantiles_and_the_threshold() -> None:
@@ -105,9 +108,122 @@ def test_the_distribution_marks_quantiles_and_the_threshold() -> None:
     assert texts(ax) == ["0.1", "0.5", "0.9"]
 
 
-def test_labels_that_would_overlap_are_joined() -> None:
-    [ax] = plot.distribution(make()[0], 0, quantiles=[0.1, 0.9, 0.9001]).axes
-    assert texts(ax) == ["0.1", "0.9, 0.9001"]
+def window_of(norms: Any, name: str = "weight") -> State:
+    settings = GroupSettings(Quantile(0.9)).settings
+    group = GroupState.from_windows(settings, [ParameterInfo(name, (2,))], [norms], [len(norms)])
+    return State("quantile", "parameter", "numpy", (group,))
+
+
+def overlaps(figure: Any, artists: list[Any]) -> bool:
+    figure.canvas.draw()
+    # Of an annotation without its line.
+    boxes = [
+        mpl.text.Text.get_window_extent(each)
+        if isinstance(each, mpl.text.Text)
+        else each.get_window_extent()
+        for each in artists
+    ]
+    return any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+BODY = 1 + 0.05 * np.random.default_rng(1).standard_normal(500)
+WINDOWS = {
+    "calm": BODY,
+    "rare spikes": np.concatenate([BODY, [9.0, 200.0, 12.0]]),
+    "decades": np.geomspace(1e-3, 1e3, 300),
+    "all that float32 has": np.geomspace(2e-38, 3e38, 200),
+    "equal and large": np.full(50, 1e30),
+    "nearly equal": 1 + 1e-7 * np.arange(30),
+    "one": [2.0],
+}
+QUANTILES = {
+    "default": [0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99],
+    "close": [0.0, 0.9, 0.901, 0.902, 0.903, 1.0],
+    "many": np.linspace(0, 1, 60).tolist(),
+}
+
+
+@pytest.mark.parametrize("quantiles", QUANTILES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_labels_of_quantiles_do_not_overlap(window: str, quantiles: str) -> None:
+    norms = WINDOWS[window]
+    figure = plot.distribution(window_of(norms), quantiles=QUANTILES[quantiles])
+    [ax] = figure.axes
+    labels = [each for each in ax.texts if each.get_text() != "≫"]
+    assert not overlaps(figure, [*labels, ax.get_legend()])
+    assert sum(patch.get_height() for patch in ax.patches) == len(norms)
+    if len(QUANTILES[quantiles]) < 10:
+        assert [each.get_text() for each in labels] == [f"{q:g}" for q in QUANTILES[quantiles]]
+
+
+def test_rare_spikes_leave_the_rest_visible() -> None:
+    """The usual case of one history for all parameters."""
+    norms = WINDOWS["rare spikes"]
+    figure = plot.distribution(window_of(norms))
+    [ax] = figure.axes
+    *_, far = ax.patches
+    body = [patch for patch in ax.patches[:-1] if patch.get_height()]
+    left, right = ax.get_xlim()
+    extent = max(patch.get_x() + patch.get_width() for patch in body) - body[0].get_x()
+    assert extent > 0.6 * (right - left)  # nothing like a blank third
+    assert far.get_height() == 3
+    words = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert words[-1] == "3 norms far above: 9 to 200"
+    [ax] = plot.distribution(window_of([*BODY, 9.0])).axes
+    assert ax.get_yscale() == "log"  # or a bar of 1 would not be seen beside one of 50
+    assert plot.norms(window_of(norms)).axes[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("rows", "spikes", "style"),
+    [
+        (1, True, "default"),
+        (6, False, "default"),
+        (6, True, "dark_background"),
+        (160, True, "default"),
+    ],
+)
+def test_overviews_have_no_overlaps(rows: int, spikes: bool, style: str) -> None:
+    stream = np.random.default_rng(0).lognormal(0, 0.3, (300, rows))
+    stream[np.random.default_rng(1).random((300, rows)) < 0.01 * spikes] *= 50
+    names = [f"transformer.encoder.layers.{row}.attention.weight" for row in range(rows)]
+    infos = [ParameterInfo(name, (2,)) for name in names]
+    settings = GroupSettings(Quantile(0.9)).settings
+    group = GroupState.from_windows(settings, infos, list(stream.T), [300] * rows)
+    state = State("quantile", "parameter", "numpy", (group,))
+    with pyplot.style.context(style):
+        figure = plot.overview(state)
+        figure.canvas.draw()
+    texts_drawn = figure.findobj(mpl.text.Text)
+    names_drawn = {ax.get_title("left") for ax in figure.axes}
+    titles = [each for each in texts_drawn if each.get_text() in names_drawn]
+    labels = [text for ax in figure.axes for text in ax.texts if text.get_text() != "≫"]
+    legends = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
+    assert not overlaps(figure, [*titles, *labels, *legends])
+    for ax in figure.axes:
+        ticks = [each for each in ax.get_yticklabels() if each.get_text()]
+        assert not overlaps(figure, ticks)
+    background = np.array(figure.get_facecolor()[:3])
+    for line in (line for ax in figure.axes for line in ax.get_lines()):
+        color = np.array(mpl.colors.to_rgb(line.get_color()))
+        assert np.abs(color - background).max() > 0.3
+
+
+@pytest.mark.parametrize(
+    "name", ["a$b", "$a^2$", "$\\frac", "two\nlines", "\x1b[31m", "\udc80", "层.weight"]
+)
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_are_drawn_as_text(name: str, tmp_path: Path) -> None:
+    state = make(rows=2, names=[f"{name}.0", f"{name}.1"])[0]
+    figure = plot.overview(state)
+    figure.savefig(tmp_path / "run.svg")
+    shown = plot.norms(state, 1).axes[0].get_title("left")
+    assert shown.isprintable()
+    if name.isprintable():
+        assert shown == f"{name}.1"
+        labels = [each.get_text() for each in figure.axes[1].get_yticklabels()]
+        assert sorted(labels) == [f"{name}.0", f"{name}.1"]
+    assert not any(text.get_parse_math() for text in figure.axes[1].get_yticklabels())
 
 
 @pytest.mark.parametrize(("spread", "scale"), [(0.2, "linear"), (3.0, "log")])
@@ -164,6 +280,7 @@ def test_what_has_nothing_to_draw_says_so() -> None:
     empty = History(rows=2, rule=Quantile(0.9))
     assert texts(plot.norms(empty).axes[0]) == ["nothing was recorded yet"]
     assert texts(plot.distribution(empty).axes[0]) == ["nothing was recorded yet"]
+    assert texts(plot.clipped(empty).axes[0]) == ["nothing was recorded yet"]
     plot.overview(empty).canvas.draw()
     [ax] = plot.clipped(make(rule=Standard(), record="clipped")[0]).axes
     assert texts(ax) == ["norms were recorded after clipping"]
@@ -180,6 +297,25 @@ def test_what_has_nothing_to_draw_says_so() -> None:
         "the rule 'somebodys_rule' is not registered here"
     ]
     assert list(lines(plot.norms(unknown).axes[0])) == ["norm"]
+
+
+@pytest.mark.parametrize("draw", [plot.overview, plot.norms, plot.distribution, plot.clipped])
+@pytest.mark.parametrize("groups", [0, 1])
+def test_a_history_without_rows(draw: Any, groups: int) -> None:
+    settings = GroupSettings(Quantile(0.9)).settings
+    group = GroupState.from_windows(settings, [], [], [])
+    with pytest.raises(KeyError, match="has no rows, so there is nothing to draw"):
+        draw(State("quantile", "parameter", "numpy", (group,) * groups))
+
+
+def test_rows_that_recorded_nothing_have_no_share() -> None:
+    norms = [1.0, 2.0, 3.0]
+    settings = GroupSettings(Quantile(0.5)).settings
+    infos = [ParameterInfo(name, ()) for name in ("empty", "full")]
+    group = GroupState.from_windows(settings, infos, [[], norms], [0, 3])
+    [ax] = plot.clipped(State("quantile", "parameter", "numpy", (group,))).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["full"]
+    assert "1 of 2 rows; mean of all: 66.7 %" in ax.get_title("left")
 
 
 def test_from_a_file(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _MODES = {
     "global": "one history for all parameters",
 }
 _SHORTEST_NAME = 28
+_TIE = "\N{NO-BREAK SPACE}"  # `printable` leaves none in names
 # The columns of the table, in the order in which a narrow one loses them.
 _LESS_IMPORTANT = ("shape", "recorded", "newest", "median", "filled")
 
@@ -67,7 +68,7 @@ def describe(summary: Summary, max_rows: int | None, width: int) -> str:
     lines += ["", *_rows(summary, max_rows, width)]
     clipped_at = summary.clipped_at()
     if summary.rows and not all(map(math.isnan, clipped_at.values())):
-        shares = ", ".join(f"{q:g}: {_percent(share)}" for q, share in clipped_at.items())
+        shares = ", ".join(f"{q:g}:{_TIE}{_percent(share)}" for q, share in clipped_at.items())
         lines += ["", *_wrapped(f"clipped at other quantiles  {shares}", width)]
     if summary.last:
         values = ", ".join(
@@ -160,13 +161,13 @@ def _table(rows: Sequence[RowSummary], state: State, width: int) -> list[str]:
 
 def _wrapped(text: str, width: int) -> list[str]:
     lines = textwrap.wrap(
-        text.replace(" %", "\N{NO-BREAK SPACE}%"),
+        text.replace(" %", f"{_TIE}%"),
         max(width, 40),
         subsequent_indent="    ",
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return [line.replace("\N{NO-BREAK SPACE}%", " %") for line in lines]
+    return [line.replace(_TIE, " ") for line in lines]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

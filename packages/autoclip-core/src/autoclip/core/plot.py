@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._diagnostics import CANDIDATES, Rows, Source, rows_of
+from autoclip.core._text import printable, without_common_prefix, without_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,12 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["clipped", "distribution", "norms", "overview"]
 
-_BLUE, _ORANGE, _RED, _GRAY = "#4c78a8", "#e67e22", "#d62728", "#888888"
-_DECADES = 1.5
-"""Norms that span more powers of ten get a logarithmic axis."""
-_LONGEST_NAME = 80
-_LONGEST_LABEL = 56
-_FEWEST_BARS = 10
+# They stand out on white and on black.
+_BLUE, _ORANGE, _RED, _GRAY = "#4c78a8", "#e67e22", "#e03131", "#8a8a8a"
+_MOST_SPREAD = 10.0
+"""A larger ratio of the largest norm to the smallest gets a logarithmic axis."""
+_FAR = 3.0
+"""Norms above all marks and a gap of this factor are counted in one bar."""
+_LONGEST_NAME = 72
+_LONGEST_LABEL = 44
+_FEWEST_BARS = 5
+_CHARACTER = 0.012
+"""The width of a character above the distribution, as a share of the width of the axes."""
 
 
 def norms(source: Source, row: int | str | None = None, *, ax: Axes | None = None) -> Figure:
@@ -103,7 +109,8 @@ def clipped(source: Source, *, max_rows: int = 40, ax: Axes | None = None) -> Fi
         ImportError: matplotlib is not installed.
     """
     rows = rows_of(source)
-    figure, ax = _axes(ax, (8.0, 1.3 + 0.2 * min(max(len(rows), 4), max_rows)))
+    _check_rows(rows)
+    figure, ax = _axes(ax, (8.0, 1.3 + 0.2 * min(max(len(rows), _FEWEST_BARS), max_rows)))
     _draw_clipped(rows, max_rows, ax)
     return figure
 
@@ -170,14 +177,18 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _index(rows: Rows, row: int | str | None) -> int:
-    if not len(rows):
-        raise KeyError("The history has no rows, and there is nothing to draw.")
+    _check_rows(rows)
     return rows.index(row)
+
+
+def _check_rows(rows: Rows) -> None:
+    if not len(rows):
+        raise KeyError("The history has no rows, so there is nothing to draw.")
 
 
 def _draw_norms(rows: Rows, row: int, ax: Axes) -> None:
     window = rows.windows[row].astype(np.float64)
-    ax.set_title(_short(rows.names[row], _LONGEST_NAME), loc="left", fontsize="medium")
+    _title(ax, _name(rows, row, _LONGEST_NAME))
     ax.set_xlabel("norms recorded")
     ax.set_ylabel("gradient norm")
     if not len(window):
@@ -216,55 +227,137 @@ def _draw_norms(rows: Rows, row: int, ax: Axes) -> None:
                 markersize=5,
                 label=f"clipped ({share:.3g} %)",
             )
-    if _spans_decades(window):
+    if window.max() > _MOST_SPREAD * window.min():
         ax.set_yscale("log")
-    ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False, fontsize="small"
-    )
+        _plain_numbers(ax.yaxis, window)
+    _legend_below(ax)
     ax.grid(alpha=0.25)
 
 
 def _draw_distribution(rows: Rows, row: int, quantiles: Sequence[float], ax: Axes) -> None:
-    window = rows.windows[row].astype(np.float64)
-    title = f"{_short(rows.names[row], _LONGEST_NAME - 20)}: the last {len(window)} norms"
+    window = np.sort(rows.windows[row].astype(np.float64))
     ax.set_xlabel("gradient norm")
     ax.set_ylabel("number of norms")
+    title = f"{_name(rows, row, _LONGEST_NAME - 22)}: the last {len(window)} norms"
     if not len(window):
-        ax.set_title(title, loc="left", fontsize="medium")
+        _title(ax, title)
         _say(ax, "nothing was recorded yet")
         return
-    low, high = float(window.min()), float(window.max())
-    count = int(np.clip(np.sqrt(len(window)) * 1.5, 10, 60))
-    if _spans_decades(window):
-        ax.set_xscale("log")
-        bins: Any = np.geomspace(low, high, count + 1)
-    else:
-        bins = np.linspace(low, high, count + 1) if high > low else 1
-    ax.hist(window, bins, color=_BLUE, alpha=0.6)
-    places = np.quantile(window, quantiles)
-    for place in places:
-        ax.axvline(place, color=_ORANGE, linewidth=1.0)
-    labels = _spaced(ax, [f"{q:g}" for q in quantiles], places)
-    longest = max((len(text) for text, _ in labels), default=0)
-    ax.set_title(title, loc="left", pad=9.0 + 4.5 * longest, fontsize="medium")
-    for text, place in labels:
-        ax.annotate(
-            text,
-            (place, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            rotation=60,
-            rotation_mode="anchor",
-            ha="left",
-            va="center",
-            fontsize="small",
-            color=_ORANGE,
-        )
+    _title(ax, title, pad=24.0 if len(quantiles) else None)
+    marks = np.quantile(window, quantiles)
     threshold = rows.thresholds[row]
+    inside = [window[0], *marks, *([threshold] if np.isfinite(threshold) else [])]
+    near = np.searchsorted(window, max(inside), side="right")
+    gaps = np.flatnonzero(window[near:] > _FAR * window[near - 1 : -1])
+    shown = window[: near + gaps[0]] if len(gaps) else window
+    logarithmic = max(shown[-1], *inside) > _MOST_SPREAD * min(inside)
+    edges = _edges(shown[0], shown[-1], len(window), logarithmic)
+    if logarithmic:
+        ax.set_xscale("log")
+        _plain_numbers(ax.xaxis, np.array([edges[0], edges[-1], *inside]))
+    counts, _, _ = ax.hist(shown, edges, color=_BLUE, alpha=0.85)
+    far = window[len(shown) :]
+    if len(far):
+        _draw_far(far, edges, max(edges[-1], *inside), float(max(counts)), ax)
+    for mark in marks:
+        ax.axvline(mark, color=_GRAY, linewidth=1.0, linestyle=":")
+    ax.set_xlim(*ax.get_xlim())  # labels are placed within these limits
+    _label_marks(ax, [f"{q:g}" for q in quantiles], marks)
     if np.isfinite(threshold):
-        ax.axvline(threshold, color=_RED, linestyle="--", label=f"threshold now: {threshold:.4g}")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize="small")
+        ax.axvline(threshold, color=_ORANGE, label=f"threshold now: {threshold:.4g}")
+    if np.isfinite(threshold) or len(far):
+        _legend_below(ax)
+
+
+def _plain_numbers(axis: Any, values: npt.NDArray[np.float64]) -> None:
+    """Label a logarithmic axis of one or two decades at 1, 2 and 5 times a power of ten."""
+    from matplotlib import ticker
+
+    if values.max() < 100 * values.min():
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _edges(low: float, high: float, count: int, logarithmic: bool) -> npt.NDArray[np.float64]:
+    """The edges of bins for so many norms between two, which may be equal."""
+    bins = int(np.clip(np.sqrt(count) * 1.5, 10, 60))
+    if high - low < 1e-6 * high:
+        low, high, bins = 0.95 * low, 1.05 * high, 15  # an odd number: they are in the middle
+    return (np.geomspace if logarithmic else np.linspace)(low, high, bins + 1)
+
+
+def _draw_far(
+    far: npt.NDArray[np.float64],
+    edges: npt.NDArray[np.float64],
+    last: float,
+    highest: float,
+    ax: Axes,
+) -> None:
+    """Draw one bar for norms far above the others, behind the last mark."""
+    if ax.get_xscale() == "log":
+        begin = last * (edges[-1] / edges[-2]) ** 3
+        end = begin * (edges[-1] / edges[-2]) ** 2
+    else:
+        begin = last + 3 * (edges[-1] - edges[-2])
+        end = begin + 2 * (edges[-1] - edges[-2])
+    number = f"{len(far)} norm{'s' * (len(far) != 1)}"
+    reach = f"{far[0]:.3g}" if far[0] == far[-1] else f"{far[0]:.3g} to {far[-1]:.3g}"
+    ax.bar(
+        begin, len(far), end - begin, align="edge", color=_RED, label=f"{number} far above: {reach}"
+    )
+    ax.annotate(
+        "≫",
+        ((begin * end) ** 0.5 if ax.get_xscale() == "log" else (begin + end) / 2, len(far)),
+        *((0, 2), "data", "offset points"),
+        ha="center",
+        color=_RED,
+    )
+    if highest > 20 * len(far):
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=0.7)
+
+
+def _label_marks(ax: Axes, texts: Sequence[str], marks: npt.NDArray[np.float64]) -> None:
+    """Label marks above the axes, side by side even where the marks are close together."""
+    if not texts:
+        return
+    scale = np.log if ax.get_xscale() == "log" else np.asarray
+    left, right = scale(ax.get_xlim())
+    order = np.argsort(marks, kind="stable")
+    space = _CHARACTER * (max(map(len, texts)) + 1)
+    order = order[:: int(np.ceil(len(order) * space))]  # as many as there is space for
+    shares = (scale(marks[order]) - left) / (right - left)
+    for index, share, place in zip(order, shares, _spread(shares, space)):
+        ax.annotate(
+            texts[index],
+            (float(share), 1.0),
+            xycoords="axes fraction",
+            xytext=(float(place), 1.045),
+            textcoords="axes fraction",
+            ha="center",
+            va="bottom",
+            fontsize="small",
+            color=_GRAY,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _GRAY,
+                "linewidth": 0.7,
+                "shrinkA": 0.0,
+                "shrinkB": 0.0,
+            },
+        )
+
+
+def _spread(places: npt.NDArray[np.float64], space: float) -> npt.NDArray[np.float64]:
+    """Increasing places between 0 and 1, moved until there is so much space between them."""
+    spread = places.copy()
+    for i in range(1, len(spread)):
+        spread[i] = max(spread[i], spread[i - 1] + space)
+    spread -= (spread - places).mean()  # all moved to the right
+    steps = space * np.arange(len(spread))
+    return np.maximum(np.minimum(spread, 1.0 - steps[::-1]), steps)
 
 
 def _draw_clipped(rows: Rows, max_rows: int, ax: Axes) -> None:
@@ -278,63 +371,51 @@ def _draw_clipped(rows: Rows, max_rows: int, ax: Axes) -> None:
             else "norms were recorded after clipping",
         )
         return
-    shares = 100 * np.nan_to_num(replay.shares)
-    order = np.argsort(-shares, kind="stable")[:max_rows]
+    shares = 100 * replay.shares
+    known = shares[~np.isnan(shares)]
+    if not len(known):
+        _say(ax, "nothing was recorded yet")
+        return
+    order = np.argsort(-shares, kind="stable")[: min(max_rows, len(known))]  # NaN comes last
     places = np.arange(len(order))
     ax.barh(places, shares[order], color=_BLUE, height=0.7)
-    prefix = _common_prefix(rows.names)
-    labels = ["…" * bool(prefix) + rows.names[row][len(prefix) :] for row in order]
-    ax.set_yticks(places, [_short(each, _LONGEST_LABEL) for each in labels], fontsize="small")
+    names = without_common_prefix([printable(name) for name in rows.names])
+    labels = [without_middle(names[row], _LONGEST_LABEL) for row in order]
+    ax.set_yticks(places, labels, fontsize="small", parse_math=False)
     ax.set_ylim(max(len(order), _FEWEST_BARS) - 0.4, -0.6)
-    ax.axvline(float(shares.mean()), color=_GRAY, linestyle="--", linewidth=1.0)
-    ax.set_xlim(0.0, max(1.0, 1.1 * float(shares.max(initial=0.0))))
+    ax.axvline(float(known.mean()), color=_GRAY, linestyle="--", linewidth=1.0)
+    ax.set_xlim(0.0, max(1.0, 1.1 * float(known.max())))
+    if not known.any():
+        ax.text(0.5, 0.5, "no norm was clipped", transform=ax.transAxes, ha="center", color=_GRAY)
     left_out = len(rows) - len(order)
     title = f"{len(order)} of {len(rows)} rows" if left_out else f"{len(rows)} rows"
-    title += f"; mean of all: {shares.mean():.3g} %"
-    ax.set_title(title, loc="left", fontsize="medium")
+    _title(ax, f"{title}; mean of all: {known.mean():.3g} %")
     ax.grid(axis="x", alpha=0.25)
 
 
+def _title(ax: Axes, text: str, pad: float | None = None) -> None:
+    # A name may have a dollar sign, which is none of a formula.
+    ax.set_title(text, loc="left", fontsize="medium", pad=pad, parse_math=False)
+
+
+def _name(rows: Rows, row: int, longest: int) -> str:
+    return without_middle(printable(rows.names[row]), longest)
+
+
+def _legend_below(ax: Axes) -> None:
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False, fontsize="small"
+    )
+
+
 def _say(ax: Axes, text: str) -> None:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=_GRAY)
+    ax.text(
+        *(0.5, 0.5, text),
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        color=_GRAY,
+        parse_math=False,
+    )
     ax.set_xticks([])
     ax.set_yticks([])
-
-
-def _short(name: str, longest: int) -> str:
-    """A name without its middle, if it is long: both ends tell parameters apart."""
-    if len(name) <= longest:
-        return name
-    half = (longest - 1) // 2
-    return f"{name[:half]}…{name[-half:]}"
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """The modules that all names begin with, if that makes them much shorter."""
-    first, last = min(names), max(names)  # what these two share, all names share
-    same = [a == b for a, b in zip(first, last)]
-    common = first[: same.index(False)] if False in same else ""
-    prefix = common[: 1 + max(common.rfind("."), common.rfind("/"))]
-    return prefix if len(prefix) > 10 else ""
-
-
-def _spans_decades(values: npt.NDArray[np.float64]) -> bool:
-    return bool(values.max() / values.min() > 10**_DECADES)
-
-
-def _spaced(
-    ax: Axes, texts: Sequence[str], places: npt.NDArray[np.float64]
-) -> list[tuple[str, float]]:
-    """Labels at their places, with those that would overlap joined into one."""
-    left, right = ax.get_xlim()
-    logarithmic = ax.get_xscale() == "log"
-    scale = np.log if logarithmic else np.asarray
-    width = float(scale(right) - scale(left))
-    found: list[tuple[list[str], list[float]]] = []
-    for text, place in sorted(zip(texts, places.tolist()), key=lambda each: each[1]):
-        if found and float(scale(place) - scale(found[-1][1][-1])) < 0.025 * width:
-            found[-1][0].append(text)
-            found[-1][1].append(place)
-        else:
-            found.append(([text], [place]))
-    return [(", ".join(group), float(np.median(where))) for group, where in found]
