@@ -464,3 +464,55 @@ def test_a_coefficient_is_a_constant_to_a_tape(mode, size, settings):
     for value, coefficient in ((1.0, 1.0), (2.0, 2.5 / 4), (5.0, 4 / 25)):
         found = run(tf.fill([size], value))
         np.testing.assert_allclose(found, np.full(size, 2 * coefficient * value), rtol=1e-5)
+
+
+@pytest.fixture
+def checked_numerics():
+    tf.debugging.enable_check_numerics()
+    yield
+    tf.debugging.disable_check_numerics()
+
+
+@pytest.mark.usefixtures("checked_numerics")
+@pytest.mark.parametrize("is_graph", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: QuantileClip(0.5, 5),
+        lambda: QuantileClip(0.5, 5, True, on_nonfinite="zero"),
+        lambda: QuantileClip(0.5, 5, on_spike="zero", max_norm=100.0, on_nonfinite="raise"),
+        lambda: StandardClip(1.0, 5, warmup_steps=3, record="clipped"),
+        lambda: QuantileClip(0.5, 5, group_settings=[{"match": "_1", "history_length": 3}]),
+    ],
+    ids=["quantile", "global", "spikes", "standard", "groups"],
+)
+def test_no_operation_returns_nan_or_infinity(make, is_graph):
+    """Those who look for NaN and infinity in their model find none in a clipper's steps.
+
+    XLA compiles no graph with these checks.
+    """
+    clipper = make()
+    dtypes = [tf.float32, tf.float32, tf.float64, tf.float16, tf.float32]
+    shapes = [(3,), (5000,), (5000,), (8,), (0, 2)]
+    variables = [
+        tf.Variable(tf.zeros(shape, dtype), name=f"variable_{i}")
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes))
+    ]
+    rows = tf.Variable(tf.zeros([6, 2]), name="rows")
+    clipper.build([*variables, rows])
+
+    def step(size, large):
+        gradients = [tf.fill(v.shape, tf.cast(size, v.dtype)) for v in variables]
+        gradients[1] *= large  # the squares of its elements may leave float32
+        slices = tf.IndexedSlices(tf.fill([2, 2], size), tf.constant([1, 1]), tf.constant([6, 2]))
+        pairs = [*zip(gradients, variables), (slices, rows)]
+        return [tf.convert_to_tensor(clipped) for clipped, _ in clipper(pairs)]
+
+    run = tf.function(step) if is_graph else step
+    for size, large in ((0.0, 1.0), (1.0, 1.0), (2.0, 1e-30), (9.0, 1e30), (0.5, 1.0)):
+        run(tf.constant(size), tf.constant(large))
+        assert np.isfinite(clipper.last.norms).all()
+        assert clipper.thresholds.shape == clipper.last.thresholds.shape
+        assert np.isfinite(clipper.total_norm)
+    recorded = np.concatenate([group.recorded for group in clipper.export_state().groups])
+    assert recorded.max() == 4  # zeros are not recorded

@@ -123,9 +123,8 @@ class TensorHistory:
         return report
 
     def thresholds(self) -> tf.Tensor:
-        """float64[rows, 1]: the thresholds of the windows as they are now."""
-        found = thresholds_of(self._settings, self._read_numbers(), self._read_windows())
-        return tf.where(found < OPS.unlimited, found, tf.constant(np.inf, tf.float64))
+        """float64[rows, 1]: the thresholds of the windows as they are now; see `record`."""
+        return thresholds_of(self._settings, self._read_numbers(), self._read_windows())
 
     # -- windows -----------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 from autoclip.core import Report
 from autoclip.core.adapter import GroupSettings, batches
 from autoclip.tf._history import TensorHistory, check_memory
+from autoclip.tf._ops import OPS
 
 __all__ = ["RowBatch", "Rows"]
 
@@ -76,8 +77,14 @@ class Rows:
         return Report(norms, thresholds, coefficients)
 
     def thresholds(self) -> tf.Tensor:
-        """float64[rows]: the thresholds of the windows as they are now."""
-        return self._in_order([batch.history.thresholds() for batch in self._batches])[:, 0]
+        """float64[rows]: the thresholds of the windows as they are now; infinite for none."""
+        found = self._in_order([batch.history.thresholds() for batch in self._batches])[:, 0]
+        if tf.executing_eagerly():
+            # Outside of TensorFlow: under tf.debugging.enable_check_numerics no operation may
+            # return an infinity.
+            on_host = found.numpy()
+            return tf.constant(np.where(on_host < OPS.unlimited, on_host, np.inf))
+        return tf.where(found < OPS.unlimited, found, tf.constant(np.inf, tf.float64))
 
     def _in_order(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
         return parts[0] if len(parts) == 1 else tf.gather(tf.concat(parts, 0), self._places)

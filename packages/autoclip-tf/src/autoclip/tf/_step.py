@@ -222,11 +222,16 @@ class Pipeline:
 
         In a graph, which cannot know that, it is always the report.
         """
-        values = self._report.read_value()
-        if tf.executing_eagerly() and not values.numpy().any():
-            return None
-        norms, thresholds, coefficients = tf.unstack(tf.cast(values, tf.float32), axis=1)
-        return Report(norms, thresholds, coefficients, self.row_names)
+        if tf.executing_eagerly():
+            # Made into tensors after the cast: thresholds may be infinite, and under
+            # tf.debugging.enable_check_numerics no operation may return that.
+            found = self.read_report()
+            if found is None:
+                return None
+            numbers = [found.norms, found.thresholds, found.coefficients]
+            return Report(*map(tf.constant, numbers), self.row_names)
+        values = tf.cast(self._report.read_value(), tf.float32)
+        return Report(*tf.unstack(values, axis=1), self.row_names)
 
     @property
     def total_norm(self) -> tf.Tensor | None:
