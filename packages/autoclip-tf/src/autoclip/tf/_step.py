@@ -228,10 +228,12 @@ class Pipeline:
             found = self.read_report()
             if found is None:
                 return None
-            numbers = [found.norms, found.thresholds, found.coefficients]
-            return Report(*map(tf.constant, numbers), self.row_names)
-        values = tf.cast(self._report.read_value(), tf.float32)
-        return Report(*tf.unstack(values, axis=1), self.row_names)
+            numbers = (found.norms, found.thresholds, found.coefficients)
+            norms, thresholds, coefficients = map(tf.constant, numbers)
+        else:
+            values = tf.cast(self._report.read_value(), tf.float32)
+            norms, thresholds, coefficients = tf.unstack(values, axis=1)
+        return Report(norms, thresholds, coefficients, self.row_names)
 
     @property
     def total_norm(self) -> tf.Tensor | None:
