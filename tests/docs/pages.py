@@ -4,6 +4,7 @@ Every block runs, in order, in one namespace and one process. A comment on the l
 says otherwise:
 
 * `<!-- needs: deepspeed -->`: run with the page's other blocks of this need, where it is installed.
+* `<!-- recipe: trl -->`: run by tests/frameworks, where what it needs is installed.
 * `<!-- not run: reason -->`: not run.
 
 A page that has `<!-- processes: 2 -->` anywhere runs in two processes at once.
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Package indexes show these, without the files around them.
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
-MARK = re.compile(r"^ *<!-- (needs|not run|processes): (.+?) -->$")
+MARK = re.compile(r"^ *<!-- (needs|recipe|not run|processes): (.+?) -->$")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Block:
         line: how many lines of the page come before its code.
         code: without the page's indentation.
         needs: the package that it is marked with, or "".
+        recipe: the recipe that it is marked with, or "".
         not_run: why it is not run, or "".
     """
 
     line: int
     code: str
     needs: str = ""
+    recipe: str = ""
     not_run: str = ""
 
 
@@ -63,6 +66,7 @@ def blocks_of(page: Path) -> list[Block]:
                     opened,
                     textwrap.dedent("\n".join(lines[opened:i])),
                     needs=value if kind == "needs" else "",
+                    recipe=value if kind == "recipe" else "",
                     not_run=value if kind == "not run" else "",
                 )
             )
@@ -86,7 +90,7 @@ def run_page(path: str, needs: str) -> None:
     """
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks_of(Path(path)):
-        if block.needs == needs and not block.not_run:
+        if block.needs == needs and not (block.recipe or block.not_run):
             # Empty lines before it, so that a traceback has the page's line numbers.
             source = "\n" * block.line + block.code
             exec(compile(source, path, "exec", dont_inherit=True), namespace)

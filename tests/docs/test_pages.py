@@ -14,7 +14,9 @@ from processes import ForkServer
 RUNS = [
     pytest.param(page, needs, id=f"{page.relative_to(ROOT)}{needs and '-'}{needs}")
     for page in pages()
-    for needs in sorted({block.needs for block in blocks_of(page) if not block.not_run})
+    for needs in sorted(
+        {block.needs for block in blocks_of(page) if not (block.recipe or block.not_run)}
+    )
 ]
 
 

@@ -1,0 +1,175 @@
+"""Frameworks that take the optimizer: Ignite, MONAI, PyTorch Geometric, Poutyne."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import create_supervised_trainer
+from ignite.handlers import Checkpoint
+from monai.data import DataLoader as MonaiLoader
+from monai.engines import SupervisedTrainer
+from poutyne import Model
+from recipes import Watch, run_recipe, weights
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch_geometric.data import Data
+
+from autoclip.torch import QuantileClip
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(32, 4, generator=GENERATOR) * torch.logspace(-1, 1, 32)[:, None]
+Y = torch.randint(0, 3, (32,), generator=GENERATOR)
+LOADER = DataLoader(TensorDataset(X, Y), batch_size=4)
+LOSS = nn.CrossEntropyLoss()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def with_optimizer() -> tuple[nn.Module, Any]:
+    model = network()
+    return model, QuantileClip.as_optimizer(torch.optim.Adam(model.parameters()), quantile=0.5)
+
+
+def same(one: tuple[nn.Module, Any], other: tuple[nn.Module, Any]) -> None:
+    assert torch.equal(weights(one[0]), weights(other[0]))
+    assert one[1].clipper.state_dict() == other[1].clipper.state_dict()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# -- Ignite ------------------------------------------------------------------------------------
+
+
+def test_ignite_recipe(folder: Path) -> None:
+    with Watch(quantile=0.9) as watch:
+        names = run_recipe("ignite", model=network(), loss=LOSS, loader=LOADER)
+    assert watch.steps() == [16]
+    assert "autoclip/total_norm" in names["trainer"].state.metrics
+
+    model, optimizer = network(), None
+    optimizer = QuantileClip.as_optimizer(torch.optim.AdamW(model.parameters()), quantile=0.9)
+    trainer = create_supervised_trainer(model, optimizer, LOSS)
+    (file,) = folder.glob("checkpoints/*.pt")
+    saved = torch.load(file, weights_only=False)
+    Checkpoint.load_objects({"model": model, "optimizer": optimizer, "trainer": trainer}, saved)
+    same((model, optimizer), (names["model"], names["optimizer"]))
+    trainer.run(LOADER, max_epochs=4)
+    names["trainer"].run(LOADER, max_epochs=4)
+    same((model, optimizer), (names["model"], names["optimizer"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 4}])
+def test_ignite_as_numpy_clips(options: dict[str, Any]) -> None:
+    model, optimizer = with_optimizer()
+    with Watch(quantile=0.5) as watch:
+        create_supervised_trainer(model, optimizer, LOSS, **options).run(LOADER, max_epochs=3)
+    assert watch.steps() == [24 // options.get("gradient_accumulation_steps", 1)]
+    assert watch.clipped > 5
+
+
+# -- MONAI -------------------------------------------------------------------------------------
+
+
+def monai_loader() -> Any:
+    rows = [{"image": x, "label": y} for x, y in zip(X, Y)]
+    return MonaiLoader(rows, batch_size=4)
+
+
+def test_monai_recipe(folder: Path) -> None:
+    with Watch(quantile=0.9) as watch:
+        names = run_recipe("monai", network=network(), loss=LOSS, loader=monai_loader())
+    assert watch.steps() == [16]
+
+    from monai.handlers import CheckpointLoader
+
+    model = network()
+    optimizer = QuantileClip.as_optimizer(torch.optim.AdamW(model.parameters()), quantile=0.9)
+    (file,) = folder.glob("runs/*.pt")
+    CheckpointLoader(str(file), {"network": model, "optimizer": optimizer})
+    loader = CheckpointLoader(str(file), {"network": model, "optimizer": optimizer})
+    options: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "max_epochs": 1,
+        "train_data_loader": monai_loader(),
+        "loss_function": LOSS,
+    }
+    SupervisedTrainer(network=model, optimizer=optimizer, train_handlers=[loader], **options).run()
+    SupervisedTrainer(network=names["network"], optimizer=names["optimizer"], **options).run()
+    same((model, optimizer), (names["network"], names["optimizer"]))
+
+
+def test_monai_as_numpy_clips() -> None:
+    model, optimizer = with_optimizer()
+    with Watch(quantile=0.5) as watch:
+        SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=3,
+            train_data_loader=monai_loader(),
+            network=model,
+            optimizer=optimizer,
+            loss_function=LOSS,
+        ).run()
+    assert watch.steps() == [24]
+    assert watch.clipped > 5
+
+
+# -- PyTorch Geometric -------------------------------------------------------------------------
+
+
+def test_pyg_recipe() -> None:
+    edges = torch.randint(0, 32, (2, 90), generator=GENERATOR)
+    torch.manual_seed(0)
+    data = Data(x=X, edge_index=edges, y=Y)
+    with Watch(quantile=0.9) as watch:
+        names = run_recipe("pyg", data=data)
+    assert watch.steps() == [20]
+    model = copy.deepcopy(names["model"])
+    optimizer = QuantileClip.as_optimizer(torch.optim.Adam(model.parameters(), lr=0.01))
+    optimizer.load_state_dict(names["optimizer"].state_dict())
+    same((model, optimizer), (names["model"], names["optimizer"]))
+
+
+# -- Poutyne -----------------------------------------------------------------------------------
+
+
+def test_poutyne_recipe() -> None:
+    given = {"network": network(), "X": X, "y": Y}
+    with Watch(quantile=0.9) as watch:
+        names = run_recipe("poutyne", **given)
+    assert watch.steps() == [2]
+    assert [("autoclip/total_norm" in entry) for entry in names["history"]] == [True, True]
+    other = network()
+    optimizer = QuantileClip.as_optimizer(torch.optim.Adam(other.parameters()), quantile=0.9)
+    other.load_state_dict(names["network"].state_dict())
+    model = Model(other, optimizer, "cross_entropy")
+    model.load_optimizer_state("optimizer.pt")
+    same((other, optimizer), (names["network"], names["optimizer"]))
+    for each in (model, names["model"]):
+        torch.manual_seed(1)  # it shuffles
+        each.fit(X, Y, epochs=2, batch_size=4, verbose=False)
+    same((other, optimizer), (names["network"], names["optimizer"]))
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_poutyne_as_numpy_clips(batches: int) -> None:
+    model, optimizer = with_optimizer()
+    with Watch(quantile=0.5, left_alone=batches == 1) as watch:
+        Model(model, optimizer, "cross_entropy").fit(
+            X, Y, epochs=3, batch_size=4, batches_per_step=batches, verbose=False
+        )
+    assert watch.steps() == [24 // batches]
+    assert watch.clipped > 5
+    (norms,) = watch.norms.values()
+    assert np.isfinite(norms).all()

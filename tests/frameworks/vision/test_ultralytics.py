@@ -1,0 +1,100 @@
+"""ultralytics: the class in docs/examples/ultralytics_yolo.py."""
+
+from __future__ import annotations
+
+import csv
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from recipes import ROOT, Watch
+from ultralytics import YOLO, settings
+
+EXAMPLE = ROOT / "docs" / "examples" / "ultralytics_yolo.py"
+NAMES = runpy.run_path(str(EXAMPLE))
+TRAINER: Any = NAMES["AutoClipTrainer"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def offline() -> None:
+    settings.update({"sync": False})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (tmp_path / "data" / part / "train").mkdir(parents=True)
+    for i in range(8):
+        pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / "images" / "train" / f"{i}.png")
+        label = f"{i % 2} 0.5 0.5 {generator.uniform(0.2, 0.8):.3f} 0.5\n"
+        (tmp_path / "data" / "labels" / "train" / f"{i}.txt").write_text(label)
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        f"path: {tmp_path / 'data'}\ntrain: images/train\nval: images/train\n"
+        "names: {0: one, 1: two}\n"
+    )
+    return file
+
+
+def options(data: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data": str(data),
+        "project": str(data.parent / "runs"),
+        "imgsz": 32,
+        "batch": 4,
+        "workers": 0,
+        "device": "cpu",
+        "plots": False,
+        "verbose": False,
+        "nbs": 4,
+        "warmup_epochs": 0,
+        "optimizer": "AdamW",
+        **more,
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "MuSGD"])
+def test_one_norm_a_step_as_numpy_clips(data: Path, optimizer: str) -> None:
+    model = YOLO("yolo11n.yaml")
+    with Watch(quantile=0.9) as watch:
+        model.train(trainer=TRAINER, epochs=2, **options(data, optimizer=optimizer))
+    assert watch.steps() == [4]
+    assert any(norm > 10 for norms in watch.norms.values() for (norm,) in norms)
+    (file,) = data.parent.glob("runs/*/results.csv")
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    (norms,) = watch.norms.values()
+    logged = [float(row["autoclip/total_norm"]) for row in rows]
+    np.testing.assert_allclose(logged, [norms[1][0], norms[3][0]], rtol=1e-4)
+
+
+def test_resume_restores_the_history(data: Path) -> None:
+    saved: list[Any] = []
+
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            saved.append(trainer.optimizer.clipper.state_dict())
+            raise Interrupted
+
+    model = YOLO("yolo11n.yaml")
+    model.add_callback("on_model_save", interrupt)
+    with pytest.raises(Interrupted):
+        model.train(trainer=TRAINER, epochs=3, **options(data))
+    (last,) = data.parent.glob("runs/*/weights/last.pt")
+
+    found: list[Any] = []
+    resumed = YOLO(last)
+    resumed.add_callback("on_train_start", lambda t: found.append(t.optimizer.clipper.state_dict()))
+    with Watch(quantile=0.9) as watch:
+        resumed.train(trainer=TRAINER, resume=True)
+    assert found == saved
+    assert watch.steps() == [2]  # of three epochs with two steps each, the last
