@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 # The same five for every task, as one would choose who knows nothing of a task's gradients.
@@ -42,6 +43,37 @@ CLIPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "percentile 5": ("QuantileClip", {"quantile": 5 / 99, "history_length": 100}),
 }
 
+
+def grid() -> dict[str, tuple[str, dict[str, Any]]]:
+    """The exploration's arms: low baselines that a divergence cannot drag along, with a factor.
+
+    Clipped norms under a factor of 1 are left out: their thresholds could only fall.
+    """
+    arms = {}
+    for scope, record, length, quantile, factor in product(
+        ("global", "parameter"),
+        ("raw", "clipped"),
+        (1000, 200, 100, 50),
+        (0.1, 0.25, 0.5),
+        (1.0, 1.5, 2.0, 3.0),
+    ):
+        if record == "clipped" and factor == 1.0:
+            continue
+        settings: dict[str, Any] = {
+            "quantile": quantile,
+            "factor": factor,
+            "history_length": length,
+            "global_clipping": scope == "global",
+        }
+        if record == "clipped":
+            settings |= {"record": "clipped", "include_current": False}
+        name = f"{quantile:g} ×{factor:g}, {record}, last {length}, {scope}"
+        arms[name] = ("QuantileClip", settings)
+    return arms
+
+
+GRID = grid()
+
 NONE, TUNED, DEFAULT = "none", "tuned constant", "quantile 0.9 (default)"
 ARMS = (NONE, TUNED, *CLIPPERS)
 # The arms whose course of training is recorded and drawn.
@@ -62,7 +94,7 @@ def clipped_torch_optimizer(optimizer: Any, arm: str, constant: float | None) ->
 
         optimizer.register_step_pre_hook(clip)
     elif arm != NONE:
-        name, settings = CLIPPERS[arm]
+        name, settings = CLIPPERS.get(arm) or GRID[arm]
         getattr(autoclip, name).as_optimizer(optimizer, **settings)
     return optimizer
 
@@ -74,7 +106,7 @@ def clipped_keras_optimizer(optimizer: Any, arm: str, constant: float | None) ->
     if constant is not None:
         optimizer.global_clipnorm = constant
     elif arm != NONE:
-        name, settings = CLIPPERS[arm]
+        name, settings = CLIPPERS.get(arm) or GRID[arm]
         optimizer = getattr(autoclip, name).as_optimizer(optimizer, **settings)
     return optimizer
 
