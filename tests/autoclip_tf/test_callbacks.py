@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 
 import keras
 import numpy as np
@@ -69,7 +70,7 @@ class TestCallback:
             for name in names:
                 found = history[name][epoch]
                 assert type(found) is float
-                assert found == pytest.approx(np.mean([each[name] for each in batches]), rel=1e-12)
+                assert found == pytest.approx(np.mean([each[name] for each in batches]), rel=1e-6)
         assert max(history["autoclip/clipped"]) > 0
         assert all("autoclip/clipped" not in logs for logs in recorder.logs)
 
@@ -80,12 +81,16 @@ class TestCallback:
         history = fit(compiled(model), epochs=2, callbacks=[callback, recorder])
         assert sorted(history) == [*(f"g/{name}" for name in NAMES), "loss"]
         values = [each for epoch in recorder.values for each in epoch]
-        for batch, (logs, expected) in enumerate(zip(recorder.logs, values)):
+        for batch, logs in enumerate(recorder.logs, start=1):
             found = {name: logs[name] for name in logs if name != "loss"}
-            due = (batch + 1) % every == 0
-            assert found == (
-                {f"g/{name}": pytest.approx(expected[name]) for name in NAMES} if due else {}
-            )
+            means = {
+                f"g/{name}": pytest.approx(
+                    np.mean([each[name] for each in values[max(0, batch - every) : batch]]),
+                    rel=1e-6,
+                )
+                for name in NAMES
+            }
+            assert found == (means if batch % every == 0 else {})
 
     def test_values_of_variables(self, model, fit):
         trained = compiled(model)
@@ -99,8 +104,9 @@ class TestCallback:
         for name in own:
             for epoch, batches in enumerate(recorder.values):
                 mean = np.mean([each[name] for each in batches])
-                assert history[name][epoch] == pytest.approx(mean, rel=1e-12)
-            assert recorder.logs[-1][name] == recorder.values[-1][-1][name]
+                assert history[name][epoch] == pytest.approx(mean, rel=1e-6)
+            last = recorder.values[-1][-1][name]
+            assert recorder.logs[-1][name] == pytest.approx(last, rel=1e-6)
 
     def test_batches_that_are_not_finite_do_not_count(self, model, fit, data):
         x, y = (each.copy() for each in data)
@@ -122,10 +128,10 @@ class TestCallback:
 
     def test_wrong_arguments(self):
         for wrong in (True, None, 1.5):
-            with pytest.raises(TypeError, match="update_freq takes"):
+            with pytest.raises(TypeError, match="update_freq must be"):
                 AutoClipCallback(update_freq=wrong)
         for wrong in ("step", 0, -1):
-            with pytest.raises(ValueError, match="update_freq takes"):
+            with pytest.raises(ValueError, match="update_freq must be"):
                 AutoClipCallback(update_freq=wrong)
         with pytest.raises(ValueError, match="is not a regular expression"):
             AutoClipCallback(log_parameters="*")
@@ -174,6 +180,88 @@ class TestCallback:
         assert callback.clipper is optimizer.inner_optimizer.clipper
         assert sorted(history) == [*NAMES, "loss"]
 
+    @pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}])
+    def test_accumulated_gradients_count_once(self, model, fit, windows, options):
+        """Also across epochs, and in an epoch that begins in the middle of an update."""
+        optimizer = keras.optimizers.SGD(1e-2, gradient_accumulation_steps=3)
+        trained = compiled(model, optimizer, settings={"global_clipping": True}, **options)
+        seen = []
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: seen.append(dict(logs))
+        )
+        callback = AutoClipCallback(update_freq="batch")
+        history = fit(trained, epochs=3, callbacks=[callback, note])
+        [norms] = windows(trained.optimizer.clipper)
+        assert len(norms) == 4  # after batches 3, 6, 9 and 12 of 4 in each epoch
+        means = [norms[0], norms[1], norms[2:].mean()]
+        assert history["autoclip/total_norm"] == pytest.approx(means, rel=1e-6)
+        found = [each.get("autoclip/total_norm") for each in seen]
+        assert [i for i, value in enumerate(found, start=1) if value is not None] == [3, 6, 9, 12]
+        assert found[2::3] == pytest.approx(norms.tolist(), rel=1e-6)
+
+    def test_steps_that_a_loss_scaler_skips_do_not_count(self, model, data, windows):
+        x, y = (each.copy() for each in data)
+        y[[20, 60]] = np.inf  # in the second batch of four, and in the last
+        inner = keras.optimizers.SGD(1e-2)
+        optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+        trained = compiled(model, optimizer, settings={"global_clipping": True})
+        callbacks = [AutoClipCallback()]
+        options = {"batch_size": 16, "shuffle": False, "verbose": 0, "callbacks": callbacks}
+        history = trained.fit(x, y, epochs=2, **options).history
+        [norms] = windows(inner.clipper)
+        assert len(norms) == 4
+        means = [norms[:2].mean(), norms[2:].mean()]
+        assert history["autoclip/total_norm"] == pytest.approx(means, rel=1e-6)
+
+    @pytest.mark.parametrize("options", [{"steps_per_execution": 3}, {"jit_compile": True}])
+    def test_every_update_counts(self, model, fit, windows, options):
+        trained = compiled(model, settings={"global_clipping": True}, **options)
+        history = fit(trained, epochs=2, callbacks=[AutoClipCallback()])
+        [norms] = windows(trained.optimizer.clipper)
+        means = norms.reshape(2, 4).mean(axis=1)
+        assert history["autoclip/total_norm"] == pytest.approx(means, rel=1e-6)
+        assert len(history["autoclip/threshold"]) == 2
+
+    def test_several_callbacks_of_one_clipper(self, model, fit):
+        callbacks = [AutoClipCallback(), AutoClipCallback(prefix="again/", update_freq="batch")]
+        history = fit(compiled(model), epochs=2, callbacks=callbacks)
+        for name in NAMES:
+            assert history[name] == pytest.approx(history[f"again/{name}"])
+
+    def test_a_large_norm_of_the_past_takes_no_digits(self, model, fit, data):
+        """Sums are not differences of ever larger sums."""
+        x, y = data
+        trained = compiled(model, keras.optimizers.SGD(0.0), quantile=1.0)
+        callback = AutoClipCallback()
+        expected = fit(trained, callbacks=[callback])["autoclip/total_norm"]
+        trained.fit(x, y * 1e30, verbose=0, callbacks=[callback])
+        assert fit(trained, callbacks=[callback])["autoclip/total_norm"] == pytest.approx(expected)
+
+    def test_a_step_that_was_traced_before_is_traced_again(self, model, fit, windows):
+        trained = compiled(model, settings={"global_clipping": True})
+        fit(trained)
+        callback = AutoClipCallback()
+        history = fit(trained, callbacks=[callback])
+        [norms] = windows(trained.optimizer.clipper)
+        assert history["autoclip/total_norm"] == pytest.approx([norms[4:].mean()], rel=1e-6)
+        function = trained.train_function
+        fit(trained, callbacks=[callback])
+        assert trained.train_function is function
+
+    def test_sums_are_not_part_of_any_state(self, model, fit, tmp_path):
+        ours, theirs = compiled(model), compiled(model)
+        fit(ours, epochs=2, callbacks=[AutoClipCallback()])
+        fit(theirs, epochs=2)
+        np.testing.assert_equal(ours.get_weights(), theirs.get_weights())
+        assert len(ours.optimizer.variables) == len(theirs.optimizer.variables)
+        sizes = [len(each.optimizer.clipper.state_dict()["data"]) for each in (ours, theirs)]
+        assert sizes[0] == sizes[1]
+        ours.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        assert fit(loaded, callbacks=[AutoClipCallback()]) == fit(
+            ours, callbacks=[AutoClipCallback()]
+        )
+
     @pytest.mark.parametrize(
         "make",
         [
@@ -193,6 +281,67 @@ class TestCallback:
         loss = trained.evaluate(*growing, verbose=0, callbacks=[AutoClipCallback()])
         assert np.isfinite(loss)
         trained.predict(growing[0], verbose=0, callbacks=[AutoClipCallback()])
+
+
+class TestWarnings:
+    """What an epoch shows of faults outside of AutoClip, once each."""
+
+    def test_updates_that_pass_by_the_clipper(self, growing):
+        class Own(keras.Model):
+            """Its training step is a `tf.function` of its own, which Keras cannot trace again."""
+
+            def __init__(self):
+                super().__init__()
+                self.dense = keras.layers.Dense(1)
+
+            @tf.function
+            def update(self, x, y):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean(tf.square(self.dense(x) - y))
+                variables = self.trainable_variables
+                self.optimizer.apply(tape.gradient(loss, variables), variables)
+                return loss
+
+            def train_step(self, data):
+                return {"loss": self.update(*data)}
+
+        trained = Own()
+        trained.dense.build((None, 4))
+        trained.compile(keras.optimizers.SGD(1e-3), jit_compile=False)
+        options = {"batch_size": 16, "verbose": 0}
+        trained.fit(*growing, **options)
+        QuantileClip.as_optimizer(trained.optimizer)
+        trained.optimizer.clipper.build(trained.trainable_variables)
+        callback = AutoClipCallback()
+        with pytest.warns(UserWarning, match="4 updates passed by the clipper in this epoch"):
+            trained.fit(*growing, **options, callbacks=[callback])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trained.fit(*growing, **options, callbacks=[callback])
+
+    def test_norms_that_something_else_has_clipped(self, model, growing):
+        x, y = growing
+        with pytest.warns(UserWarning, match="global_clipnorm=0.001, which acts before"):
+            trained = compiled(model, keras.optimizers.SGD(1e-4, global_clipnorm=1e-3))
+        options = {"batch_size": 2, "verbose": 0, "callbacks": [AutoClipCallback()]}
+        with pytest.warns(UserWarning, match="does not vary: those of all 32 updates") as caught:
+            trained.fit(x, y, epochs=3, **options)
+        assert sum("does not vary" in str(each.message) for each in caught) == 1
+
+    def test_updates_that_record_nothing(self, model, growing):
+        x, y = growing
+        trained = compiled(model)
+        options = {"batch_size": 2, "verbose": 0, "callbacks": [AutoClipCallback()]}
+        with pytest.warns(UserWarning, match="32 updates in a row recorded no norm") as caught:
+            history = trained.fit(x, y * np.nan, epochs=2, **options).history
+        assert sum("recorded no norm" in str(each.message) for each in caught) == 1
+        assert np.isnan(history["autoclip/total_norm"]).all()
+
+    def test_nothing_is_wrong(self, model, growing):
+        options = {"batch_size": 2, "verbose": 0, "callbacks": [AutoClipCallback()]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            compiled(model).fit(*growing, epochs=2, **options)
 
 
 class TestFaults:
@@ -295,6 +444,37 @@ class TestSeveralClippers:
         names = [f"{which}/{name}" for which in ("first", "second") for name in NAMES]
         assert sorted(history) == sorted(["loss", *names])
 
+    def test_a_model_with_optimizers_of_its_own_gives_their_clippers(self, model, growing):
+        class Two(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.parts = [model(), model()]
+                self.mine = [
+                    QuantileClip.as_optimizer(keras.optimizers.SGD(1e-3)) for _ in range(2)
+                ]
+
+            def train_step(self, data):
+                for part, optimizer in zip(self.parts, self.mine):
+                    with tf.GradientTape() as tape:
+                        loss = tf.reduce_mean(tf.square(part(data[0]) - data[1]))
+                    variables = part.trainable_variables
+                    optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+                return {"loss": loss}
+
+        two = Two()
+        two.compile(jit_compile=False)
+        options = {"batch_size": 16, "verbose": 0}
+        with pytest.raises(ValueError, match=r"AutoClipCallback\(clipper="):
+            two.fit(*growing, **options, callbacks=[AutoClipCallback()])
+        callbacks = [AutoClipCallback(each.clipper, f"{i}/") for i, each in enumerate(two.mine)]
+        history = two.fit(*growing, **options, callbacks=callbacks).history
+        assert sorted(history) == sorted(
+            ["loss", *(f"{i}/{name}" for i in range(2) for name in NAMES)]
+        )
+        assert np.isfinite(list(history.values())).all()
+
     def test_something_else(self):
-        with pytest.raises(TypeError, match=r"takes a clipper, such as optimizer\.clipper"):
+        with pytest.raises(
+            TypeError, match=r"clipper must be a clipper, such as optimizer\.clipper"
+        ):
             AutoClipCallback(keras.optimizers.SGD())

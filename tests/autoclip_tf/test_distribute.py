@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from autoclip.tf import QuantileClip, StandardClip, StateError
+from autoclip.tf.callbacks import AutoClipCallback
 
 pytestmark = pytest.mark.processes(1, devices=2)
 
@@ -97,6 +98,22 @@ def test_fit_equals_one_device_with_the_same_global_batch(kind):
     counts = [group.recorded.tolist() for group in clipper.export_state().groups]
     assert set(np.concatenate(counts)) == {16}  # once an update, not once a replica
     assert_in_step(clipper)
+
+
+@pytest.mark.parametrize("steps", [None, 2], ids=["each batch", "accumulated"])
+def test_the_callback_adds_up_each_update_once_and_not_once_a_replica(steps):
+    # In a graph Keras itself cannot accumulate under this strategy.
+    model = make_model(
+        mirrored().scope(), CLIPPERS["global"], steps=steps, run_eagerly=steps is not None
+    )
+    history = model.fit(
+        *data(), batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[AutoClipCallback()]
+    ).history
+    [norms] = windows(model.optimizer.clipper)
+    updates = 8 // (steps or 1)
+    means = norms[-updates:].mean()
+    assert history["autoclip/total_norm"][-1] == pytest.approx(means, rel=1e-6)
+    assert history["autoclip/clipped_norm"][-1] < means
 
 
 def test_replicas_see_the_sum_of_their_gradients():

@@ -1,4 +1,7 @@
-"""`fit` of a small Keras model with Adam: no clipping, Keras's own, and `QuantileClip`."""
+"""`fit` of a small Keras model with Adam: no clipping, Keras's own, and `QuantileClip`.
+
+The last two rows have `AutoClipCallback`; compare them with the two before.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 from measure import Timing, add_output_options, compare, write_output
 
 from autoclip.tf import QuantileClip
+from autoclip.tf.callbacks import AutoClipCallback
 
 LAYERS, WIDTH, STEPS, BATCH = 6, 32, 200, 32
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -35,13 +39,17 @@ def main() -> None:
     y = x.sum(axis=1, keepdims=True)
     timings: list[Timing] = []
     for jit_compile in (False, True):
-        models = {name: make_model(make(), jit_compile) for name, make in OPTIMIZERS.items()}
+        epochs: dict[str, Callable[[], Any]] = {}
+        for name, make in OPTIMIZERS.items():
+            fit = partial(make_model(make(), jit_compile).fit, x, y, batch_size=BATCH, verbose=0)
+            epochs[name] = fit
+        for name in [name for name in OPTIMIZERS if "QuantileClip" in name]:
+            model = make_model(OPTIMIZERS[name](), jit_compile)
+            fit = partial(model.fit, x, y, batch_size=BATCH, verbose=0)
+            epochs[f"{name}, callback"] = partial(fit, callbacks=[AutoClipCallback()])
         timings += compare(
             "no clipping",
-            {
-                name: partial(model.fit, x, y, batch_size=BATCH, epochs=1, verbose=0)
-                for name, model in models.items()
-            },
+            epochs,
             lambda: None,
             f"fit, {2 * LAYERS + 2} variables, {STEPS} steps, {'XLA' if jit_compile else 'graph'}",
             options.repetitions,

@@ -10,7 +10,7 @@ from autoclip.core._errors import attached_message, nonfinite_message, second_cl
 from autoclip.core._factory import make_factory
 from autoclip.core._files import write_file
 from autoclip.core._logging import check_parameters
-from autoclip.core._notices import log_and_watch
+from autoclip.core._notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
 from autoclip.core._reading import CHECKPOINT_FILE
 from autoclip.core._rows import make_state, parameter_names, row_names, split_state
@@ -35,6 +35,8 @@ from autoclip.core._window import Windows, needs_order, pack, unpack
 __all__ = [
     "CHECKPOINT_FILE",
     "CLIPPER_SETTINGS",
+    "EQUAL",
+    "MANY",
     "RULES",
     "SMALLEST_NORM",
     "AttachmentHandle",
@@ -53,7 +55,9 @@ __all__ = [
     "attached_message",
     "batches",
     "check_parameters",
+    "constant_notice",
     "constructor",
+    "idle_notice",
     "is_recorded",
     "log_and_watch",
     "make_factory",

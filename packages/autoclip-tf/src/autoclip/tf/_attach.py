@@ -43,6 +43,9 @@ class AttachableClipper(Protocol):
     _handle: AttachmentHandle | None
     """Of the optimizer that it is attached to."""
 
+    _attached_to: weakref.ref[Any] | None
+    """The optimizer that it is attached to."""
+
     _updates: int
     """How many updates of its optimizer it has been called for, or was when they were traced."""
 
@@ -138,10 +141,10 @@ def attach(clipper: AttachableClipper, optimizer: Any) -> AttachmentHandle:
     retrace_models(optimizer)
 
     def forget(_: Any = None) -> None:
-        clipper._handle = None
+        clipper._handle = clipper._attached_to = None
 
     # The optimizer holds the clipper already. Once it is gone, another one can have the clipper.
-    attached = weakref.ref(optimizer, forget)
+    attached = clipper._attached_to = weakref.ref(optimizer, forget)
 
     def detach() -> None:
         forget()

@@ -275,7 +275,7 @@ class Clipper(KerasSaving):
         groups = assign_variables(variables, self._patterns, self._settings.default)
         # Where a step builds the clipper, a graph may be under construction.
         with tf.init_scope(), build_scope(variables), collected_variables() as created:
-            pipeline = Pipeline(groups, self._settings.mode, owner)
+            pipeline = Pipeline(groups, self._settings.mode, owner, self._sums)
             if self._pending is not None:
                 self._write(pipeline, self._matched(self._pending, pipeline))
         self._pipeline, self._pending, self._variables = pipeline, None, created

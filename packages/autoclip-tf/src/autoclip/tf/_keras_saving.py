@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from autoclip.tf._private import (
     variables_beside,
 )
 from autoclip.tf._step import Pipeline
+from autoclip.tf._sums import StepSums
 
 __all__ = ["CHECKPOINT_KEY", "STATE", "KerasSaving", "PendingState"]
 
@@ -65,14 +67,17 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
     _variables: list[tf.Variable]
     _pending: PendingState | None
     _handle: AttachmentHandle | None
+    _attached_to: weakref.ref[Any] | None
     _warned: bool
+    _sums: StepSums
 
     def _start(self, settings: ClipperSettings, overrides: list[GroupPattern]) -> None:
         """Begin without variables and without a history."""
         self._settings, self._patterns = settings, overrides
-        self._pipeline = self._pending = self._handle = None
+        self._pipeline = self._pending = self._handle = self._attached_to = None
         self._variables = []
         self._updates, self._unseen, self._warned, self._late = 0, False, False, False
+        self._sums = StepSums()
 
     # -- state -------------------------------------------------------------------------------
 

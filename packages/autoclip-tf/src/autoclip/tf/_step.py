@@ -21,6 +21,7 @@ from autoclip.tf._norms import Gradient, gradient_norms, root_of_squares
 from autoclip.tf._private import compiled_by_xla, name_of, variable_key
 from autoclip.tf._rows import Rows
 from autoclip.tf._scaling import scale
+from autoclip.tf._sums import StepSums
 
 __all__ = ["GradsAndVars", "Pipeline"]
 
@@ -38,9 +39,10 @@ class Pipeline:
         groups: all parameter groups.
         mode: what a row stands for.
         owner: the name of the clipper's class, for messages.
+        sums: what steps are added to, for a callback.
     """
 
-    def __init__(self, groups: Sequence[Group], mode: Mode, owner: str) -> None:
+    def __init__(self, groups: Sequence[Group], mode: Mode, owner: str, sums: StepSums) -> None:
         self.groups = groups
         self._mode = mode
         self._owner = owner
@@ -67,6 +69,8 @@ class Pipeline:
         # are 0.
         self._report = make_variable(np.zeros((len(self.rows), 3)), "report")
         self._steps = make_variable(np.zeros((), np.int64), "steps")
+        self._sums = sums
+        sums.build(len(self.rows))
         self._faults = (
             make_variable(np.zeros(len(variables), bool), "faults") if self._raises.any() else None
         )
@@ -154,9 +158,11 @@ class Pipeline:
                 after = self._refuse_nonfinite(fine)
         with tf.control_dependencies(after):
             report = self.rows.record(self._row_norms(tf.identity(norms), finite))
-            numbers = [report.norms, report.thresholds, report.coefficients]
-            self._report.assign(tf.concat(numbers, axis=1))
+            numbers = tf.concat([report.norms, report.thresholds, report.coefficients], axis=1)
+            self._report.assign(numbers)
             self._steps.assign_add(1)
+            if self._sums.enabled:
+                self._sums.add(numbers)
             if len(self.rows) == 1:  # a scalar costs no operation for each gradient
                 factors = tf.reshape(report.coefficients, [])
             else:

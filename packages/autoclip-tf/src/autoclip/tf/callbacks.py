@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
+import re
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from autoclip.core.adapter import check_parameters
+from autoclip.core.adapter import (
+    EQUAL,
+    MANY,
+    check_parameters,
+    constant_notice,
+    idle_notice,
+    warn_user,
+)
 from autoclip.tf._attach import optimizers_in
 from autoclip.tf._clipper import Clipper
-from autoclip.tf.logging import log_values
+from autoclip.tf._sums import Sums
 
 __all__ = ["AutoClipCallback"]
 
@@ -20,20 +27,25 @@ class AutoClipCallback(keras.callbacks.Callback):
     """Log what the clipper does, at the end of each epoch or batch, and check it after each batch.
 
     The values of `autoclip.tf.logging.log_values` join Keras's own logs, so they are in `History`
-    and in the logs of every callback after this one, such as `CSVLogger` and `TensorBoard`. At the
-    end of an epoch they are means over its batches, as Keras's losses are: `"autoclip/clipped"` is
-    the share of gradients that were clipped in the epoch. Batches where a value is not finite do
-    not count. With `steps_per_execution=n`, only every n-th batch is seen.
+    and in the logs of every callback after this one, such as `CSVLogger` and `TensorBoard`. They
+    are means over the optimizer's updates, each of which counts once: of an epoch at its end, of
+    the batches since the last ones during it. `"autoclip/clipped"` is then the share of gradients
+    that were clipped. Norms that are not finite do not count; a mean over nothing is NaN.
 
-    The callback calls the clipper's `check` after each batch. Keras waits for each batch's loss
-    when there is such a callback; to read the clipper's values then adds no wait of its own.
+    The sums stay inside the graph, also with `steps_per_execution`, and are read once an epoch.
+    With `on_nonfinite="raise"`, the callback calls the clipper's `check` after each batch, which
+    waits for the device.
+
+    At the end of an epoch it warns, once each, if updates passed by the clipper, if no update
+    recorded a norm, or if the total norm did not vary, since something clips first.
 
     Args:
         clipper: the clipper to log. None for that of the model's optimizer; give it if a model has
             several optimizers, and one callback for each.
         prefix: what the names of the values begin with, such as `"generator/"`.
-        update_freq: `"epoch"`, or `"batch"` to log each batch's values as well, or an int to log
-            those of every so many batches, as in `keras.callbacks.TensorBoard`.
+        update_freq: `"epoch"`, or `"batch"` to log values after each batch as well, or an int to
+            log them after every so many batches, as in `keras.callbacks.TensorBoard`; batches
+            without an update have none. Each of these waits for the device.
         log_parameters: whether to log values for each variable; a string is a regular expression
             that is searched in their names. See `log_values`.
 
@@ -66,8 +78,8 @@ class AutoClipCallback(keras.callbacks.Callback):
         super().__init__()
         if not (clipper is None or isinstance(clipper, Clipper)):
             raise TypeError(
-                f"AutoClipCallback takes a clipper, such as optimizer.clipper, but got "
-                f"{clipper!r:.200} of type {type(clipper).__name__}."
+                f"clipper must be a clipper, such as optimizer.clipper, got {clipper!r:.200} "
+                f"({type(clipper).__name__})."
             )
         check_parameters(log_parameters)
         self._given = clipper
@@ -75,7 +87,10 @@ class AutoClipCallback(keras.callbacks.Callback):
         self._every = _batches_between(update_freq)
         self._parameters = log_parameters
         self._batches = 0
-        self._seen: dict[str, list[float]] = defaultdict(list)
+        # Of the epoch, and since values of batches were logged.
+        self._epoch, self._batch = Sums(), Sums()
+        self._before = (0, 0)
+        self._said: set[str] = set()
 
     @property
     def clipper(self) -> Clipper:
@@ -90,56 +105,107 @@ class AutoClipCallback(keras.callbacks.Callback):
         if not found:
             raise ValueError(
                 "AutoClipCallback logs what a clipper does, but the model's optimizer has none. "
-                "Compile with optimizer=QuantileClip.as_optimizer(optimizer)."
+                "Compile with optimizer=QuantileClip.as_optimizer(optimizer). If the model has "
+                "optimizers of its own, give the clipper: AutoClipCallback(clipper="
+                "model.my_optimizer.clipper)."
             )
         if len(found) > 1:
             raise ValueError(
                 f"The model's optimizer has {len(found)} clippers. Give each its own callback: "
-                'AutoClipCallback(clipper, prefix="first/").'
+                'AutoClipCallback(clipper=optimizer.clipper, prefix="first/").'
             )
         return found[0]
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Find the clipper; Keras calls this."""
-        _ = self.clipper
+        """Find the clipper and add up its steps from now on; Keras calls this."""
+        sums = self.clipper._sums
+        sums.enabled = True
+        self._epoch, self._batch = sums.open(), sums.open()
+        if self.model not in sums.models:
+            # A step that was traced before adds up nothing. Keras has made the function for this
+            # training already, and traces it at its first call.
+            self.model.make_train_function(force=True)
+            sums.models.add(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin the epoch's means; Keras calls this."""
-        self._seen = defaultdict(list)
+        self._epoch.clear()
+        self._before = self._counts()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Raise if the gradient was not finite, and log; Keras calls this."""
-        clipper = self.clipper
-        clipper.check()
-        values = log_values(clipper, self._parameters)
-        for name, value in values.items():
-            self._seen[name].append(value)
+        self.clipper.check()
         self._batches += 1
-        if logs is not None and self._every and self._batches % self._every == 0:
-            logs.update({f"{self._prefix}{name}": value for name, value in values.items()})
+        if self._every and self._batches % self._every == 0:
+            self.clipper._sums.read()
+            if logs is not None and self._batch.steps:
+                logs.update(self._values(self._batch))
+            self._batch.clear()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the epoch's means to the logs; Keras calls this."""
-        if logs is not None:
-            logs.update(
-                {f"{self._prefix}{name}": _mean(values) for name, values in self._seen.items()}
+        self.clipper._sums.read()
+        if logs is not None and self.clipper.built:
+            logs.update(self._values(self._epoch))
+        self._look(self._epoch)
+
+    def _values(self, sums: Sums) -> dict[str, float]:
+        values = {
+            "autoclip/total_norm": sums.total_norm,
+            "autoclip/clipped_norm": sums.clipped_norm,
+            "autoclip/clipped": sums.clipped,
+        }
+        pipeline = self.clipper._pipeline
+        assert pipeline is not None
+        names = pipeline.row_names
+        if len(names) == 1:
+            values["autoclip/threshold"] = float(sums.thresholds[0])
+        if self._parameters is not False and not self.clipper.global_clipping:
+            pattern = "" if self._parameters is True else self._parameters
+            for name, norm, threshold in zip(names, sums.norms, sums.thresholds):
+                if re.search(pattern, name):
+                    values[f"autoclip/norm/{name}"] = float(norm)
+                    values[f"autoclip/threshold/{name}"] = float(threshold)
+        return {f"{self._prefix}{name}": value for name, value in values.items()}
+
+    # -- faults that an epoch shows -----------------------------------------------------------
+
+    def _counts(self) -> tuple[int, int]:
+        """How many updates the optimizer has made, and the clipper has seen."""
+        clipper = self.clipper
+        optimizer = None if clipper._attached_to is None else clipper._attached_to()
+        updates = 0 if optimizer is None else int(tf.convert_to_tensor(optimizer.iterations))
+        return updates, 0 if clipper._pipeline is None else clipper._pipeline.steps
+
+    def _look(self, sums: Sums) -> None:
+        updates, seen = (now - before for now, before in zip(self._counts(), self._before))
+        if updates and not seen:
+            self._say(
+                "unseen",
+                f"{updates} updates passed by the clipper in this epoch, unclipped: the training "
+                "step was traced before the clipper was attached. Attach it before the first step, "
+                "or call model.compile again.",
             )
+        elif sums.steps >= MANY and not sums.recorded:
+            self._say("idle", idle_notice(f"{sums.steps} updates in a row", sums.total_norm))
+        elif sums.steps >= MANY and sums.spread < EQUAL:
+            which = f"those of all {sums.steps} updates in this epoch"
+            self._say("constant", constant_notice(which, sums.total_norm))
+
+    def _say(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warn_user(message)
 
 
 def _batches_between(update_freq: str | int) -> int:
     """How many batches there are from one whose values are logged to the next; 0 for none."""
-    takes = f'update_freq takes "epoch", "batch" or an int ≥ 1, but got {update_freq!r:.200}'
+    takes = f'update_freq must be "epoch", "batch" or an int ≥ 1, got {update_freq!r:.200}'
     if isinstance(update_freq, bool) or not isinstance(update_freq, (str, int)):
-        raise TypeError(f"{takes} of type {type(update_freq).__name__}.")
+        raise TypeError(f"{takes} ({type(update_freq).__name__}).")
     every = {"epoch": 0, "batch": 1}.get(update_freq) if isinstance(update_freq, str) else None
     if every is not None:
         return every
     if isinstance(update_freq, str) or update_freq < 1:
         raise ValueError(f"{takes}.")
     return update_freq
-
-
-def _mean(values: list[float]) -> float:
-    """The mean of those that are finite, or the last one if none is."""
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else values[-1]
