@@ -248,6 +248,18 @@ class TestCallback:
         fit(trained, callbacks=[callback])
         assert trained.train_function is function
 
+    def test_no_operation_of_the_sums_returns_an_infinity(self, model, fit):
+        """Also where there is no threshold, as in the first epoch."""
+        tf.debugging.enable_check_numerics()
+        try:
+            settings = {"global_clipping": True, "warmup_steps": 5}
+            history = fit(
+                compiled(model, settings=settings), epochs=2, callbacks=[AutoClipCallback()]
+            )
+        finally:
+            tf.debugging.disable_check_numerics()
+        assert [np.isfinite(each) for each in history["autoclip/threshold"]] == [False, True]
+
     def test_sums_are_not_part_of_any_state(self, model, fit, tmp_path):
         ours, theirs = compiled(model), compiled(model)
         fit(ours, epochs=2, callbacks=[AutoClipCallback()])

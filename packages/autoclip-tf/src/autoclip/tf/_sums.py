@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from autoclip.core import SMALLEST_NORM
 from autoclip.tf._history import make_variable
+from autoclip.tf._ops import OPS
 
 __all__ = ["StepSums", "Sums"]
 
@@ -112,16 +113,16 @@ class StepSums:
         """Add a step; part of the graph.
 
         Args:
-            report: float64[rows, 3], norms, thresholds and coefficients.
+            report: float64[rows, 3], norms, thresholds (`OPS.unlimited` for none) and coefficients.
         """
         assert self._variable is not None
         norms, thresholds, coefficients = tf.unstack(report, axis=1)
         one = tf.ones((), tf.float64)
         held = tf.cast((norms >= SMALLEST_NORM) & (norms <= _LARGEST_NORM), tf.float64)
-        limited = held * tf.cast(thresholds < np.inf, tf.float64)
+        limited = held * tf.cast(thresholds < OPS.unlimited, tf.float64)
         # Before and after clipping. No overflow: norms are those of float32.
         squares = tf.reduce_sum(tf.square(tf.stack([norms, norms * coefficients])), axis=1)
-        finite = tf.cast(squares[0] < np.inf, tf.float64)  # false for NaN too
+        finite = tf.cast(tf.math.is_finite(squares[0]), tf.float64)
         both = tf.math.multiply_no_nan(tf.sqrt(squares), finite)
         count = tf.reduce_sum(held)
         spikes = tf.reduce_sum(held * tf.cast(coefficients < 1.0, tf.float64))
