@@ -16,7 +16,7 @@ SLOW_TO_WRITE = {"a_keras_file_that_deflates_to_4_gib", "a_chunk_of_1_gib_with_1
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.mark.parametrize("attack", hostile_files.KERAS.keys() - SLOW_TO_WRITE)
+@pytest.mark.parametrize("attack", sorted(hostile_files.KERAS.keys() - SLOW_TO_WRITE))
 def test_files(attack, tmp_path, capsys):
     path = hostile_files.KERAS[attack](tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

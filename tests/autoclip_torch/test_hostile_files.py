@@ -35,7 +35,7 @@ def refuse(arguments: list[str], folder: Path, capsys: Any) -> str:
     return str(captured.err)
 
 
-@pytest.mark.parametrize("attack", hostile_files.TORCH.keys() - SLOW_TO_WRITE)
+@pytest.mark.parametrize("attack", sorted(hostile_files.TORCH.keys() - SLOW_TO_WRITE))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_checkpoints(attack: str, tmp_path: Path, capsys: Any) -> None:
     path = hostile_files.TORCH[attack](tmp_path)
