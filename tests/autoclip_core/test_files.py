@@ -18,10 +18,12 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autoclip.core import MAX_FILE_BYTES, History, Quantile, State, StateError
@@ -331,8 +333,16 @@ def test_a_disk_without_space_leaves_the_old_file_and_nothing_else(tmp_path: Pat
 def test_a_state_that_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "history"
     filled(1.0).save(path)
-    broken = filled(2.0)
-    broken._windows.ring.recorded[0] = 0
+
+    class Broken(History):
+        """A backend with a bug."""
+
+        def export_state(self) -> State:
+            state = super().export_state()
+            return replace(state, groups=(replace(state.groups[0], lengths=np.array([2])),))
+
+    broken = Broken(1, Quantile(0.5), 10)
+    broken.record([2.0])
     with pytest.raises(StateError, match="the state to be saved"):
         broken.save(path)
     assert norm_in(path) == 1.0

@@ -608,6 +608,27 @@ def test_another_mode_is_refused_in_any_case() -> None:
             state_of(shaped("a", 2)).match(state_of(shaped("a", 2), mode="global"), partial=partial)
 
 
+def test_loading_looks_at_the_description_alone() -> None:
+    """To read the windows that are replaced takes longer than the rest of a load."""
+
+    class Slow(History):
+        def export_state(self) -> State:
+            raise AssertionError("loading has read the windows")
+
+    saved = History(2, Quantile(0.5), 10)
+    saved.record([1.0, 2.0])
+    loaded = Slow(2, Quantile(0.5), 10)
+    loaded.record([7.0, 8.0])
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.thresholds.tolist() == [1.0, 2.0]
+    described, exported = saved.describe_state(), saved.export_state()
+    assert rows(described) == [([], 0)] * 2
+    kinds = [(each.rule, each.mode, each.framework) for each in (described, exported)]
+    assert kinds[0] == kinds[1]
+    for one, other in zip(described.groups, exported.groups, strict=True):
+        assert (one.settings, one.parameters) == (other.settings, other.parameters)
+
+
 # -- windows -----------------------------------------------------------------------------------
 
 

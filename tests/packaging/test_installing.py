@@ -89,7 +89,7 @@ print(autoclip.torch.__file__)
 def test_core_alone_from_the_index(make_environment: Callable) -> None:
     environment = make_environment(only=["pip"])
     environment.pip_with_index("install", next(environment.wheels.glob("autoclip_core-*.whl")))
-    assert environment.installed().keys() == {"autoclip-core", "numpy"}
+    assert environment.installed().keys() == {"autoclip-core", "numpy", "safetensors"}
     assert environment.succeed(SAVE_AND_LOAD_A_HISTORY) == "2 2"
 
 

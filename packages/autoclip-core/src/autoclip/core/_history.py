@@ -378,11 +378,17 @@ class History(Saveable):
             )
         if not index:
             return
-        kept, counts = self.read(range(self.rows))
-        for row, window, count in zip(index, windows, recorded):
-            norms, number = _checked(row, window, count)
-            kept[row], counts[row] = norms[-self.history_length :], number
-        ring = RingBuffer(kept, counts, self.history_length)
+        norms, numbers = _checked(index, windows, recorded)
+        longest = self.history_length
+        norms = [window[-longest:] for window in norms]
+        if index == list(range(self.rows)):
+            kept, counts = norms, numbers
+        else:
+            kept, counts = self.read(range(self.rows))
+            for row, window in zip(index, norms):
+                kept[row] = window
+            counts[index] = numbers
+        ring = RingBuffer(kept, counts, longest)
         self._windows = _Windows(self._settings, ring)
 
     def export_state(self) -> State:
@@ -415,10 +421,26 @@ class History(Saveable):
         return f"History(rows={self.rows}, rule={kinds}, history_length={self.history_length})"
 
 
-def _checked(row: int, window: Any, count: Any) -> tuple[npt.NDArray[np.float32], int]:
-    """One row's window and number of recorded norms, if a history can have them."""
+def _checked(
+    rows: Sequence[int], windows: Sequence[Any], recorded: Any
+) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+    """The windows and numbers of recorded norms of some rows, if a history can have them."""
     with np.errstate(over="ignore"):
-        norms = np.asarray(window, np.float32)
+        norms = [np.asarray(window, np.float32) for window in windows]
+    counts, lengths = np.asarray(recorded), np.array([each.size for each in norms])
+    if (
+        any(each.ndim != 1 for each in norms)
+        or counts.dtype.kind not in "iu"
+        or not is_recorded(np.concatenate(norms)).all()
+        or (counts < lengths).any()
+        or counts.max() > MAX_RECORDED
+    ):  # find the row and the fault
+        for row, window, count in zip(rows, norms, recorded):
+            _check_row(row, window, count)
+    return norms, counts.astype(np.int64)
+
+
+def _check_row(row: int, norms: npt.NDArray[np.float32], count: Any) -> None:
     if norms.ndim != 1 or not is_recorded(norms).all():
         raise ValueError(
             f"The window of row {row} is not a list of norms that a history records: one is zero, "
@@ -431,4 +453,3 @@ def _checked(row: int, window: Any, count: Any) -> tuple[npt.NDArray[np.float32]
             f"The window of row {row} has {len(norms)} norms, but the row is said to have recorded "
             f"{count}: that takes a number from {len(norms)} to 2**62."
         )
-    return norms, int(count)

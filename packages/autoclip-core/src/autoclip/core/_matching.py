@@ -6,6 +6,7 @@ Names that both sides have decide. A history goes to another name only if no nam
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -118,9 +119,10 @@ class _Matching:
                 return sources
             self.is_by_order = True
             links = {(i, i) for i in range(len(mine))}
-        for i, j in links:
+        split, joined = (Counter(each) for each in zip(*links))
+        for i, j in sorted(links):
             # A group that was split or joined has no history in the file.
-            is_one_to_one = sum(i == other or j == another for other, another in links) == 1
+            is_one_to_one = split[i] == joined[j] == 1
             if is_one_to_one and self._same_parameters(theirs[i], mine[j], j):
                 sources[j] = i
         return sources

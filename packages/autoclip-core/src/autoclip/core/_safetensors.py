@@ -109,7 +109,7 @@ class SealedTensors:
             data = safetensors.numpy.save(arrays, {_KEY: f"{before}{digest}{after}"})
         except safetensors.SafetensorError as error:
             raise _too_large_a_header(source) from error
-        if header_end(data) > 8 + MAX_HEADER_BYTES:  # releases before 0.6 write larger ones
+        if header_end(data) > 8 + MAX_HEADER_BYTES:  # older releases write larger ones
             raise _too_large_a_header(source)
         check_size(len(data), source)
         return data

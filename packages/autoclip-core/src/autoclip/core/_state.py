@@ -118,7 +118,8 @@ class GroupState:
 
     def windows(self) -> list[npt.NDArray[np.float32]]:
         """One float32[length] a row, oldest norm first."""
-        return np.split(self.values, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+        ends = np.cumsum(self.lengths).tolist()
+        return [self.values[end - n : end] for n, end in zip(self.lengths.tolist(), ends)]
 
 
 @dataclass(frozen=True, eq=False)
