@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+    except ModuleNotFoundError:  # libraries such as Darts and NeuralForecast bring only this one
+        from pytorch_lightning import (  # type: ignore[assignment]
+            Callback,
+            LightningModule,
+            Trainer,
+        )
 except ModuleNotFoundError as error:
     raise ImportError(
         "autoclip.torch.lightning needs Lightning, which cannot be imported here: "
