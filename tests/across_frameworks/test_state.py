@@ -71,11 +71,13 @@ def test_through_the_optimizers(sides):
     """Out of torch's `optimizer.state_dict()` into the clipper of a compiled Keras model."""
     saves, loads = sides["torch"]("quantile", "global"), sides["tensorflow"]("quantile", "global")
     optimizer = torch.optim.SGD(saves.network.parameters(), 0.1)
-    saves.clipper = autoclip.torch.QuantileClip.as_optimizer(
-        optimizer, 0.4, 6, global_clipping=True
-    ).clipper
+    saves.clipper = autoclip.torch.QuantileClip(
+        saves.network.parameters(), 0.4, 6, global_clipping=True
+    )
     for norms in stream(1, 8):
         saves.step(norms)
+    with saves.clipper.attach(optimizer):
+        state = optimizer.state_dict()["autoclip"]
     model = loads.network
     model.compile(
         autoclip.tf.QuantileClip.as_optimizer(
@@ -84,7 +86,7 @@ def test_through_the_optimizers(sides):
         loss="mse",
     )
     loads.clipper = model.optimizer.clipper
-    loads.clipper.load_state_dict(optimizer.state_dict()["autoclip"])
+    loads.clipper.load_state_dict(state)
     assert not loads.clipper.built  # the history waits for the variables
     model.optimizer.build(loads.variables)
     for norms in stream(2, 8):
