@@ -28,6 +28,8 @@ class TorchSide:
     """A torch network and its clipper, fed with the norms of the gradients that it shall have."""
 
     framework = "torch"
+    # Where the clipper is attached: the optimizer's step, which calls it.
+    update: Any = None
 
     def __init__(self, rule: str, grouping: str, sizes: tuple[int, int, int] = (3, 5, 2)) -> None:
         first, middle, last = sizes
@@ -50,7 +52,7 @@ class TorchSide:
     def step(self, norms: Any) -> np.ndarray:
         for parameter, norm in zip(self.parameters, norms):
             parameter.grad = torch.full_like(parameter, norm / np.sqrt(parameter.numel()))
-        self.clipper.step()
+        (self.update or self.clipper.step)()
         return self.clipper.last.thresholds.numpy()
 
 
@@ -58,6 +60,7 @@ class TensorFlowSide:
     """The same in TensorFlow."""
 
     framework = "tensorflow"
+    update: Any = None
 
     def __init__(self, rule: str, grouping: str, sizes: tuple[int, int, int] = (3, 5, 2)) -> None:
         first, middle, last = sizes
@@ -80,7 +83,7 @@ class TensorFlowSide:
             tf.fill(v.shape, np.float32(norm / np.sqrt(np.prod(v.shape))))
             for v, norm in zip(self.variables, norms)
         ]
-        self.clipper(zip(gradients, self.variables))
+        (self.update or self.clipper)(zip(gradients, self.variables))
         return self.clipper.last.thresholds.numpy()
 
 

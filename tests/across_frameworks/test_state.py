@@ -71,13 +71,12 @@ def test_through_the_optimizers(sides):
     """Out of torch's `optimizer.state_dict()` into the clipper of a compiled Keras model."""
     saves, loads = sides["torch"]("quantile", "global"), sides["tensorflow"]("quantile", "global")
     optimizer = torch.optim.SGD(saves.network.parameters(), 0.1)
-    saves.clipper = autoclip.torch.QuantileClip(
-        saves.network.parameters(), 0.4, 6, global_clipping=True
-    )
+    saves.clipper = autoclip.torch.QuantileClip.as_optimizer(
+        optimizer, 0.4, 6, global_clipping=True
+    ).clipper
+    saves.update = optimizer.step
     for norms in stream(1, 8):
         saves.step(norms)
-    with saves.clipper.attach(optimizer):
-        state = optimizer.state_dict()["autoclip"]
     model = loads.network
     model.compile(
         autoclip.tf.QuantileClip.as_optimizer(
@@ -85,8 +84,8 @@ def test_through_the_optimizers(sides):
         ),
         loss="mse",
     )
-    loads.clipper = model.optimizer.clipper
-    loads.clipper.load_state_dict(state)
+    loads.clipper, loads.update = model.optimizer.clipper, model.optimizer.apply_gradients
+    loads.clipper.load_state_dict(optimizer.state_dict()["autoclip"])
     assert not loads.clipper.built  # the history waits for the variables
     model.optimizer.build(loads.variables)
     for norms in stream(2, 8):

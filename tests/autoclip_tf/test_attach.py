@@ -526,9 +526,11 @@ class TestRemove:
         if built:
             train(model, fit, optimizer)
         before, config = snapshot(optimizer), optimizer.get_config()
-        handle = QuantileClip().attach(optimizer)
+        clipper = QuantileClip()
+        handle = clipper.attach(optimizer)
         assert snapshot(optimizer) != before
-        handle.remove()
+        clipper.detach()
+        clipper.detach()  # a second call does nothing
         assert snapshot(optimizer) == before
         assert type(optimizer) is make
         assert not hasattr(optimizer, "clipper")

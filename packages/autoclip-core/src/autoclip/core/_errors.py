@@ -28,8 +28,8 @@ def second_clipper_message(optimizer: object, clipper: object) -> str:
     """What is said when another clipper is to be attached to an `optimizer` that has `clipper`."""
     return (
         f"This {type(optimizer).__name__} has a clipper already, and two would clip twice: "
-        f"{clipper!r}. Detach that one first, with the handle that attach returned, or attach to a "
-        "new optimizer."
+        f"{clipper!r}. Detach that one first, with optimizer.clipper.detach(), or attach to a new "
+        "optimizer."
     )
 
 
@@ -37,6 +37,5 @@ def attached_message(clipper: object) -> str:
     """What is said when a `clipper` that is attached is to be attached again."""
     return (
         f"This {type(clipper).__name__} is attached to an optimizer already. Detach it first, with "
-        "the handle that attach returned, or make another one and let it load the state_dict() of "
-        "this one."
+        "clipper.detach(), or make another one and let it load the state_dict() of this one."
     )

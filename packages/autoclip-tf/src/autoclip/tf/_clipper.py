@@ -311,8 +311,7 @@ class Clipper(KerasSaving):
             raise RuntimeError(
                 f"This {type(self).__name__} is attached to an optimizer, which calls it at each "
                 "update: another call would record each norm twice. Read the norm of the last step "
-                "from clipper.total_norm, or detach the clipper first, with the handle that attach "
-                "returned."
+                "from clipper.total_norm, or detach the clipper first, with clipper.detach()."
             )
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise RuntimeError(
@@ -445,6 +444,14 @@ class Clipper(KerasSaving):
                 "to fit, which raises after the batch, or compile with jit_compile=False."
             )
         return handle
+
+    def detach(self) -> None:
+        """Detach the clipper from its optimizer, as the handle that `attach` returned does.
+
+        Does nothing if the clipper is not attached.
+        """
+        if self._handle is not None:
+            self._handle.remove()
 
     def __repr__(self) -> str:
         groups = [] if self._pipeline is None else self._pipeline.groups
