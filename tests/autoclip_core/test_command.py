@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from hypothesis import strategies as st
 
 import autoclip.core
 from autoclip.core import GroupState, History, ParameterInfo, Quantile, State, StateError
-from autoclip.core import _command as command
-from autoclip.core import _reading as reading
+from autoclip.core.__main__ import main as command
 from autoclip.core.adapter import GroupSettings
+from autoclip.core.inspect import read_states, summarize
 
 SETTINGS = GroupSettings(Quantile(0.5)).settings
 
@@ -53,7 +52,7 @@ def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 
 def main(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     try:
-        code = command.main(list(map(str, arguments)))
+        code = command(list(map(str, arguments)))
     except SystemExit as stop:  # argparse's
         code = stop.code  # type: ignore[assignment]
     captured = capsys.readouterr()
@@ -70,13 +69,22 @@ class TestAsAProcess:
 
     def test_it_needs_no_framework(self, file: Path) -> None:
         code = (
-            "import sys; from autoclip.core._command import main; main();"
+            "import sys; from autoclip.core.__main__ import main; main();"
             "print(*sys.modules, file=sys.stderr)"
         )
         found = subprocess.run(
             [sys.executable, "-c", code, "show", file], capture_output=True, text=True
         )
         assert not {"torch", "tensorflow", "matplotlib"} & set(found.stderr.split())
+
+    def test_the_core_does_without_it(self) -> None:
+        """Summaries, plots and the command import the core; nothing in the core imports them."""
+        code = (
+            "import sys, autoclip.core, autoclip.core.adapter;"
+            "print(*(name for name in sys.modules if name.startswith('autoclip.core.inspect')))"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (found.returncode, found.stdout.strip()) == (0, "")
 
     def test_a_picture(self, file: Path, tmp_path: Path) -> None:
         environment = {**os.environ, "DISPLAY": "", "MPLBACKEND": "TkAgg"}
@@ -109,12 +117,13 @@ class TestAsAProcess:
 
     @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no signals")
     def test_ctrl_c(self, tmp_path: Path) -> None:
-        """While it waits: here, for a reader of another package."""
+        """While it reads."""
         code = (
             "import signal, sys\n"
-            "from autoclip.core import _command as command\n"
-            "command.summarize = lambda state: signal.raise_signal(signal.SIGINT)\n"
-            "sys.exit(command.main())"
+            "from autoclip.core import State\n"
+            "from autoclip.core.__main__ import main\n"
+            "State.from_bytes = lambda data, source: signal.raise_signal(signal.SIGINT)\n"
+            "sys.exit(main())"
         )
         path = tmp_path / "run.autoclip"
         path.write_bytes(make().to_bytes())
@@ -137,7 +146,7 @@ class TestAsAProcess:
 
     def test_a_file_of_another_kind_loads_no_framework(self, tmp_path: Path) -> None:
         code = (
-            "import sys; from autoclip.core._command import main; code = main();"
+            "import sys; from autoclip.core.__main__ import main; code = main();"
             "print(*sys.modules, file=sys.stderr); sys.exit(code)"
         )
         (tmp_path / "notes.txt").write_text("some words about a run")
@@ -322,7 +331,7 @@ class TestCheck:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run.autoclip"
             path.write_bytes(damaged)
-            assert command.main(["check", str(path)]) == (0 if bytes(damaged) == whole else 1)
+            assert command(["check", str(path)]) == (0 if bytes(damaged) == whole else 1)
 
 
 class TestErrors:
@@ -369,18 +378,17 @@ class TestExtensions:
     """Packages of others add readers and commands."""
 
     @pytest.fixture(autouse=True)
-    def installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "extension", sys.modules[__name__])
-        entries = EntryPoints(
-            [
-                EntryPoint("jax", "extension:read", reading.READERS),
-                EntryPoint("folder", "extension:find_file", reading.READERS),
-                EntryPoint("broken", "extension:read_nothing", reading.READERS),
-                EntryPoint("count", "extension:add_count", command.COMMANDS),
-            ]
+    def installed(self, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> None:
+        folder = tmp_path_factory.mktemp("site-packages")
+        information = folder / "extension-1.0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: extension\n")
+        (information / "entry_points.txt").write_text(
+            "[autoclip.readers]\njax = extension:read\nfolder = extension:find_file\n"
+            "broken = extension:read_nothing\n[autoclip.commands]\ncount = extension:add_count\n"
         )
-        for module in (reading, command):
-            monkeypatch.setattr(module, "entry_points", entries.select)
+        monkeypatch.setitem(sys.modules, "extension", sys.modules[__name__])
+        monkeypatch.setattr(sys, "path", [str(folder), *without_packages()])
 
     def test_a_reader(self, tmp_path: Path, capsys: Any) -> None:
         path = tmp_path / "checkpoint.jax"
@@ -399,7 +407,7 @@ class TestExtensions:
         assert "Choose one with --history: first, second" in err
         assert main(capsys, "check", path)[1] == f"{path}: ok, 3 rows\n"
         with pytest.raises(StateError, match="holds 2 histories: 'first', 'second'"):
-            autoclip.core.summarize(path)
+            summarize(path)
 
     def test_what_a_framework_writes_is_not_shown(self, tmp_path: Path, capfd: Any) -> None:
         path = tmp_path / "checkpoint.jax"
@@ -440,8 +448,7 @@ class TestExtensions:
     def test_without_any(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
     ) -> None:
-        for module in (reading, command):
-            monkeypatch.setattr(module, "entry_points", EntryPoints([]).select)
+        monkeypatch.setattr(sys, "path", without_packages())
         for suffix, package in (("pt", "autoclip-torch"), ("keras", "autoclip-tf")):
             path = tmp_path / f"checkpoint.{suffix}"
             path.write_text("two histories")
@@ -459,6 +466,11 @@ class TestExtensions:
             "autoclip: convert comes with autoclip-torch. Install it with: pip install "
             "autoclip-torch\n"
         )
+
+
+def without_packages() -> list[str]:
+    """The path without installed distributions; what is imported stays so."""
+    return [each for each in sys.path if "site-packages" not in each]
 
 
 def read(path: str) -> dict[str, State]:
@@ -483,7 +495,7 @@ def add_count(parser: Any) -> None:
     def count(arguments: Any) -> int:
         if arguments.times < 0:
             raise StateError("two\nlines")
-        [state] = reading.read_states(arguments.file).values()
+        [state] = read_states(arguments.file).values()
         print(arguments.times * len(state.groups[0].parameters))
         return 7
 

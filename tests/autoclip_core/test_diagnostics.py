@@ -24,8 +24,8 @@ from autoclip.core import (
     State,
     StateError,
     log_values,
-    summarize,
 )
+from autoclip.core.inspect import summarize
 
 # Distinct norms, so that none lies on a threshold by more than rounding.
 STREAMS = st.integers(0, 2**32 - 1).map(

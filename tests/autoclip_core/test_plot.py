@@ -12,8 +12,9 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from autoclip.core import GroupState, History, ParameterInfo, Quantile, Standard, State, plot
+from autoclip.core import GroupState, History, ParameterInfo, Quantile, Standard, State
 from autoclip.core.adapter import GroupSettings
+from autoclip.core.inspect import plot
 
 mpl.use("Agg")
 

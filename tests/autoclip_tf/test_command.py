@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from autoclip.core import StateError, plot, read_states
-from autoclip.core._command import main
+from autoclip.core import StateError
+from autoclip.core.__main__ import main
+from autoclip.core.inspect import plot, read_states
 from autoclip.tf import QuantileClip
 from autoclip.tf.logging import log_values, summarize
 

@@ -7,7 +7,7 @@ import sys
 import hostile_files
 import pytest
 
-from autoclip.core._command import main
+from autoclip.core.__main__ import main
 
 resource = pytest.importorskip("resource", reason="Windows has neither this nor named pipes")
 MOST_MEMORY = 150 * 2**10 * (2**10 if sys.platform == "darwin" else 1)  # as getrusage counts it

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoclip.core import StateError, read_states
-from autoclip.core._command import main
+from autoclip.core import StateError
+from autoclip.core.__main__ import main
+from autoclip.core.inspect import read_states
 from autoclip.torch import QuantileClip, StandardClip
 
 

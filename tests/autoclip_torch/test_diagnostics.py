@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoclip.core import plot
+from autoclip.core.inspect import plot
 from autoclip.torch import QuantileClip
 from autoclip.torch.logging import log_values, summarize
 

@@ -10,8 +10,8 @@ import hostile_files
 import pytest
 import torch
 
-from autoclip.core import read_states
-from autoclip.core._command import main
+from autoclip.core.__main__ import main
+from autoclip.core.inspect import read_states
 from autoclip.torch import QuantileClip
 
 resource = pytest.importorskip("resource", reason="Windows has neither this nor named pipes")

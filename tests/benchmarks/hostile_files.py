@@ -29,7 +29,7 @@ import importlib, json, resource, sys, time, warnings
 module, limit, *arguments = sys.argv[1:]
 warnings.simplefilter("ignore")
 importlib.import_module(module)
-from autoclip.core._command import main
+from autoclip.core.__main__ import main
 resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
 print("ready", flush=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

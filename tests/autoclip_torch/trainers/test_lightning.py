@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from autoclip.core import read_states
+from autoclip.core.inspect import read_states
 from autoclip.torch import Clipper, QuantileClip, StandardClip
 from autoclip.torch.lightning import AutoClipCallback
 from autoclip.torch.logging import summarize

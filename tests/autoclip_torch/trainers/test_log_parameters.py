@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoclip.core import read_states
+from autoclip.core.inspect import read_states
 
 NAMES = ["net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"]
 THREE = {"autoclip/total_norm", "autoclip/clipped_norm", "autoclip/clipped"}

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from autoclip.core import read_states
+from autoclip.core.inspect import read_states
 from autoclip.torch import Clipper, QuantileClip, StandardClip
 from autoclip.torch.transformers import AutoClipCallback
 

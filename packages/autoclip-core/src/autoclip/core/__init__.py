@@ -15,7 +15,6 @@ from autoclip.core._installation import refuse_legacy_installation
 
 refuse_legacy_installation()
 
-from autoclip.core._diagnostics import RowSummary, Summary, summarize  # noqa: E402
 from autoclip.core._errors import StateError  # noqa: E402
 from autoclip.core._fields import setting  # noqa: E402
 from autoclip.core._files import MAX_FILE_BYTES  # noqa: E402
@@ -24,7 +23,6 @@ from autoclip.core._logging import log_values  # noqa: E402
 from autoclip.core._max_norm import MaxNorm  # noqa: E402
 from autoclip.core._ops import SMALLEST_NORM  # noqa: E402
 from autoclip.core._quantile import Quantile  # noqa: E402
-from autoclip.core._reading import read_states  # noqa: E402
 from autoclip.core._rule import Rule, register_rule  # noqa: E402
 from autoclip.core._saving import Saveable  # noqa: E402
 from autoclip.core._settings import OnNonfinite, OnSpike, Record  # noqa: E402
@@ -49,18 +47,14 @@ __all__ = [
     "Quantile",
     "Record",
     "Report",
-    "RowSummary",
     "Rule",
     "Saveable",
     "Standard",
     "State",
     "StateError",
-    "Summary",
     "Window",
     "__version__",
     "log_values",
-    "read_states",
     "register_rule",
     "setting",
-    "summarize",
 ]

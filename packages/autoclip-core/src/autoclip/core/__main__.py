@@ -2,7 +2,7 @@
 
 import sys
 
-from autoclip.core._command import main
+from autoclip.core.inspect._command import main
 
 if __name__ == "__main__":
     sys.exit(main())

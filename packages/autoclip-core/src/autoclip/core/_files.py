@@ -25,9 +25,12 @@ from autoclip.core._safetensors import (
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["MAX_FILE_BYTES", "PathLike", "read_file", "write_file"]
+__all__ = ["CHECKPOINT_FILE", "MAX_FILE_BYTES", "PathLike", "read_file", "write_file"]
 
 PathLike = Union[str, "os.PathLike[str]"]
+
+CHECKPOINT_FILE = "autoclip.safetensors"
+"""The state file that a trainer's callback writes into a checkpoint's folder."""
 
 _ABANDONED_SECONDS = 3600.0
 _ATTEMPTS = 10

@@ -8,11 +8,10 @@ coefficients; its settings, rules, states and messages come from here.
 from autoclip.core._attachment import AttachmentHandle, constructor
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
 from autoclip.core._factory import make_factory
-from autoclip.core._files import write_file
+from autoclip.core._files import CHECKPOINT_FILE, write_file
 from autoclip.core._logging import check_parameters
 from autoclip.core._notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
-from autoclip.core._reading import CHECKPOINT_FILE
 from autoclip.core._rows import make_state, parameter_names, row_names, split_state
 from autoclip.core._rule import RULES, rule_instance
 from autoclip.core._settings import (
@@ -28,7 +27,6 @@ from autoclip.core._settings import (
 )
 from autoclip.core._state import GroupState, ParameterInfo, State
 from autoclip.core._step import numbers_of, record, thresholds_of
-from autoclip.core._text import printable
 from autoclip.core._warnings import warn_user
 from autoclip.core._window import Windows, needs_order, pack, unpack
 
@@ -67,7 +65,6 @@ __all__ = [
     "numbers_of",
     "pack",
     "parameter_names",
-    "printable",
     "record",
     "row_names",
     "rule_instance",

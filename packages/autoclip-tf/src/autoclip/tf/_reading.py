@@ -17,7 +17,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 
 from autoclip.core import State, StateError
-from autoclip.core.adapter import printable
+from autoclip.core.inspect import printable
 from autoclip.tf._checkpoint_file import read_strings
 from autoclip.tf._keras_saving import CHECKPOINT_KEY, STATE
 

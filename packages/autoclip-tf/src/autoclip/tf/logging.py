@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autoclip import core
-from autoclip.core import Report, Summary
+from autoclip.core import Report, inspect
 from autoclip.core.adapter import log_and_watch
 from autoclip.tf._clipper import Clipper
 
@@ -59,10 +58,10 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
     return {} if report is None else log_and_watch(clipper, report, parameters)
 
 
-def summarize(clipper: Clipper) -> Summary:
+def summarize(clipper: Clipper) -> inspect.Summary:
     """Summarize a clipper's history and its last step; `print` shows a table.
 
-    See `autoclip.core.summarize`. It waits for the device and reads all histories.
+    See `autoclip.core.inspect.summarize`. It waits for the device and reads all histories.
 
     Args:
         clipper: a clipper that knows its variables, `optimizer.clipper` if it is attached.
@@ -80,7 +79,7 @@ def summarize(clipper: Clipper) -> Summary:
     >>> [row.name for row in summarize(clipper).hardest()]
     ['weight']
     """
-    return core.summarize(clipper, _report(clipper))
+    return inspect.summarize(clipper, _report(clipper))
 
 
 def _report(clipper: Clipper) -> Report[Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autoclip.core import State, StateError
-from autoclip.core.adapter import printable
+from autoclip.core.inspect import printable
 from autoclip.torch import _legacy
 from autoclip.torch._checkpoint_file import CheckpointFile
 from autoclip.torch._pickle import Unmade, as_bytes

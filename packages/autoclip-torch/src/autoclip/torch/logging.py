@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoclip import core
-from autoclip.core import Report, State, Summary
+from autoclip.core import Report, State, inspect
 from autoclip.core.adapter import log_and_watch
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
@@ -75,10 +74,12 @@ def log_values(
     return {} if report is None else log_and_watch(clipper, report, parameters)
 
 
-def summarize(clipper: Clipper | EngineClipper, *, model: nn.Module | None = None) -> Summary:
+def summarize(
+    clipper: Clipper | EngineClipper, *, model: nn.Module | None = None
+) -> inspect.Summary:
     """Summarize a clipper's history and its last step; `print` shows a table.
 
-    See `autoclip.core.summarize`. It waits for the device and reads all histories.
+    See `autoclip.core.inspect.summarize`. It waits for the device and reads all histories.
 
     Args:
         clipper: as for `log_values`.
@@ -98,7 +99,7 @@ def summarize(clipper: Clipper | EngineClipper, *, model: nn.Module | None = Non
     state = clipper.export_state()
     if model is not None and isinstance(clipper, Clipper) and state.mode == "parameter":
         state = _with_names(state, _names(clipper, model))
-    return core.summarize(state, _report(clipper, model))
+    return inspect.summarize(state, _report(clipper, model))
 
 
 def _report(clipper: Clipper | EngineClipper, model: nn.Module | None) -> Report[Any] | None:

@@ -11,10 +11,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from autoclip.core._errors import StateError
-from autoclip.core._files import PathLike, read_file
+from autoclip.core._files import CHECKPOINT_FILE, PathLike, read_file
 from autoclip.core._state import State
 
-__all__ = ["CHECKPOINT_FILE", "READERS", "find_states", "read_states"]
+__all__ = ["READERS", "find_states", "read_states"]
 
 READERS = "autoclip.readers"
 """The entry point group of functions that find histories in a framework's files.
@@ -26,9 +26,6 @@ named after the suffix of the files that it reads, without the first dot.
 The entry point `folder` is another function: it takes the path of a folder and returns the path of
 the file or folder in it that is to be read, or None.
 """
-
-CHECKPOINT_FILE = "autoclip.safetensors"
-"""The state file that a trainer's callback writes into a checkpoint's folder."""
 
 # A damaged file with one of these suffixes is a damaged state, not another program's file.
 _OWN_SUFFIXES = ("autoclip", "safetensors")
@@ -59,7 +56,8 @@ def read_states(path: PathLike) -> dict[str, State]:
         OSError: it cannot be read.
         ImportError: the package that reads it is not installed.
 
-    >>> from autoclip.core import History, Quantile, read_states
+    >>> from autoclip.core import History, Quantile
+    >>> from autoclip.core.inspect import read_states
     >>> History(rows=1, rule=Quantile(0.5)).save("run.autoclip")
     >>> read_states("run.autoclip")[""].rule
     'quantile'

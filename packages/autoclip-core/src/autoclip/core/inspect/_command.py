@@ -16,12 +16,12 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-from autoclip.core._diagnostics import CANDIDATES, summarize
 from autoclip.core._errors import StateError
-from autoclip.core._reading import find_states
 from autoclip.core._state import State
-from autoclip.core._text import printable
 from autoclip.core._version import __version__
+from autoclip.core.inspect._reading import find_states
+from autoclip.core.inspect._summary import CANDIDATES, summarize
+from autoclip.core.inspect._text import printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -256,7 +256,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from autoclip.core import plot
+    from autoclip.core.inspect import plot
 
     file, states = _chosen_states(arguments)
     if len(states) > 1:

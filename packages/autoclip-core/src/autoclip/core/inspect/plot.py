@@ -1,10 +1,11 @@
 """Pictures of a history: norms over time, their distribution, and the parameters clipped most.
 
 They need matplotlib: `pip install "autoclip-core[plot]"`. Each function takes a clipper of any
-framework, a `State`, a `Summary`, or the path of a file that `autoclip.core.read_states` reads, and
-returns a matplotlib figure:
+framework, a `State`, a `Summary`, or the path of a file that `read_states` reads, and returns a
+matplotlib figure:
 
->>> from autoclip.core import History, Quantile, plot
+>>> from autoclip.core import History, Quantile
+>>> from autoclip.core.inspect import plot
 >>> history = History(rows=1, rule=Quantile(0.9))
 >>> for norm in range(1, 100):
 ...     report = history.record([1000.0 / norm])
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._diagnostics import CANDIDATES, Rows, Source, rows_of
-from autoclip.core._text import printable, without_common_prefix, without_middle
+from autoclip.core.inspect._rows import Rows
+from autoclip.core.inspect._summary import CANDIDATES, Source, rows_of
+from autoclip.core.inspect._text import printable, without_common_prefix, without_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +59,7 @@ def norms(source: Source, row: int | str | None = None, *, ax: Axes | None = Non
 
     Raises:
         KeyError: there is no such row.
-        StateError, OSError: the file cannot be read; see `autoclip.core.summarize`.
+        StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
     rows = rows_of(source)
@@ -85,7 +87,7 @@ def distribution(
 
     Raises:
         KeyError: there is no such row.
-        StateError, OSError: the file cannot be read; see `autoclip.core.summarize`.
+        StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
     rows = rows_of(source)
@@ -97,7 +99,7 @@ def distribution(
 def clipped(source: Source, *, max_rows: int = 40, ax: Axes | None = None) -> Figure:
     """Draw for each row the share of its norms that were clipped, the most often clipped on top.
 
-    The shares are those of `autoclip.core.Summary`.
+    The shares are those of `autoclip.core.inspect.Summary`.
 
     Args:
         source: a clipper, a `State`, a `Summary`, or the path of a file.
@@ -105,7 +107,7 @@ def clipped(source: Source, *, max_rows: int = 40, ax: Axes | None = None) -> Fi
         ax: where to draw; None for a new figure whose height follows the number of rows.
 
     Raises:
-        StateError, OSError: the file cannot be read; see `autoclip.core.summarize`.
+        StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
     rows = rows_of(source)
@@ -130,7 +132,7 @@ def overview(
 
     Raises:
         KeyError: there is no such row.
-        StateError, OSError: the file cannot be read; see `autoclip.core.summarize`.
+        StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
     rows = rows_of(source)
@@ -163,8 +165,8 @@ def _pyplot() -> Any:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"autoclip.core.plot needs matplotlib, which cannot be imported here: {error}. Install "
-            'it with: pip install "autoclip-core[plot]"'
+            f"autoclip.core.inspect.plot needs matplotlib, which cannot be imported here: {error}. "
+            'Install it with: pip install "autoclip-core[plot]"'
         ) from error
     return pyplot
 
@@ -255,7 +257,7 @@ def _draw_distribution(rows: Rows, row: int, quantiles: Sequence[float], ax: Axe
     if logarithmic:
         ax.set_xscale("log")
         _plain_numbers(ax.xaxis, np.array([edges[0], edges[-1], *inside]))
-    counts, _, _ = ax.hist(shown, edges, color=_BLUE, alpha=0.85)
+    counts, _, _ = ax.hist(shown, edges.tolist(), color=_BLUE, alpha=0.85)
     far = window[len(shown) :]
     if len(far):
         _draw_far(far, edges, max(edges[-1], *inside), float(max(counts)), ax)
@@ -357,7 +359,7 @@ def _spread(places: npt.NDArray[np.float64], space: float) -> npt.NDArray[np.flo
         spread[i] = max(spread[i], spread[i - 1] + space)
     spread -= (spread - places).mean()  # all moved to the right
     steps = space * np.arange(len(spread))
-    return np.maximum(np.minimum(spread, 1.0 - steps[::-1]), steps)
+    return np.clip(spread, steps, 1.0 - steps[::-1])
 
 
 def _draw_clipped(rows: Rows, max_rows: int, ax: Axes) -> None:

@@ -13,7 +13,7 @@ from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state import GroupState, State
 
 if TYPE_CHECKING:
-    from autoclip.core._diagnostics import RowSummary, Summary
+    from autoclip.core.inspect._summary import RowSummary, Summary
 
 __all__ = ["describe", "printable", "without_common_prefix", "without_middle"]
 
