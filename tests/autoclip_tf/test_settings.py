@@ -67,9 +67,9 @@ KINDS = {
     "standard, current": (Standard(0.5), {"warmup_steps": 0, "include_current": True}),
     "zclip": (
         Standard(1.0, decay=0.75, shrink=True),
-        Standard(1.0, decay=0.75, log=True),
         {"record": "clipped", "warmup_steps": 2, "max_norm": 100.0},
     ),
+    "log": (Standard(1.0, decay=0.75, log=True), {"warmup_steps": 2}),
     "mad": (Mad(1.0), {"include_current": False}),
     "exponential": (Exponential(), {"include_current": False, "record": "clipped"}),
 }

@@ -41,6 +41,7 @@ STANDARD = [
         "shrink": True,
     },
     {"history_length": 1000, "include_current": False, "decay": 0.9},
+    {"history_length": 8, "include_current": False, "log": True},
 ]
 STREAMS = ["ties", "constant", "spikes", "gaps", "falling", "silent"]
 
@@ -87,6 +88,7 @@ def settings(random: np.random.Generator, rule: str, shared: dict[str, Any]) -> 
             "decay": None,
             "factor": random.choice([1.0, 1.0, 1.5]),
             "shrink": False,
+            "log": False,
         }
         if shared.get("decay"):
             own["decay"] = random.choice([0.5, 0.9, 0.999])

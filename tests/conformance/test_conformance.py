@@ -11,6 +11,8 @@ from reference import Row
 # follows from them.
 FLOAT64, FLOAT32 = 1e-14, 2.0**-23
 ONE_ELEMENT = {"thresholds": FLOAT64, "coefficients": FLOAT64, "histories": 0, "gradients": FLOAT32}
+# exp multiplies the rounding of a logarithm by its size, which float32's norms bring to 88.
+LOGARITHMS = {"thresholds": 88 * 2.0**-51, "coefficients": 88 * 2.0**-51}
 SEVERAL = {"thresholds": 1e-6, "coefficients": 1e-6, "histories": 1e-6, "gradients": 1e-6}
 
 
@@ -24,8 +26,10 @@ def test_every_implementation_computes_what_the_vectors_say(name: str, implement
     found = IMPLEMENTATIONS[implementation](file)
     for i, ours in enumerate(found):
         row = {**file, "rows": file["rows"][i : i + 1]}
+        logarithms = LOGARITHMS if row["rows"][0]["settings"].get("log") else {}
         for kind, deviation in deviations(row, [ours]):
-            assert deviation <= limits[kind], (i, kind, row["rows"][0], ours)
+            limit = max(limits[kind], logarithms.get(kind, 0))
+            assert deviation <= limit, (i, kind, row["rows"][0], ours)
 
 
 @pytest.mark.parametrize("name", NAMES)
