@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from operator import mul
 from typing import Any
@@ -360,6 +361,8 @@ class History(Saveable):
     ) -> None:
         """Replace the windows of `rows`; of one longer than `history_length` the newest stay.
 
+        An interrupt leaves all windows as they were or as they are to be.
+
         Args:
             rows: which rows.
             windows: one float32[length] a row, oldest norm first.
@@ -370,6 +373,15 @@ class History(Saveable):
             ValueError: there is not one window and one number for each row, a norm could not have
                 been recorded, or a window is longer than what its row recorded. Nothing changed.
         """
+        self.stage(rows, windows, recorded)()
+
+    def stage(
+        self,
+        rows: Sequence[int],
+        windows: Sequence[npt.NDArray[np.float32]],
+        recorded: Sequence[int] | npt.NDArray[np.int64],
+    ) -> Callable[[], None]:
+        """A function that does what `write` does and cannot fail; it may be called twice."""
         index = list(rows)
         if not len(index) == len(windows) == len(recorded):
             raise ValueError(
@@ -377,7 +389,7 @@ class History(Saveable):
                 f"{len(index)} rows, {len(windows)} windows and {len(recorded)} numbers."
             )
         if not index:
-            return
+            return lambda: None
         norms, numbers = _checked(index, windows, recorded)
         longest = self.history_length
         norms = [window[-longest:] for window in norms]
@@ -389,7 +401,15 @@ class History(Saveable):
                 kept[row] = window
             counts[index] = numbers
         ring = RingBuffer(kept, counts, longest)
-        self._windows = _Windows(self._settings, ring)
+        return partial(setattr, self, "_windows", _Windows(self._settings, ring))
+
+    def once(self, norms: npt.ArrayLike) -> Callable[[], Any]:
+        """A function that records norms unless that has happened since; it may be called twice."""
+        return partial(self._record_once, self.recorded, norms)
+
+    def _record_once(self, before: npt.NDArray[np.int64], norms: npt.ArrayLike) -> None:
+        if (self.recorded == before).all():
+            self.record(norms)
 
     def export_state(self) -> State:
         return self._state(*self.read(range(self.rows)))

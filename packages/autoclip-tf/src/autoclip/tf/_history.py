@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ class TensorHistory:
 
     def _read_windows(self) -> Windows:
         if self._unfinished is not None:
-            self._assign(self._unfinished)
+            with tf.init_scope():
+                self._assign(self._unfinished)
         # Read first: XLA cannot gather from a variable, only from what was read.
         ordered = None if self._ordered is None else self._ordered.read_value()
         values, counts = self._values.read_value(), self._counts.read_value()
@@ -160,10 +162,25 @@ class TensorHistory:
         self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> None:
         """Replace all windows; of one longer than `history_length` the newest norms stay."""
+        self.stage(windows, recorded)()
+
+    def stage(
+        self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
+    ) -> Callable[[], None]:
+        """See `autoclip.core.History.stage`."""
         length = self.history_length
         values, counts, before = pack(windows, recorded, length, length)
         ordered = None if self._ordered is None else np.sort(values, axis=1)
-        self._assign(Windows(OPS, length, values, ordered, counts, before))
+        packed = Windows(OPS, length, values, ordered, counts, before)
+        return partial(self._assign, packed)
+
+    def once(self, norms: tf.Tensor) -> Callable[[], Any]:
+        """See `autoclip.core.History.once`."""
+        return partial(self._record_once, self._counts.numpy(), norms)
+
+    def _record_once(self, before: npt.NDArray[np.int64], norms: tf.Tensor) -> None:
+        if (self._read_windows().counts.numpy() == before).all():
+            self.record(norms)
 
 
 def _finite(column: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,8 @@ class Rows:
             RowBatch(TensorHistory([settings[row] for row in rows]), rows)
             for rows in batches(settings).values()
         ]
+        # The parts of an eager step or a load, while one is at work.
+        self._unfinished: Sequence[Callable[[], Any]] = ()
         # Where row i stands when the batches are put one after the other.
         self._places = np.argsort([row for batch in self._batches for row in batch.rows])
 
@@ -67,9 +69,16 @@ class Rows:
 
     def record(self, norms: tf.Tensor) -> Report[tf.Tensor]:
         """Record a step in all rows, [rows, 1]; see `TensorHistory.record`."""
+        self._finish()
         if len(self._batches) == 1:
             return self._batches[0].history.record(norms)
-        parts = [batch.history.record(tf.gather(norms, batch.rows)) for batch in self._batches]
+        given = [tf.gather(norms, batch.rows) for batch in self._batches]
+        if tf.executing_eagerly():
+            self._unfinished = [
+                batch.history.once(each) for batch, each in zip(self._batches, given)
+            ]
+        parts = [batch.history.record(each) for batch, each in zip(self._batches, given)]
+        self._unfinished = ()
         thresholds, coefficients = (
             self._in_order([getattr(part, name) for part in parts])
             for name in ("thresholds", "coefficients")
@@ -78,6 +87,7 @@ class Rows:
 
     def thresholds(self) -> tf.Tensor:
         """float64[rows]: the thresholds of the windows as they are now; infinite for none."""
+        self._finish()
         found = self._in_order([batch.history.thresholds() for batch in self._batches])[:, 0]
         if tf.executing_eagerly():
             # Outside of TensorFlow: under tf.debugging.enable_check_numerics no operation may
@@ -86,11 +96,20 @@ class Rows:
             return tf.constant(np.where(on_host < OPS.unlimited, on_host, np.inf))
         return tf.where(found < OPS.unlimited, found, tf.constant(np.inf, tf.float64))
 
+    def _finish(self) -> None:
+        """Complete a step or a load that an interrupt has cut short."""
+        if self._unfinished:
+            with tf.init_scope():
+                for part in self._unfinished:
+                    part()
+            self._unfinished = ()
+
     def _in_order(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
         return parts[0] if len(parts) == 1 else tf.gather(tf.concat(parts, 0), self._places)
 
     def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """All windows, oldest norm first, and how many norms each row has ever recorded."""
+        self._finish()
         windows = [np.empty(0, np.float32)] * len(self)
         recorded = np.zeros(len(self), np.int64)
         for batch in self._batches:
@@ -102,9 +121,13 @@ class Rows:
     def write(
         self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> None:
-        """Replace all windows."""
-        for batch in self._batches:
-            batch.history.write([windows[row] for row in batch.rows], recorded[batch.rows])
+        """Replace all windows, or none if interrupted."""
+        self._finish()
+        self._unfinished = [
+            batch.history.stage([windows[row] for row in batch.rows], recorded[batch.rows])
+            for batch in self._batches
+        ]
+        self._finish()
 
 
 _CANNOT_CHANGE = (

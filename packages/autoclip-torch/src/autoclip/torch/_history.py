@@ -226,7 +226,18 @@ class TensorHistory:
         recorded: Sequence[int] | npt.NDArray[np.int64],
     ) -> None:
         """Replace the windows of `rows`; see `autoclip.core.History.write`."""
-        kept, counts = self.read(range(self.rows))
+        self.stage(rows, windows, recorded)()
+
+    def stage(
+        self,
+        rows: Sequence[int],
+        windows: Sequence[npt.NDArray[np.float32]],
+        recorded: Sequence[int] | npt.NDArray[np.int64],
+    ) -> Callable[[], None]:
+        """See `autoclip.core.History.stage`."""
+        kept, counts = [np.empty(0, np.float32)] * self.rows, np.zeros(self.rows, np.int64)
+        if len(set(rows)) < self.rows:
+            kept, counts = self.read(range(self.rows))
         for row, window, count in zip(rows, windows, recorded):
             kept[row], counts[row] = window[-self.history_length :], count
         used = max(map(len, kept))
@@ -235,12 +246,24 @@ class TensorHistory:
             capacity = min(2 * capacity, self.history_length)
         packed = pack(kept, counts, self.history_length, capacity)
         values, new_counts, before = (torch.from_numpy(each).to(self.device) for each in packed)
-        # A larger bound does no harm if an interrupt comes now.
+        larger = self._allocated(capacity) if capacity > self._windows.values.shape[1] else None
+        return partial(self._adopt, larger, used, (values, new_counts, before))
+
+    def _adopt(self, larger: _InPlace | None, used: int, contents: tuple[Tensor, ...]) -> None:
+        # A bound that is too large does no harm if an interrupt comes now.
         self._used = max(self._used, used)
-        if capacity > self._windows.values.shape[1]:
-            new = self._allocated(capacity)
-            new.copy_(values, new_counts, before)
-            self._windows = new
-        else:  # a captured CUDA graph writes where they are now
-            self._windows.copy_(values, new_counts, before)
+        if larger is None:  # a captured CUDA graph writes where they are now
+            self._windows.copy_(*contents)
+        else:
+            larger.copy_(*contents)
+            self._windows = larger
         self._used = used
+
+    def once(self, norms: Tensor) -> Callable[[], Any]:
+        """See `autoclip.core.History.once`."""
+        return partial(self._record_once, self._windows.counts.clone(), norms)
+
+    def _record_once(self, before: Tensor, norms: Tensor) -> None:
+        self._windows.finish()
+        if torch.equal(self._windows.counts, before):
+            self.record(norms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoclip.core import History
+from autoclip.core import History, Report
 from autoclip.core.adapter import GroupSettings, batches
 from autoclip.torch._history import TensorHistory
 
@@ -69,6 +69,8 @@ class Rows:
         self.version = 0
         self._devices: list[torch.device] = []
         self._is_arranged = True
+        # The parts of a step or load of several batches, while one is at work.
+        self._unfinished: Sequence[Callable[[], Any]] = ()
 
     def __len__(self) -> int:
         return len(self.settings)
@@ -107,13 +109,13 @@ class Rows:
 
         A batch that stays the same keeps its history where it is.
         """
+        self._finish()
         if self._is_arranged and self._devices == devices:
             for batch in self.batches:
                 self._update(batch)
             return
         present = {(batch.device, *batch.rows): batch for batch in self.batches}
-        old: list[RowBatch] = self.batches
-        self.batches = []
+        old, arranged = self.batches, list[RowBatch]()
         windows, recorded = None, np.zeros(0, np.int64)
         for rows in batches(self.settings, devices).values():
             device = devices[rows[0]]
@@ -122,7 +124,7 @@ class Rows:
             if same is not None and same.history.settings[0].structure == settings[0].structure:
                 same.is_outdated = True
                 self._update(same)
-                self.batches.append(same)
+                arranged.append(same)
                 continue
             history: History | TensorHistory = (
                 History.of(settings) if uses_numpy(device) else TensorHistory(settings, device)
@@ -131,13 +133,37 @@ class Rows:
                 windows, recorded = self._read(old)
             if windows is not None and recorded[rows].any():
                 history.write(range(len(rows)), [windows[row] for row in rows], recorded[rows])
-            self.batches.append(RowBatch(device, rows, history))
+            arranged.append(RowBatch(device, rows, history))
+        self.version += 1  # first: an interrupt must not leave others with the old batches
+        self.batches = arranged
         self._devices = list(devices)
         self._is_arranged = True
-        self.version += 1
+
+    def record(self, norms: Sequence[tuple[RowBatch, Any]]) -> list[Report[Any]]:
+        """Record a step in some batches, in all of them or in none.
+
+        Args:
+            norms: batches, and the norms of their rows.
+
+        Returns:
+            The reports of the batches.
+        """
+        self._finish()
+        if len(norms) > 1:
+            self._unfinished = [batch.history.once(each) for batch, each in norms]
+        reports: list[Report[Any]] = [batch.history.record(each) for batch, each in norms]
+        self._unfinished = ()
+        return reports
+
+    def _finish(self) -> None:
+        """Complete a step or a load that an interrupt has cut short."""
+        for part in self._unfinished:
+            part()
+        self._unfinished = ()
 
     def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """All windows, oldest norm first, and how many norms each row has ever recorded."""
+        self._finish()
         return self._read(self.batches)
 
     def _read(
@@ -154,13 +180,16 @@ class Rows:
     def write(
         self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> None:
-        """Replace all windows; the rows are arranged."""
-        for batch in self.batches:
-            batch.history.write(
+        """Replace all windows, or none if interrupted; the rows are arranged."""
+        self._finish()
+        self._unfinished = [
+            batch.history.stage(
                 range(len(batch.rows)), [windows[row] for row in batch.rows], recorded[batch.rows]
             )
+            for batch in self.batches
+        ]
+        self._finish()
 
     def reset(self) -> None:
         """Forget all norms."""
-        for batch in self.batches:
-            batch.history.reset()
+        self.write([np.empty(0, np.float32)] * len(self), np.zeros(len(self), np.int64))

@@ -326,6 +326,7 @@ class Pipeline:
         skipped: list[int] = []
         skips_update = None
         self.reports = []
+        given: list[tuple[Route, Any]] = []
         for route in self._routes:
             device = route.batch.device
             if mode == "global":
@@ -336,8 +337,10 @@ class Pipeline:
                 norms = route.row_norms(measured[device])
             else:
                 continue
-            report: Report[Any] = route.batch.history.record(norms)
-            self.reports.append((route.batch.rows, report))
+            given.append((route, norms))
+        reports = self.rows.record([(route.batch, norms) for route, norms in given])
+        self.reports = [(route.batch.rows, each) for (route, _), each in zip(given, reports)]
+        for (route, _), report in zip(given, reports):
             factors = report.coefficients
             if route.skips is not None:
                 # The gradients are left as they are; nothing is done with them.
