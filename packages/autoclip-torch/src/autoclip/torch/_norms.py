@@ -321,6 +321,8 @@ class DeviceNorms:
         places: Iterable[int] | None = None,
     ) -> None:
         self._dtype = norm_dtype(device)
+        # XLA squares in the gradient's dtype before it adds up in another. It fuses the conversion.
+        self._squares_narrowly = device.type == "xla"
         self._zero = torch.zeros((), dtype=self._dtype, device=device)
         self._places: list[int] = []
         for i in range(len(gradients)) if places is None else places:
@@ -349,6 +351,8 @@ class DeviceNorms:
                 places.append(i)
                 tensors.append(values)
         for dtype, (places, tensors) in same.items():
+            if self._squares_narrowly:
+                tensors = [tensor.to(self._dtype) for tensor in tensors]
             found = foreach_norm(tensors, 2, self._dtype)
             if dtype is torch.float64 or self._dtype is torch.float32:
                 # Squares may overflow: an infinite norm of finite elements is the largest number.

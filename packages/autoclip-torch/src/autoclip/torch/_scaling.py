@@ -210,9 +210,12 @@ class DeviceScaling:
             else:
                 self._others.append(i)
         sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
+        # XLA compiles a step into one program, which writes to each gradient once; there is nothing
+        # to gather, and repeat_interleave would run on the host.
+        limit = -1 if device.type == "xla" else _SMALL
         for dtype, (small, large, members) in self._plain.items():
-            large += [i for i in members if sizes[i] > _SMALL]
-            parts = list(chunks([i for i in members if sizes[i] <= _SMALL], sizes, _CHUNK))
+            large += [i for i in members if sizes[i] > limit]
+            parts = list(chunks([i for i in members if sizes[i] <= limit], sizes, _CHUNK))
             totals = [sum(sizes[i] for i in part) for part in parts]
             buffer = torch.zeros(max(totals, default=0), dtype=dtype, device=device)
             for part, total in zip(parts, totals):
@@ -254,8 +257,13 @@ class DeviceScaling:
             if large:
                 # Factors of one dimension: 0-d ones would be rounded to the gradient's 16 bits.
                 each = [factor] * len(gradients) if is_shared else torch.split(factor, 1)
-                pairs = [(piece, each[i]) for i in large for piece in _pieces(gradients[i])]  # type: ignore[arg-type]
-                foreach_mul_([piece for piece, _ in pairs], [one for _, one in pairs])
+                pieces, factors = [], []
+                for i in large:
+                    here = _pieces(gradients[i])  # type: ignore[arg-type]
+                    pieces += here
+                    # A 0-d gradient takes no factor of one dimension, and rounds no 0-d one.
+                    factors += [each[i] if here[0].dim() else each[i][0]] * len(here)
+                foreach_mul_(pieces, factors)
         for i in self._others:
             values = values_of(gradients[i])  # type: ignore[arg-type]
             one = narrow if is_shared else narrow[i : i + 1]
@@ -293,11 +301,11 @@ class DeviceScaling:
 def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     """Views of a large gradient, small enough to be widened from 16 bits one by one.
 
-    CUDA widens and rounds element by element; other devices make a float32 copy of what they
+    CUDA and XLA widen and round element by element; other devices make a float32 copy of what they
     multiply.
     """
     gradient = _writable(gradient)
-    if gradient.dtype.itemsize >= 4 or gradient.numel() <= _CHUNK:
+    if gradient.dtype.itemsize >= 4 or gradient.numel() <= _CHUNK or gradient.is_xla:
         return [gradient]
     dimension = max(range(gradient.dim()), key=gradient.size)
     elements = gradient.numel() // gradient.size(dimension)
