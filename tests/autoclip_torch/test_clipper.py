@@ -529,7 +529,7 @@ def test_the_error_calls_parameters_without_a_name_by_their_place(path: str) -> 
     [
         (torch.float32, 3e38),  # the norm leaves float32's range
         (torch.float32, 1e-42),
-        (torch.float64, 1e300),
+        (torch.float64, 1e150),
         (torch.float64, 1.7e308),  # and float64's
         (torch.float64, 1e-200),
         (torch.bfloat16, 3e38),
@@ -549,6 +549,39 @@ def test_a_finite_gradient_with_a_norm_beyond_float32_is_never_altered(
     clipper.step()
     assert torch.equal(weight.grad, before)
     assert windows(clipper) == [[10.0]]
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e20])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 1e38),
+        (torch.bfloat16, 1e38),
+        (torch.complex64, 1e38),
+        (torch.float64, 1e38),
+        (torch.float64, 1e150),
+    ],
+)
+@each_mode
+def test_a_norm_beyond_float32_is_clipped_to_max_norm_and_not_recorded(
+    path: str, global_clipping: bool, dtype: torch.dtype, size: float, max_norm: float
+) -> None:
+    weight, other = parameter(1000, dtype=dtype), parameter(3)
+    clipper = QuantileClip(
+        [weight, other], max_norm=max_norm, global_clipping=global_clipping, on_nonfinite="raise"
+    )
+    weight.grad = torch.full((1000,), size, dtype=torch.float64).to(dtype)
+    other.grad = torch.zeros(3)
+    norm = math.sqrt(1000) * size
+    assert clipper.step() == math.inf
+    # On a device, coefficients of gradients that are not float64 end at float32's smallest number.
+    is_exact = path == "numpy" or dtype is torch.float64
+    expected = max_norm if is_exact else max(max_norm, norm * torch.finfo(torch.float32).tiny)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    rtol = 1e-2 if dtype is torch.bfloat16 else 1e-5
+    assert float(weight.grad.to(wide).norm()) == pytest.approx(expected, rel=rtol)
+    assert float(clipper.last.thresholds[0]) == pytest.approx(max_norm)
+    assert not any(windows(clipper))
 
 
 # -- gradients of every kind ---------------------------------------------------------------------
