@@ -459,7 +459,7 @@ class TestExtensions:
                     f"autoclip: {path} is read by {package}, which is not installed. Install it "
                     f"with: pip install {package}\n"
                 )
-        assert "write the history in a checkpoint of autoclip 0.2.1" in main(capsys, "-h")[1]
+        assert "write the history in an autoclip 0.2.1 checkpoint" in main(capsys, "-h")[1]
         code, _, err = main(capsys, "convert", "old.pth", "new.autoclip", "--group-sizes", "3")
         assert code == 2
         assert err == (

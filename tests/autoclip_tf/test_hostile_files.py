@@ -6,6 +6,9 @@ import sys
 
 import hostile_files
 import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autoclip.core.__main__ import main
 
@@ -27,3 +30,16 @@ def test_files(attack, tmp_path, capsys):
     assert str(tmp_path) in captured.err
     assert captured.err.count("\n") == 1
     assert after - before < MOST_MEMORY
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_no_damage_of_a_checkpoint_ends_in_a_traceback(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    path = hostile_files.checkpoint(folder, tf.constant(hostile_files.state()))
+    for file in (path, folder / "model.data-00000-of-00001"):
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(0, 2))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.none())])
+    assert main(["check", str(path)]) in (0, 1, 2)

@@ -85,7 +85,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     optimizer, _ = make(1)
     torch.save({"optimizer": optimizer.state_dict(), "args": Anything()}, "run.pt")
     assert main(["check", "run.pt"]) == 0
-    assert capsys.readouterr().out == "run.pt: ok, 1 rows\n"
+    assert capsys.readouterr().out == "run.pt: ok, 1 row\n"
     assert not Path("unpickled").exists()
 
 
@@ -218,6 +218,11 @@ def test_converted_files_load_as_the_old_checkpoint_does(
 
 
 class TestConvert:
+    def test_a_file_that_is_not_there(self, tmp_path: Path, capsys: Any) -> None:
+        missing = tmp_path / "old.pth"
+        assert main(["convert", str(missing), str(tmp_path / "new.autoclip")]) == 2
+        assert capsys.readouterr().err == f"autoclip: {missing}: No such file or directory\n"
+
     @pytest.fixture
     def old(self, tmp_path: Path) -> Path:
         path = tmp_path / "old.pth"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import hostile_files
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autoclip.core.__main__ import main
 from autoclip.core.inspect import read_states
@@ -89,3 +92,28 @@ def test_all_protocols(protocol: int, zipped: bool, tmp_path: Path) -> None:
     [(place, found)] = read_states(tmp_path / "run.pt").items()
     assert place == "é.5.state"
     assert found.to_bytes() == saved["data"]
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_no_changed_instruction_of_a_pickle_ends_in_a_traceback(
+    data: st.DataObject, tmp_path_factory: Any
+) -> None:
+    """Inside an archive whose checksums are right, for both commands that read it."""
+    folder = tmp_path_factory.mktemp("changed")
+    legacy = {"state": {1: {"history": torch.ones(3)}}, "param_groups": [{"quantile": 0.5}]}
+    legacy["param_groups"][0].update(history_length=10, params=[1])
+    state = {"format": "autoclip", "version": 1, "data": hostile_files.state()}
+    path = hostile_files.torch_save({"a": state, "b": legacy}, folder / "run.pt")
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    pickled = bytearray(entries["run/data.pkl"])
+    for _ in range(data.draw(st.integers(1, 3))):
+        index = data.draw(st.integers(0, len(pickled) - 1))
+        length = data.draw(st.integers(0, 3))
+        pickled[index : index + length] = data.draw(st.binary(max_size=4))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, contents in entries.items():
+            archive.writestr(name, bytes(pickled) if name.endswith("data.pkl") else contents)
+    assert main(["check", str(path)]) in (0, 1)
+    assert main(["convert", str(path), str(folder / "new.autoclip")]) in (0, 1, 2)

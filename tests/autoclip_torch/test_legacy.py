@@ -225,6 +225,7 @@ def with_groups(groups: Any) -> dict[str, Any]:
 
 
 group = old_state_dict("quantile", [[1.0], [2.0]])["param_groups"][0]
+ONE_TENSOR = torch.ones(3)
 MALFORMED: dict[str, dict[str, Any]] = {
     "a list of states": with_state([1, 2]),
     "no states": with_state(None),
@@ -241,6 +242,16 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "a quantile of words": with_groups([{**group, "quantile": "half"}]),
     "a quantile of 2": with_groups([{**group, "quantile": 2.0}]),
     "a history_length of 0": with_groups([{**group, "history_length": 0}]),
+    "params that are a number": with_groups([{**group, "params": 5}]),
+    "a parameter twice": with_groups([{**group, "params": [IDENTIFIERS[0]] * 2}]),
+    "a group twice": with_groups([group, group]),
+    "an expanded history": with_state(
+        {IDENTIFIERS[0]: {"history": torch.ones(1).expand(2**40)}},
+    ),
+    "an expanded global history": with_state({"global_history": torch.ones(1).expand(2**40)}),
+    "one history of two parameters": with_state(
+        {key: {"history": ONE_TENSOR} for key in IDENTIFIERS[:2]}
+    ),
     "the state of an optimizer": SGD([torch.zeros(2, requires_grad=True)], lr=1.0).state_dict(),
     "the other rule": old_state_dict("deviations", [[1.0], [2.0]]),
     "fewer parameters": old_state_dict("quantile", [[1.0]]),

@@ -36,7 +36,10 @@ that returns the exit code. It raises `StateError` for a file that is wrong.
 # Commands of the other packages: who has them, and their purpose, which loading them would tell
 # only after a framework is imported.
 _ELSEWHERE = {
-    "convert": ("autoclip-torch", "write the history in a checkpoint of autoclip 0.2.1 to a file")
+    "convert": (
+        "autoclip-torch",
+        "write the history in an autoclip 0.2.1 checkpoint to a file",
+    )
 }
 _KINDS = ("overview", "norms", "distribution", "clipped")
 
@@ -290,7 +293,8 @@ def _check(arguments: argparse.Namespace) -> int:
         if not result["ok"]:
             _fail(str(result["error"]), 1)
         elif not arguments.json:
-            print(printable(f"{name}: ok, {result['rows']} rows"))
+            rows = result["rows"]
+            print(printable(f"{name}: ok, {rows} row{'s' * (rows != 1)}"))
     return max(codes)
 
 
