@@ -12,6 +12,8 @@ from interrupts import interrupted
 from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch import Clipper
 
+EVERY = 4  # lines, save in the nightly run: each takes a step or two
+
 RULES: list[Rule] = [Quantile(0.5), Standard(1.0, decay=0.9)]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
@@ -59,7 +61,7 @@ def test_a_step_counts_in_all_rows_or_in_none(path: str, rule: Rule, steps: int)
     found = [
         goes_on(clipper, rule, *states)
         for clipper in interrupted(
-            lambda: new(rule, steps), lambda clipper: step(clipper, float(steps + 1))
+            lambda: new(rule, steps), lambda clipper: step(clipper, float(steps + 1)), EVERY
         )
     ]
     assert (found[0], found[-1]) == (0, 1)
@@ -73,7 +75,7 @@ def test_a_load_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
     found = [
         goes_on(clipper, rule, *states)
         for clipper in interrupted(
-            lambda: new(rule, 5), lambda clipper: clipper.load_state_dict(saved)
+            lambda: new(rule, 5), lambda clipper: clipper.load_state_dict(saved), EVERY
         )
     ]
     assert (found[0], found[-1]) == (0, 1)
@@ -85,6 +87,6 @@ def test_a_reset_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
     states = data(new(rule, 5)), data(new(rule))
     found = [
         goes_on(clipper, rule, *states)
-        for clipper in interrupted(lambda: new(rule, 5), lambda clipper: clipper.reset())
+        for clipper in interrupted(lambda: new(rule, 5), lambda clipper: clipper.reset(), EVERY)
     ]
     assert (found[0], found[-1]) == (0, 1)

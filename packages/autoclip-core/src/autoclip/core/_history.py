@@ -388,8 +388,6 @@ class History(Saveable):
                 "write takes one window and one number of recorded norms for each row, but got "
                 f"{len(index)} rows, {len(windows)} windows and {len(recorded)} numbers."
             )
-        if not index:
-            return lambda: None
         norms, numbers = _checked(index, windows, recorded)
         longest = self.history_length
         norms = [window[-longest:] for window in norms]
@@ -451,9 +449,9 @@ def _checked(
     if (
         any(each.ndim != 1 for each in norms)
         or counts.dtype.kind not in "iu"
-        or not is_recorded(np.concatenate(norms)).all()
+        or not is_recorded(np.concatenate([np.empty(0, np.float32), *norms])).all()
         or (counts < lengths).any()
-        or counts.max() > MAX_RECORDED
+        or counts.max(initial=0) > MAX_RECORDED
     ):  # find the row and the fault
         for row, window, count in zip(rows, norms, recorded):
             _check_row(row, window, count)

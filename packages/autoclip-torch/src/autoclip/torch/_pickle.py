@@ -1,9 +1,9 @@
 """A pickle as plain data: containers, text and numbers. Nothing in it is imported or called.
 
 `torch.load(weights_only=True)` runs no code either, but its cost has no bound: 534 bytes with
-nested tuples as a key take 2^40 steps to hash, and 348 bytes allocate a GiB through `bytearray`. Here
-an instruction makes at most one small object, so time and memory follow the file's size, and a
-checkpoint may hold Python objects of any kind.
+nested tuples as a key take 2^40 steps to hash, and 348 bytes allocate a GiB through `bytearray`.
+Here an instruction makes at most one small object, so time and memory follow the file's size, and
+a checkpoint may hold Python objects of any kind.
 """
 
 from __future__ import annotations
