@@ -257,7 +257,8 @@ class DeviceScaling:
             if large:
                 # Factors of one dimension: 0-d ones would be rounded to the gradient's 16 bits.
                 each = [factor] * len(gradients) if is_shared else torch.split(factor, 1)
-                pieces, factors = [], []
+                pieces: list[Tensor] = []
+                factors: list[Tensor] = []
                 for i in large:
                     here = _pieces(gradients[i])  # type: ignore[arg-type]
                     pieces += here
@@ -305,7 +306,8 @@ def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     multiply.
     """
     gradient = _writable(gradient)
-    if gradient.dtype.itemsize >= 4 or gradient.numel() <= _CHUNK or gradient.is_xla:
+    is_narrow = gradient.dtype.itemsize < 4
+    if not is_narrow or gradient.numel() <= _CHUNK or gradient.device.type == "xla":
         return [gradient]
     dimension = max(range(gradient.dim()), key=gradient.size)
     elements = gradient.numel() // gradient.size(dimension)
