@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,13 @@ EVERY = 4  # lines, save in the nightly run: each takes a step or two
 
 RULES: list[Rule] = [Quantile(0.5), Standard(1.0, decay=0.9)]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def grad_mode() -> Iterator[None]:
+    """Restored: Python skips `__exit__` of `torch.no_grad()` if the interrupt comes at its call."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 def new(rule: Rule, steps: int = 0) -> Any:

@@ -23,7 +23,7 @@ from autoclip.core.adapter import (
 )
 from autoclip.tf._ops import OPS
 
-__all__ = ["TensorHistory", "check_memory", "make_variable"]
+__all__ = ["TensorHistory", "check_memory", "is_resumable", "make_variable"]
 
 _MOST_BYTES = 2**36
 
@@ -57,6 +57,14 @@ def make_variable(value: Any, name: str) -> tf.Variable:
         name=f"autoclip/{name}",
         aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
     )
+
+
+def is_resumable() -> bool:
+    """True if an interrupted step can be completed by a later call: eagerly, and on one replica.
+
+    Replicas run in threads of their own, and each would complete the others' step.
+    """
+    return tf.executing_eagerly() and tf.distribute.get_strategy().num_replicas_in_sync == 1
 
 
 class TensorHistory:
@@ -140,7 +148,7 @@ class TensorHistory:
 
     def _assign(self, windows: Windows) -> None:
         # An interrupt between the assignments: the next call makes up for the rest.
-        self._unfinished = windows if tf.executing_eagerly() else None
+        self._unfinished = windows if is_resumable() else None
         # Dense assignments, never scattered ones: those are not mirrored over replicas.
         self._values.assign(windows.values)
         if self._ordered is not None:

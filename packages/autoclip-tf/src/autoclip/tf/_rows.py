@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from autoclip.core import Report
 from autoclip.core.adapter import GroupSettings, batches
-from autoclip.tf._history import TensorHistory, check_memory
+from autoclip.tf._history import TensorHistory, check_memory, is_resumable
 from autoclip.tf._ops import OPS
 
 __all__ = ["RowBatch", "Rows"]
@@ -73,7 +73,7 @@ class Rows:
         if len(self._batches) == 1:
             return self._batches[0].history.record(norms)
         given = [tf.gather(norms, batch.rows) for batch in self._batches]
-        if tf.executing_eagerly():
+        if is_resumable():
             self._unfinished = [
                 batch.history.once(each) for batch, each in zip(self._batches, given)
             ]
