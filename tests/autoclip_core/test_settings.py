@@ -349,7 +349,7 @@ def test_a_clippers_settings_from_a_rule_or_from_its_class() -> None:
 def test_modes(mode: str) -> None:
     made = ClipperSettings.make("Clipper", Quantile(), **{f"{mode}_clipping": True})
     assert made.mode == mode
-    assert made.modes == {
+    assert made.mode.arguments == {
         "global_clipping": mode == "global",
         "group_clipping": mode == "group",
     }

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from autoclip.core._mode import Mode
 from autoclip.core._ops import LARGEST_NORM, SMALLEST_NORM, is_recorded
 from autoclip.core._ring import OPS, RingBuffer, Rows
-from autoclip.core._rows import make_state
 from autoclip.core._rule import Rule
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import GroupSettings, Record
@@ -182,6 +182,8 @@ class History(Saveable):
     >>> float(np.linalg.norm(gradient * report.coefficients[0]))
     2.0
     """
+
+    changes_at_once = False  # trackers are made anew; that waits for the next of many changes
 
     def __init__(
         self,
@@ -419,20 +421,16 @@ class History(Saveable):
         if not self._settings:
             raise ValueError("A history without rows has no state to save.")
         groups = [list(run) for _, run in groupby(range(self.rows), self._settings.__getitem__)]
-        return make_state(
+        return State.of(
             "numpy",
-            self._settings[0].rule.name,
-            "parameter",
+            Mode.PARAMETER,
             [self._settings[rows[0]] for rows in groups],
             [[ParameterInfo(None, None)] * len(rows) for rows in groups],
-            groups,
             *contents,
         )
 
     def commit_state(self, state: State) -> None:
-        windows = [window for group in state.groups for window in group.windows()]
-        recorded = np.concatenate([group.recorded for group in state.groups])
-        self.write(range(self.rows), windows, recorded)
+        self.write(range(self.rows), *state.by_row())
 
     def __repr__(self) -> str:
         kinds = ", ".join(map(str, dict.fromkeys(self.rules)))

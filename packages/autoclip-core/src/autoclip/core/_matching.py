@@ -32,17 +32,6 @@ Rows are counted through all groups.
 
 T = TypeVar("T")
 
-_ROWS = {
-    "parameter": "a history for each parameter",
-    "group": "a history for each parameter group",
-    "global": "one history for all parameters",
-}
-_ARGUMENTS = {
-    "parameter": "neither global_clipping nor group_clipping",
-    "group": "group_clipping=True",
-    "global": "global_clipping=True",
-}
-
 
 def match_states(
     saved: State, current: State, source: str, *, partial: bool, others: Collection[str]
@@ -50,11 +39,11 @@ def match_states(
     """The clipper's state with the histories of a saved one; see `State.match`."""
     if saved.mode != current.mode:
         raise StateError(
-            f"{source} holds {_ROWS[saved.mode]}, but it is loaded into a clipper with "
-            f"{_ROWS[current.mode]}. Make the clipper with {_ARGUMENTS[saved.mode]}."
+            f"{source} holds {saved.mode.description}, but it is loaded into a clipper with "
+            f"{current.mode.description}. Make the clipper with {saved.mode.request}."
         )
     matching = _Matching(saved, current, source, partial, others)
-    sources = matching.by_parameter() if saved.mode == "parameter" else matching.by_group()
+    sources = matching.by_group() if saved.mode.joins else matching.by_parameter()
     notes = [
         _different_settings(saved, current, sources),
         _other_names(saved, current, sources) if matching.is_by_order else "",
@@ -114,7 +103,7 @@ class _Matching:
         links = _shared_names(theirs, mine)
         if not links and any(not self._others.isdisjoint(_names(group)) for group in theirs):
             return sources
-        if not links or self._saved.mode == "global":
+        if not links or self._saved.mode.has_one_row:
             if not self._same_number_of_groups():
                 return sources
             self.is_by_order = True
@@ -234,9 +223,7 @@ def _first_row(state: State, group: int) -> int:
 
 def _rows_by_group(state: State) -> list[int]:
     """The number of rows of each group."""
-    if state.mode == "parameter":
-        return [len(group.parameters) for group in state.groups]
-    return [1] * len(state.groups)
+    return [len(group.lengths) for group in state.groups]
 
 
 # -- histories -----------------------------------------------------------------------------------
@@ -349,9 +336,9 @@ def _rows_without_partner(saved: State, current: State, sources: Sources) -> str
 
 def _parameters_of_rows(state: State) -> list[tuple[ParameterInfo, ...]]:
     """The parameters that each row stands for."""
-    if state.mode == "parameter":
-        return [(info,) for info in _parameters(state)]
-    return [group.parameters for group in state.groups]
+    if state.mode.joins:
+        return [group.parameters for group in state.groups]
+    return [(info,) for info in _parameters(state)]
 
 
 def _share_no_name(saved: Sequence[ParameterInfo], ours: Sequence[ParameterInfo]) -> bool:
@@ -361,15 +348,15 @@ def _share_no_name(saved: Sequence[ParameterInfo], ours: Sequence[ParameterInfo]
 
 def _label(state: State, row: int, parameters: Sequence[Sequence[ParameterInfo]]) -> str:
     """A row's name and its parameter's shape."""
-    if state.mode == "parameter":
-        return str(parameters[row][0])
-    return f"group {row}" if state.mode == "group" else "all parameters"
+    if state.mode.joins:
+        return state.mode.row_names((), len(state.groups))[row]
+    return str(parameters[row][0])
 
 
 def _title(state: State, row: int, parameters: Sequence[Sequence[ParameterInfo]]) -> str:
     """A row's name; of a row of several parameters with the first one's."""
     first = next(brief_repr(info.name) for info in parameters[row] if info.name is not None)
-    return first if state.mode == "parameter" else f"{_label(state, row, parameters)} ({first}, …)"
+    return f"{_label(state, row, parameters)} ({first}, …)" if state.mode.joins else first
 
 
 _ABSENT = object()

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._history import History
-from autoclip.core._rows import make_state, row_names, split_state
+from autoclip.core._mode import Mode
 from autoclip.core._rule import Rule
 from autoclip.core._saving import Saveable
 from autoclip.core._settings import ClipperSettings, Record
@@ -107,7 +107,7 @@ class MaxNorm(Saveable):
         value = float(norm)
         report = self._history.record([value if value >= 0.0 else np.nan])
         self._last = Report(
-            report.norms, report.thresholds, report.coefficients, row_names("global", [], 1)
+            report.norms, report.thresholds, report.coefficients, Mode.GLOBAL.row_names((), 1)
         )
         return self._last
 
@@ -134,18 +134,11 @@ class MaxNorm(Saveable):
         return self._state()
 
     def _state(self, *contents: Any) -> State:
-        return make_state(
-            "numpy",
-            self.rule.name,
-            "global",
-            [self._settings.default],
-            [[ParameterInfo(None, None)]],
-            [[0]],
-            *contents,
-        )
+        infos = [[ParameterInfo(None, None)]]
+        return State.of("numpy", Mode.GLOBAL, [self._settings.default], infos, *contents)
 
     def commit_state(self, state: State) -> None:
-        self._history.write([0], *split_state(state, [[0]], 1))
+        self._history.write([0], *state.by_row())
 
     def __repr__(self) -> str:
         return self._settings.describe()

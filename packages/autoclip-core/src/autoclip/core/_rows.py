@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._settings import GroupSettings, Mode
+from autoclip.core._mode import Mode
+from autoclip.core._settings import GroupSettings
 from autoclip.core._state import GroupState, ParameterInfo, State
 from autoclip.core._version import __version__
 
-__all__ = ["make_state", "parameter_names", "row_names", "split_state"]
+__all__ = ["batches", "make_state", "parameter_names", "row_names", "split_state"]
 
 
 def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
@@ -75,7 +76,7 @@ def make_state(
         )
         for each, infos, own in zip(settings, parameters, rows)
     ]
-    return State(rule, mode, framework, tuple(groups), __version__)
+    return State(rule, Mode(mode), framework, tuple(groups), __version__)
 
 
 def split_state(
@@ -97,3 +98,22 @@ def split_state(
         for row, window in zip(own, group.windows()):
             windows[row] = window
     return windows, recorded
+
+
+def batches(
+    settings: Sequence[GroupSettings], *keys: Sequence[Hashable]
+) -> dict[Hashable, list[int]]:
+    """The rows that can be recorded together: those with equal `structure`.
+
+    Args:
+        settings: one a row.
+        keys: what else they must share, one a row, such as a device.
+    """
+    found: dict[Hashable, list[int]] = {}
+    # Groups share their settings among many rows, and a look at each row's structure takes long.
+    distinct = {id(each): each for each in settings}
+    known = {key: each.structure for key, each in distinct.items()}
+    for row, each in enumerate(settings):
+        key = (known[id(each)], *(values[row] for values in keys))
+        found.setdefault(key, []).append(row)
+    return found

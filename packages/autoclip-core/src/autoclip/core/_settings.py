@@ -7,11 +7,12 @@ same words everywhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from autoclip.core._fields import check_fields, check_flag, check_known_settings, setting
+from autoclip.core._mode import Mode
 from autoclip.core._rule import Rule, structure_of
 
 __all__ = [
@@ -19,18 +20,13 @@ __all__ = [
     "ClipperSettings",
     "CommonSettings",
     "GroupSettings",
-    "Mode",
     "OnNonfinite",
     "OnSpike",
-    "ParamGroup",
     "QuantileSettings",
     "Record",
     "StandardSettings",
-    "batches",
+    "given",
 ]
-
-Mode: TypeAlias = Literal["parameter", "group", "global"]
-"""What a row of the history stands for: a parameter, a parameter group, or all parameters."""
 
 OnNonfinite: TypeAlias = Literal["keep", "zero", "raise"]
 OnSpike: TypeAlias = Literal["clip", "zero", "skip"]
@@ -167,6 +163,16 @@ CLIPPER_SETTINGS = tuple(
 """The names of the settings that a group has besides its rule's."""
 
 
+def given(arguments: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """The settings among a constructor's `locals()`.
+
+    Args:
+        arguments: `locals()` in the first line of an `__init__`.
+        others: names of arguments that are no settings.
+    """
+    return {k: v for k, v in arguments.items() if k not in ("self", "__class__", *others)}
+
+
 @dataclass(frozen=True)
 class ClipperSettings:
     """The settings of a clipper: its mode, and what groups have that override nothing.
@@ -204,15 +210,10 @@ class ClipperSettings:
             TypeError: a setting is unknown or has a wrong type, as for any Python function.
             ValueError: a setting has a wrong value, or both modes were asked for.
         """
-        both = (
+        mode = Mode.chosen(
             check_flag("global_clipping", global_clipping),
             check_flag("group_clipping", group_clipping),
         )
-        if all(both):
-            raise ValueError(
-                "global_clipping keeps one history for all parameters, and group_clipping one for "
-                "each group. Choose one of the two."
-            )
         names = rule.setting_names() if isinstance(rule, type) else ()
         unknown = [name for name in settings if name not in (*names, *CLIPPER_SETTINGS)]
         if unknown:
@@ -223,7 +224,6 @@ class ClipperSettings:
             )
         if isinstance(rule, type):
             rule = rule(**{name: settings.pop(name) for name in names if name in settings})
-        mode: Mode = "global" if global_clipping else "group" if group_clipping else "parameter"
         return cls(mode, GroupSettings(rule, **settings), owner)
 
     @property
@@ -241,11 +241,7 @@ class ClipperSettings:
         """
         known = self.defaults
         check_known_settings(overrides, known, f"A parameter group of {self.owner}")
-        if overrides and self.mode == "global":
-            raise ValueError(
-                "With global_clipping there is one history for all parameters, so a group cannot "
-                f"have settings of its own, but got {', '.join(map(repr, overrides))}."
-            )
+        self.mode.check_overrides(overrides)
         return self.default.merged(overrides)
 
     def taken_from(self, group: Mapping[str, Any]) -> GroupSettings:
@@ -256,14 +252,6 @@ class ClipperSettings:
         """
         return self.for_group({name: group[name] for name in self.defaults if name in group})
 
-    @property
-    def modes(self) -> dict[str, bool]:
-        """The mode as the constructor's arguments."""
-        return {
-            "global_clipping": self.mode == "global",
-            "group_clipping": self.mode == "group",
-        }
-
     def describe(self, groups: Iterable[tuple[int, GroupSettings, str]] = ()) -> str:
         """What `repr` shows of a clipper.
 
@@ -272,7 +260,7 @@ class ClipperSettings:
                 said of it.
         """
         lines = [f"{self.owner}(", f"    {_words(self.default)}"]
-        modes = [name for name, chosen in self.modes.items() if chosen]
+        modes = [name for name, chosen in self.mode.arguments.items() if chosen]
         lines += [f"    {name}=True" for name in modes]
         for i, (count, settings, extra) in enumerate(groups):
             own = "" if settings == self.default else f", {_words(settings, self.default)}"
@@ -290,60 +278,3 @@ def _words(settings: GroupSettings, default: GroupSettings | None = None) -> str
         for name, value in settings.settings.items()
         if name in always or value != usual[name]
     )
-
-
-class ParamGroup(dict[str, Any]):
-    """A parameter group as `param_groups` shows it. Writing a setting changes the clipper's.
-
-    >>> group = ParamGroup({"params": [], "quantile": 0.9}, lambda name, value: value)
-    >>> group["quantile"] = 0.5
-    >>> group["quantile"]
-    0.5
-    """
-
-    def __init__(self, contents: Mapping[str, Any], write: Any) -> None:
-        super().__init__(contents)
-        self._write = write
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        fixed = ("params", "param_names", "match")
-        if name in fixed or name not in self:
-            settings = [key for key in self if key not in fixed]
-            raise KeyError(
-                f"{name!r} cannot be set. The settings of this group are "
-                f"{', '.join(map(repr, settings))}."
-            )
-        super().__setitem__(name, self._write(name, value))
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Set several settings; see `dict.update`."""
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def _refuse(self, *_: Any) -> Any:
-        raise TypeError("A parameter group's settings can be changed, not removed.")
-
-    __delitem__ = pop = popitem = clear = setdefault = _refuse
-    __ior__ = _refuse
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)  # a copy is a plain dict: writing to it changes no clipper
-
-
-def batches(
-    settings: Sequence[GroupSettings], *keys: Sequence[Hashable]
-) -> dict[Hashable, list[int]]:
-    """The rows that can be recorded together: those with equal `structure`.
-
-    Args:
-        settings: one a row.
-        keys: what else they must share, one a row, such as a device.
-    """
-    found: dict[Hashable, list[int]] = {}
-    # Groups share their settings among many rows, and a look at each row's structure takes long.
-    distinct = {id(each): each for each in settings}
-    known = {key: each.structure for key, each in distinct.items()}
-    for row, each in enumerate(settings):
-        key = (known[id(each)], *(values[row] for values in keys))
-        found.setdefault(key, []).append(row)
-    return found

@@ -9,19 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._errors import StateError
 from autoclip.core._matching import match_states
+from autoclip.core._mode import Mode
 from autoclip.core._ops import SMALLEST_NORM
 from autoclip.core._rule import MAX_NAME
 from autoclip.core._safetensors import SealedTensors, brief_repr, check_size
-from autoclip.core._settings import Mode
+from autoclip.core._settings import GroupSettings
+from autoclip.core._version import __version__
 
-__all__ = ["FORMAT", "MAX_RECORDED", "VERSION", "GroupState", "ParameterInfo", "State"]
+__all__ = [
+    "FORMAT",
+    "MAX_RECORDED",
+    "VERSION",
+    "GroupState",
+    "ParameterInfo",
+    "State",
+    "parameter_names",
+]
 
 FORMAT = "autoclip"
 VERSION = 1
@@ -65,6 +75,19 @@ class ParameterInfo:
         return not same_framework and math.prod(self.shape) == math.prod(other.shape)
 
 
+def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
+    """The name of each parameter, group by group; its group and number if it has none.
+
+    Args:
+        groups: the names of each group's parameters.
+    """
+    return [
+        f"group {i}, parameter {k}" if name is None else name
+        for i, names in enumerate(groups)
+        for k, name in enumerate(names)
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class GroupState:
     """One parameter group: its settings, its parameters, and the histories of its rows.
@@ -76,7 +99,7 @@ class GroupState:
         lengths: int64[rows], how many norms each window holds.
         recorded: int64[rows], how many norms each row has ever recorded.
 
-    There is one row a parameter in the mode "parameter", and a single row in the other modes.
+    The mode tells which rows a group has; see `Mode`.
     """
 
     settings: Mapping[str, Any]
@@ -128,7 +151,7 @@ class State:
 
     Attributes:
         rule: the name of the rule, one for all groups; information, as the settings are.
-        mode: what a row stands for: a "parameter", a "group", or in the mode "global" all
+        mode: what a row stands for: a `"parameter"`, a `"group"`, or with `"global"` all
             parameters; then there is one group.
         framework: "numpy", "torch" or "tensorflow".
         groups: the parameter groups, in order.
@@ -140,6 +163,62 @@ class State:
     framework: str
     groups: tuple[GroupState, ...]
     library_version: str = ""
+
+    def __post_init__(self) -> None:
+        """Take the mode by its name, too."""
+        object.__setattr__(self, "mode", Mode(self.mode))
+
+    @classmethod
+    def of(
+        cls,
+        framework: str,
+        mode: Mode,
+        settings: Sequence[GroupSettings],
+        parameters: Sequence[Sequence[ParameterInfo]],
+        windows: Sequence[npt.NDArray[np.float32]] | None = None,
+        recorded: npt.NDArray[np.int64] | None = None,
+    ) -> State:
+        """The state of a clipper, or without windows its description.
+
+        Args:
+            framework: `"numpy"`, `"torch"`, `"tensorflow"`, or another backend's name.
+            mode: what a row stands for.
+            settings: of each group; at least one.
+            parameters: of each group.
+            windows: of each row, oldest norm first.
+            recorded: int64[rows], how many norms each row has ever recorded.
+        """
+        groups = []
+        infos = mode.in_state(parameters)
+        for each, own, rows in zip(settings, infos, mode.rows_by_group([*map(len, infos)])):
+            values = each.settings
+            groups.append(
+                GroupState.empty(values, own, len(rows))
+                if windows is None or recorded is None
+                else GroupState.from_windows(
+                    values, own, windows[rows.start : rows.stop], recorded[rows.start : rows.stop]
+                )
+            )
+        return cls(settings[0].rule.name, mode, framework, tuple(groups), __version__)
+
+    # -- rows --------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many parameters each group has."""
+        return [len(group.parameters) for group in self.groups]
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """The name of each row; see `Mode.row_names`."""
+        names = parameter_names([[each.name for each in g.parameters] for g in self.groups])
+        return self.mode.row_names(names, len(self.groups))
+
+    def by_row(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+        """The windows of all rows, oldest norm first, and int64[rows], how many each recorded."""
+        windows = [window for group in self.groups for window in group.windows()]
+        counts = [np.empty(0, np.int64), *(group.recorded for group in self.groups)]
+        return windows, np.concatenate(counts)
 
     # -- bytes -------------------------------------------------------------------------------
 
@@ -295,7 +374,7 @@ class State:
     def _history_faults(self) -> Iterator[str]:
         """What is wrong with the tensors of a state whose metadata is right."""
         for i, group in enumerate(self.groups):
-            rows = len(group.parameters) if self.mode == "parameter" else 1
+            [rows] = map(len, self.mode.rows_by_group([len(group.parameters)]))
             for name, dtype in (
                 ("lengths", np.int64),
                 ("recorded", np.int64),
@@ -356,12 +435,13 @@ def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
         value = metadata[name]
         if not isinstance(value, str) or len(value) > MAX_NAME:
             yield f"{name} is {brief_repr(value)}, not {_WORD}"
-    if metadata["mode"] not in get_args(Mode):
-        yield f"mode is {brief_repr(metadata['mode'])}, not one of {get_args(Mode)}"
+    modes = tuple(mode.value for mode in Mode)
+    if metadata["mode"] not in modes:
+        yield f"mode is {brief_repr(metadata['mode'])}, not one of {modes}"
     groups = metadata["groups"]
     if not isinstance(groups, list):
         yield f"groups is {brief_repr(groups)}, not a list"
-    if metadata["mode"] == "global" and len(groups) != 1:
+    if Mode(metadata["mode"]).has_one_row and len(groups) != 1:
         yield f"global clipping has one group, but there are {len(groups)}"
     for i, group in enumerate(groups):
         if (

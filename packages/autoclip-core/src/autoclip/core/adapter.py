@@ -6,24 +6,26 @@ coefficients; its settings, rules, states and messages come from here.
 """
 
 from autoclip.core._attachment import AttachmentHandle, constructor
+from autoclip.core._clipper import BaseClipper
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
 from autoclip.core._factory import make_factory
 from autoclip.core._files import CHECKPOINT_FILE, write_file
+from autoclip.core._groups import Group, Groups, ParamGroup
+from autoclip.core._histories import Histories, Storage, rows_by_storage
 from autoclip.core._logging import check_parameters
+from autoclip.core._mode import Mode
 from autoclip.core._notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
-from autoclip.core._rows import make_state, parameter_names, row_names, split_state
+from autoclip.core._rows import batches, make_state, parameter_names, row_names, split_state
 from autoclip.core._rule import RULES, rule_instance
 from autoclip.core._settings import (
     CLIPPER_SETTINGS,
     ClipperSettings,
     CommonSettings,
     GroupSettings,
-    Mode,
-    ParamGroup,
     QuantileSettings,
     StandardSettings,
-    batches,
+    given,
 )
 from autoclip.core._state import GroupState, ParameterInfo, State
 from autoclip.core._step import numbers_of, record, thresholds_of
@@ -38,10 +40,14 @@ __all__ = [
     "RULES",
     "SMALLEST_NORM",
     "AttachmentHandle",
+    "BaseClipper",
     "ClipperSettings",
     "CommonSettings",
+    "Group",
     "GroupSettings",
     "GroupState",
+    "Groups",
+    "Histories",
     "Mode",
     "Ops",
     "ParamGroup",
@@ -49,12 +55,14 @@ __all__ = [
     "QuantileSettings",
     "StandardSettings",
     "State",
+    "Storage",
     "Windows",
     "attached_message",
     "batches",
     "check_parameters",
     "constant_notice",
     "constructor",
+    "given",
     "idle_notice",
     "is_recorded",
     "log_and_watch",
@@ -67,6 +75,7 @@ __all__ = [
     "parameter_names",
     "record",
     "row_names",
+    "rows_by_storage",
     "rule_instance",
     "second_clipper_message",
     "split_state",

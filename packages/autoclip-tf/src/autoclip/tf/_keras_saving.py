@@ -258,7 +258,7 @@ class KerasSaving(Saveable, KerasSaveable, Trackable):
         return {
             **self._rule_config(rule),
             **config,
-            **self._settings.modes,
+            **self._settings.mode.arguments,
             "group_settings": groups or None,
         }
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from autoclip.core._histories import rows_by_storage
 from autoclip.core._history import History
 from autoclip.core._quantile import Quantile
 from autoclip.core._ring import OPS
-from autoclip.core._settings import GroupSettings, batches
+from autoclip.core._settings import GroupSettings
 from autoclip.core._standard import Standard
 from autoclip.core._window import interpolate
 
@@ -115,7 +116,7 @@ def _rule_thresholds(
     found = np.full(norms.shape, np.inf)
     steps = norms.shape[1]
     plain = {each: _plain(each, steps) for each in dict.fromkeys(settings)}
-    for rows in batches([plain[each] for each in settings]).values():
+    for rows in rows_by_storage([plain[each] for each in settings]):
         rules: list[Any] = [settings[row].rule for row in rows]
         running = _RUNNING.get(type(rules[0])) if len(rows) > _FEW_ROWS else None
         if isinstance(rules[0], Standard) and rules[0].log:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._history import History
-from autoclip.core._rows import parameter_names, row_names
 from autoclip.core._rule import RULES
 from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state import GroupState, State
@@ -44,19 +43,15 @@ class Rows:
     @classmethod
     def of(cls, state: State) -> Rows:
         """The rows of a state."""
-        names = parameter_names(
-            [[each.name for each in group.parameters] for group in state.groups]
-        )
         groups = [i for i, group in enumerate(state.groups) for _ in group.lengths]
         by_group = [_settings_of(state.rule, group) for group in state.groups]
-        windows = [window for group in state.groups for window in group.windows()]
-        recorded = [np.empty(0, np.int64), *(group.recorded for group in state.groups)]
+        windows, recorded = state.by_row()
         return cls(
             state,
-            row_names(state.mode, names, len(state.groups)),
+            state.row_names,
             groups,
             windows,
-            np.concatenate(recorded),
+            recorded,
             None if None in by_group else [by_group[i] for i in groups],  # type: ignore[misc]
         )
 

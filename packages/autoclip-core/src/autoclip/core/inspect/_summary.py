@@ -216,7 +216,7 @@ def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
     if rows.replay is not None and rows.shows_clipping:
         shares, coefficients = rows.replay.shares, rows.replay.coefficients
     shapes: list[tuple[int, ...] | None] = [None] * len(rows)
-    if rows.state.mode == "parameter":
+    if not rows.state.mode.joins:
         shapes = [each.shape for group in rows.state.groups for each in group.parameters]
     summaries = map(
         RowSummary,

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "printable", "without_common_prefix", "without_middle"]
 
-_MODES = {
-    "parameter": "a history for each parameter",
-    "group": "a history for each parameter group",
-    "global": "one history for all parameters",
-}
 _SHORTEST_NAME = 28
 _TIE = "\N{NO-BREAK SPACE}"  # `printable` leaves none in names
 # The columns of the table, in the order in which a narrow one loses them.
@@ -58,7 +53,7 @@ def describe(summary: Summary, max_rows: int | None, width: int) -> str:
     saved_by = printable(f"saved by {state.framework}")
     if state.library_version:
         saved_by += f", autoclip {printable(state.library_version)}"
-    lines = _wrapped(f"rule {printable(state.rule)}, {_MODES[state.mode]}; {saved_by}", width)
+    lines = _wrapped(f"rule {printable(state.rule)}, {state.mode.description}; {saved_by}", width)
     for i, group in enumerate(state.groups):
         count = len(group.parameters)
         lines += _wrapped(

@@ -1,0 +1,251 @@
+"""The histories of a clipper's rows, in as few storages as settings and devices allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from autoclip.core._settings import GroupSettings
+from autoclip.core._step import Report
+
+__all__ = ["AnyHistory", "Histories", "Storage", "rows_by_storage"]
+
+
+class AnyHistory(Protocol):
+    """The storage of some rows: `History` in NumPy, or a framework's."""
+
+    changes_at_once: bool
+    """True if numbers in the settings take effect at once: a captured graph may read them."""
+
+    @property
+    def settings(self) -> tuple[GroupSettings, ...]: ...
+
+    @settings.setter
+    def settings(self, settings: Sequence[GroupSettings]) -> None: ...
+
+    @property
+    def thresholds(self) -> Any: ...
+
+    def record(self, norms: Any) -> Report[Any]: ...
+
+    def once(self, norms: Any) -> Callable[[], Any]: ...
+
+    def read(
+        self, rows: Sequence[int]
+    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]: ...
+
+    def write(
+        self,
+        rows: Sequence[int],
+        windows: Sequence[npt.NDArray[np.float32]],
+        recorded: Sequence[int] | npt.NDArray[np.int64],
+    ) -> None: ...
+
+    def stage(
+        self,
+        rows: Sequence[int],
+        windows: Sequence[npt.NDArray[np.float32]],
+        recorded: Sequence[int] | npt.NDArray[np.int64],
+    ) -> Callable[[], None]: ...
+
+
+HistoryT = TypeVar("HistoryT", bound=AnyHistory)
+
+
+@dataclass(eq=False)
+class Storage(Generic[HistoryT]):
+    """Rows that are recorded together: on one device, with settings of one structure.
+
+    Attributes:
+        device: the device of their history; None if the framework places it.
+        rows: their numbers.
+        history: the history, whose k-th row is `rows[k]`.
+        is_outdated: True if changed settings have not been copied into the history yet.
+    """
+
+    device: Any
+    rows: list[int]
+    history: HistoryT
+    is_outdated: bool = False
+
+
+class Histories(Generic[HistoryT]):
+    """The windows of all rows of a clipper.
+
+    Rows are arranged in storages when they are first needed, so a clipper with thousands of groups
+    is made in one go.
+
+    Args:
+        make: makes an empty history from the settings of each of its rows and a device.
+
+    Attributes:
+        settings: of each row.
+        storages: the rows as they were arranged last.
+        version: another number whenever `settings` or `storages` have changed.
+    """
+
+    def __init__(self, make: Callable[[Sequence[GroupSettings], Any], HistoryT]) -> None:
+        self.settings: list[GroupSettings] = []
+        self.storages: list[Storage[HistoryT]] = []
+        self.version = 0
+        self._make = make
+        self._devices: list[Any] = []
+        self._is_arranged = True
+        # The parts of a step or load of several storages, while one is at work.
+        self._unfinished: Sequence[Callable[[], Any]] = ()
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    # -- rows --------------------------------------------------------------------------------
+
+    def insert(self, row: int, settings: GroupSettings, count: int) -> None:
+        """Insert `count` empty rows before `row`; at the end if there is no such row."""
+        if row < len(self):
+            for storage in self.storages:
+                storage.rows = [each + count if each >= row else each for each in storage.rows]
+        self.settings[row:row] = [settings] * count
+        self._is_arranged = False
+        self.version += 1
+
+    def change(self, rows: Iterable[int], settings: GroupSettings) -> None:
+        """Give `rows` other settings. They keep their windows, the newest norms of longer ones."""
+        changed = set(rows)
+        for row in changed:
+            if self.settings[row].structure != settings.structure:
+                self._is_arranged = False
+            self.settings[row] = settings
+        self.version += 1
+        for storage in self.storages:
+            if self._is_arranged and not changed.isdisjoint(storage.rows):
+                storage.is_outdated = True
+                if storage.history.changes_at_once:
+                    self._update(storage)
+
+    def _update(self, storage: Storage[HistoryT]) -> None:
+        if storage.is_outdated:
+            storage.history.settings = tuple(self.settings[row] for row in storage.rows)
+            storage.is_outdated = False
+
+    def arrange(self, devices: Sequence[Any]) -> None:
+        """Bring all rows into storages that live on `devices`, one a row, with their windows.
+
+        A storage that stays the same keeps its history and its memory.
+        """
+        self._finish()
+        if self._is_arranged and self._devices == devices:
+            for storage in self.storages:
+                self._update(storage)
+            return
+        present = {(storage.device, *storage.rows): storage for storage in self.storages}
+        arranged: list[Storage[HistoryT]] = []
+        read: tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]] | None = None
+        for rows in rows_by_storage(self.settings, devices):
+            device = devices[rows[0]]
+            settings = [self.settings[row] for row in rows]
+            same = present.get((device, *rows))
+            if same is not None and same.history.settings[0].structure == settings[0].structure:
+                same.is_outdated = True
+                self._update(same)
+                arranged.append(same)
+                continue
+            history = self._make(settings, device)
+            if self.storages:
+                read = windows, recorded = self._read() if read is None else read
+                if recorded[rows].any():
+                    history.write(range(len(rows)), [windows[row] for row in rows], recorded[rows])
+            arranged.append(Storage(device, rows, history))
+        self.version += 1  # first: an interrupt must not leave others with the old storages
+        self.storages = arranged
+        self._devices = list(devices)
+        self._is_arranged = True
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def record(self, norms: Sequence[tuple[Storage[HistoryT], Any]]) -> list[Report[Any]]:
+        """Record a step in some storages, in all of them or in none.
+
+        Args:
+            norms: storages, and the norms of their rows.
+
+        Returns:
+            The reports of the storages.
+        """
+        self._finish()
+        if len(norms) > 1 and self._is_resumable:
+            self._unfinished = [storage.history.once(each) for storage, each in norms]
+        reports = [storage.history.record(each) for storage, each in norms]
+        self._unfinished = ()
+        return reports
+
+    @property
+    def _is_resumable(self) -> bool:
+        """True if a later call may complete an interrupted step."""
+        return True
+
+    def thresholds(self) -> list[tuple[list[int], Any]]:
+        """The rows of each storage, and the thresholds of their windows as they are now."""
+        self._finish()
+        return [(storage.rows, storage.history.thresholds) for storage in self.storages]
+
+    def _finish(self) -> None:
+        """Complete a step or a load that an interrupt has cut short."""
+        for part in self._unfinished:
+            part()
+        self._unfinished = ()
+
+    # -- contents ----------------------------------------------------------------------------
+
+    def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+        """All windows, oldest norm first, and how many norms each row has ever recorded."""
+        self._finish()
+        return self._read()
+
+    def _read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+        windows = [np.empty(0, np.float32)] * len(self)
+        recorded = np.zeros(len(self), np.int64)
+        for storage in self.storages:
+            found, recorded[storage.rows] = storage.history.read(range(len(storage.rows)))
+            for row, window in zip(storage.rows, found):
+                windows[row] = window[-self.settings[row].history_length :]
+        return windows, recorded
+
+    def write(
+        self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
+    ) -> None:
+        """Replace all windows, or none if interrupted; the rows are arranged."""
+        self._finish()
+        self._unfinished = [
+            storage.history.stage(
+                range(len(storage.rows)),
+                [windows[row] for row in storage.rows],
+                recorded[storage.rows],
+            )
+            for storage in self.storages
+        ]
+        self._finish()
+
+    def reset(self) -> None:
+        """Forget all norms."""
+        self.write([np.empty(0, np.float32)] * len(self), np.zeros(len(self), np.int64))
+
+
+def rows_by_storage(
+    settings: Sequence[GroupSettings], *keys: Sequence[Hashable]
+) -> list[list[int]]:
+    """The rows that can be recorded together: those with equal `structure`.
+
+    Args:
+        settings: of each row.
+        keys: what else they must share, one value a row, such as a device.
+    """
+    found: dict[Hashable, list[int]] = {}
+    # Groups share their settings among many rows, and a look at each row's structure takes long.
+    known = {id(each): each.structure for each in {id(each): each for each in settings}.values()}
+    for row, each in enumerate(settings):
+        found.setdefault((known[id(each)], *(values[row] for values in keys)), []).append(row)
+    return list(found.values())
