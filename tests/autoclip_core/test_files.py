@@ -466,7 +466,7 @@ def test_an_interrupted_read_leaves_no_file_open(tmp_path: Path) -> None:
     history.save(path)
     before = history.state_dict()
     for at in itertools.count(1):
-        if not Interrupts(KeyboardInterrupt(), at, "_files").call(lambda: history.load(path)):
+        if not Interrupts(KeyboardInterrupt(), at, "files").call(lambda: history.load(path)):
             break
         assert opened_in(tmp_path) == []
         assert history.state_dict() == before

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from reference import Row
 
 from autoclip.core import SMALLEST_NORM, History, Quantile, Rule, Standard, State
-from autoclip.core._quantile_trackers import _Bands
-from autoclip.core._settings import GroupSettings
+from autoclip.core._numpy.quantile_trackers import _Bands
+from autoclip.core._settings.settings import GroupSettings
 
 Norms = npt.NDArray[np.float64]
 Shape = tuple[int, int]

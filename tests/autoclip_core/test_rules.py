@@ -23,8 +23,8 @@ from autoclip.core import (
     register_rule,
     setting,
 )
-from autoclip.core._rule import structure_of
-from autoclip.core._settings import GroupSettings
+from autoclip.core._rules.rule import structure_of
+from autoclip.core._settings.settings import GroupSettings
 from autoclip.core.adapter import RULES, needs_order
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoclip.core import History, ParameterInfo, Quantile, Standard
-from autoclip.core._fields import check_flag, check_known_settings
+from autoclip.core._settings.fields import check_flag, check_known_settings
 from autoclip.core.adapter import (
     ClipperSettings,
     GroupSettings,

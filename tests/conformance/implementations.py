@@ -15,8 +15,9 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core import SMALLEST_NORM, History, Quantile, Standard, State, _tracker
-from autoclip.core.adapter import GroupSettings, batches
+from autoclip.core import SMALLEST_NORM, History, Quantile, Standard, State
+from autoclip.core._numpy import tracker
+from autoclip.core.adapter import GroupSettings, rows_by_storage
 
 VECTORS = Path(__file__).parent / "vectors"
 NAMES = sorted(path.stem for path in VECTORS.glob("*.json"))
@@ -100,7 +101,7 @@ def _core(file: File, copies: int, whole: bool = False) -> Rows:
         made = rule(**{name: rest.pop(name) for name in rule.setting_names() if name in rest})
         settings.append(GroupSettings(made, **rest))
     found: Rows = [{}] * len(settings)
-    runs = batches(settings).values() if whole else [[i] for i in range(len(settings))]
+    runs = rows_by_storage(settings) if whole else [[i] for i in range(len(settings))]
     for rows in runs:
         history = History.of([settings[row] for row in rows] * copies)
         norms = np.array([file["rows"][row]["norms"] for row in rows] * copies).T
@@ -123,7 +124,7 @@ def core_many_rows(file: File) -> Rows:
 
 
 def core_without_trackers(file: File) -> Rows:
-    with mock.patch.dict(_tracker._TRACKERS, clear=True):
+    with mock.patch.dict(tracker._TRACKERS, clear=True):
         return _core(file, copies=1, whole=True)
 
 

@@ -15,25 +15,25 @@ from autoclip.core._installation import refuse_legacy_installation
 
 refuse_legacy_installation()
 
+from autoclip.core._clipper.logging import log_values  # noqa: E402
+from autoclip.core._clipper.max_norm import MaxNorm  # noqa: E402
 from autoclip.core._errors import StateError  # noqa: E402
-from autoclip.core._fields import setting  # noqa: E402
-from autoclip.core._files import MAX_FILE_BYTES  # noqa: E402
-from autoclip.core._history import History  # noqa: E402
-from autoclip.core._logging import log_values  # noqa: E402
-from autoclip.core._max_norm import MaxNorm  # noqa: E402
+from autoclip.core._numpy.history import History  # noqa: E402
 from autoclip.core._ops import SMALLEST_NORM  # noqa: E402
-from autoclip.core._quantile import Quantile  # noqa: E402
-from autoclip.core._rule import Rule, register_rule  # noqa: E402
-from autoclip.core._saving import Saveable  # noqa: E402
-from autoclip.core._settings import OnNonfinite, OnSpike, Record  # noqa: E402
-from autoclip.core._standard import Standard  # noqa: E402
-from autoclip.core._state import GroupState, ParameterInfo, State  # noqa: E402
+from autoclip.core._rules.quantile import Quantile  # noqa: E402
+from autoclip.core._rules.rule import Rule, register_rule  # noqa: E402
+from autoclip.core._rules.standard import Standard  # noqa: E402
+from autoclip.core._settings.fields import setting  # noqa: E402
+from autoclip.core._settings.settings import OnNonfinite, OnSpike, Record  # noqa: E402
+from autoclip.core._state.files import MAX_FILE_BYTES  # noqa: E402
+from autoclip.core._state.saving import Saveable  # noqa: E402
+from autoclip.core._state.state import GroupState, ParameterInfo, State  # noqa: E402
 from autoclip.core._step import Report  # noqa: E402
 from autoclip.core._version import __version__  # noqa: E402
 from autoclip.core._window import Window  # noqa: E402
 
 # Accelerations, which the rules know nothing of.
-from autoclip.core import _quantile_trackers, _standard_trackers  # noqa: E402, F401  isort: skip
+from autoclip.core._numpy import quantile_trackers, standard_trackers  # noqa: E402, F401  isort: skip
 
 __all__ = [
     "MAX_FILE_BYTES",

@@ -10,13 +10,13 @@ __all__ = ["StateError", "attached_message", "nonfinite_message", "second_clippe
 class StateError(ValueError):
     """A saved state is damaged, of another kind, or does not fit the clipper that loads it.
 
-    The message names the file (or "state_dict"), the fault, and what to do. The clipper that was
+    The message names the file (or "state_dict"), the fault and the remedy. The clipper that was
     to load the state is unchanged.
     """
 
 
 def nonfinite_message(names: Sequence[str]) -> str:
-    """What `on_nonfinite="raise"` says of the gradients of the parameters called `names`."""
+    """The error of `on_nonfinite="raise"` for the parameters called `names`."""
     return (
         f"The gradient{'s' if len(names) > 1 else ''} of {', '.join(names)} "
         f'hold{"s" if len(names) == 1 else ""} NaN or infinity, and on_nonfinite is "raise". '
@@ -25,7 +25,7 @@ def nonfinite_message(names: Sequence[str]) -> str:
 
 
 def second_clipper_message(optimizer: object, clipper: object) -> str:
-    """What is said when another clipper is to be attached to an `optimizer` that has `clipper`."""
+    """The error for an `optimizer` that has a `clipper` already."""
     return (
         f"This {type(optimizer).__name__} has a clipper already, and two would clip twice: "
         f"{clipper!r}. Detach that one first, with optimizer.clipper.detach(), or attach to a new "
@@ -34,7 +34,7 @@ def second_clipper_message(optimizer: object, clipper: object) -> str:
 
 
 def attached_message(clipper: object) -> str:
-    """What is said when a `clipper` that is attached is to be attached again."""
+    """The error for a `clipper` that is attached already."""
     return (
         f"This {type(clipper).__name__} is attached to an optimizer already. Detach it first, with "
         "clipper.detach(), or make another one and let it load the state_dict() of this one."

@@ -1,4 +1,4 @@
-"""What a mixed-up installation does: load what can be found, and say what to type otherwise."""
+"""Mixed-up installations: load the packages that can be found, or say which command helps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["load_adapter", "refuse_legacy_installation"]
 
 
 def refuse_legacy_installation() -> None:
-    """Refuse to be imported beside the files of autoclip 0.2.1.
+    """Refuse to be imported next to the files of autoclip 0.2.1.
 
     That release has an `autoclip/__init__.py`; now `autoclip` is a namespace that several
     distributions share, and none of them ships one.
@@ -43,7 +43,7 @@ def load_adapter(name: str, distribution: str) -> None:
 
     Args:
         name: of the adapter, e.g. `autoclip.torch`.
-        distribution: what to install to get it.
+        distribution: the one to install.
 
     Raises:
         ModuleNotFoundError: the adapter is nowhere; the text has the command that helps.
@@ -53,7 +53,7 @@ def load_adapter(name: str, distribution: str) -> None:
         # The placeholder itself is no package, and a folder that an uninstall left behind, without
         # `__init__.py`, has no loader.
         if spec and spec.loader and spec.submodule_search_locations:
-            # The import system returns what stands here once the placeholder has run.
+            # The import system returns the module under this name once the placeholder has run.
             sys.modules[name] = module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
             return

@@ -127,7 +127,7 @@ class Ops(ABC):
         return self.where(lower < left, lower, upper, into=ordered)
 
     def are_all(self, mask: Any) -> bool:
-        """Whether all of a mask is known to be true; False if that would wait for a device."""
+        """True if all of a mask is known to be true; False if that would wait for a device."""
         return False
 
     def common(self, column: Any) -> Any:

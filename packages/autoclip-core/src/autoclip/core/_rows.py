@@ -7,16 +7,16 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._mode import Mode
-from autoclip.core._settings import GroupSettings
-from autoclip.core._state import GroupState, ParameterInfo, State
+from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.settings import GroupSettings
+from autoclip.core._state.state import GroupState, ParameterInfo, State
 from autoclip.core._version import __version__
 
 __all__ = ["batches", "make_state", "parameter_names", "row_names", "split_state"]
 
 
 def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
-    """What to call each parameter, group by group: by its place if it has no name.
+    """The name of each parameter, group by group.
 
     Args:
         groups: the names of each group's parameters.
@@ -29,10 +29,10 @@ def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
 
 
 def row_names(mode: Mode, parameters: Sequence[str], groups: int) -> tuple[str, ...]:
-    """What the rows of a clipper are called in reports.
+    """The names of a clipper's rows in reports.
 
     Args:
-        mode: what a row stands for.
+        mode: the meaning of a row.
         parameters: the names of all parameters, in the order of their rows.
         groups: how many groups there are.
     """
@@ -58,7 +58,7 @@ def make_state(
     Args:
         framework: `"torch"`, `"tensorflow"`, or another backend's name.
         rule: the rule's name.
-        mode: what a row stands for. A global clipper's state has one group with all parameters.
+        mode: the meaning of a row. A global clipper's state has one group with all parameters.
         settings: of each group.
         parameters: of each group.
         rows: of each group, the numbers of its rows: one a parameter, or one.
@@ -107,7 +107,7 @@ def batches(
 
     Args:
         settings: one a row.
-        keys: what else they must share, one a row, such as a device.
+        keys: other values that they must share, one a row, such as a device.
     """
     found: dict[Hashable, list[int]] = {}
     # Groups share their settings among many rows, and a look at each row's structure takes long.

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._ops import LARGEST_NORM, Ops, is_recorded
-from autoclip.core._rule import Rule
-from autoclip.core._settings import GroupSettings
+from autoclip.core._rules.rule import Rule
+from autoclip.core._settings.settings import GroupSettings
 
 __all__ = ["Report", "numbers_of", "record", "thresholds_of"]
 
@@ -42,15 +42,15 @@ WindowsT = TypeVar("WindowsT", bound=AnyWindows)
 
 @dataclass(frozen=True)
 class Report(Generic[ArrayT]):
-    """What one step did, row by row.
+    """One step, row by row.
 
     Attributes:
         norms: [rows], the norms that were given; 0 for a row without a gradient.
-        thresholds: [rows], what each norm was compared with; infinite where nothing is known yet.
-        coefficients: [rows], what each gradient is multiplied by, `min(1, threshold / norm)`; 1
+        thresholds: [rows], compared with the norms; infinite while nothing is recorded.
+        coefficients: [rows], the gradients' factors, `min(1, threshold / norm)`; 1
             for a row that recorded nothing in this step. Where `on_spike` is `"zero"` or `"skip"`,
             0 for a norm above its threshold.
-        names: what the rows stand for: parameters' names, groups, or all parameters.
+        names: of the rows: parameters' names, groups, or all parameters.
     """
 
     norms: ArrayT

@@ -30,7 +30,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn, and point at the innermost line outside of AutoClip and the frameworks it hooks into.
 
     Args:
-        message: what to say.
+        message: the text.
         category: the class of the warning.
     """
     level = 2

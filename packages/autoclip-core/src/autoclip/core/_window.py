@@ -1,4 +1,4 @@
-"""Windows of recorded norms: how they are laid out, and what a rule sees of them."""
+"""Windows of recorded norms: their layout, and the view of them that rules get."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._ops import NumpyOps, Ops
-from autoclip.core._rule import Rule
+from autoclip.core._rules.rule import Rule
 
 __all__ = [
     "Window",
@@ -70,7 +70,7 @@ class Windows:
         """
         ops, slot = self.ops, self.counts % self.history_length
         held = ops.take(self.values, slot)
-        # A row that does not record takes back what it held: nothing changes.
+        # A row that does not record takes back the norm that it held.
         came = ops.where(usable, norms, held)
         return self.replace(slot, came, held, self.counts + ops.whole(usable))
 
@@ -83,7 +83,7 @@ class Windows:
         return Windows(self.ops, self.history_length, values, ordered, counts, self.before)
 
     def judge(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> tuple[Any, Any]:
-        """The rule's thresholds, and what it scales gradients above them down to.
+        """The rule's thresholds, and the norms that gradients above them are scaled to.
 
         Args:
             rule: one of the rows' rules.
@@ -102,7 +102,7 @@ class Windows:
         if norm is None or type(rule).clip_to is Rule.clip_to:
             return thresholds, thresholds
         above = filled & (norm > found)
-        norm = ops.where(above, norm, ops.unlimited)  # what it says elsewhere does not count
+        norm = ops.where(above, norm, ops.unlimited)  # the rule's targets elsewhere are not used
         target = rule.clip_to(window, norm, found, **arguments)
         if target is found:
             return thresholds, thresholds
@@ -117,7 +117,7 @@ class Window(Generic[ArrayT]):
     lack it).
 
     Args:
-        windows: what the rows have recorded.
+        windows: the norms that the rows have recorded.
     """
 
     def __init__(self, windows: Windows) -> None:
@@ -166,7 +166,7 @@ class Window(Generic[ArrayT]):
         """The sum over each window.
 
         Args:
-            values: [rows, length], what to add up; the norms by default.
+            values: [rows, length], the summands; the norms by default.
 
         Returns:
             [rows, 1].
@@ -186,7 +186,7 @@ class Window(Generic[ArrayT]):
 
         Args:
             q: in [0, 1]; a number or [rows, 1].
-            values: [rows, length], of what; the norms by default.
+            values: [rows, length]; the norms by default.
 
         Returns:
             [rows, 1].
@@ -201,7 +201,7 @@ class Window(Generic[ArrayT]):
         position = q * (self.count - 1)  # type: ignore[operator]
         lower = ops.whole(position)
         t = position - ops.wide(lower)
-        # What is unused comes first.
+        # Unused slots come first.
         slots = lower + (self._capacity - self._held) + ops.slots(2)
         found = ops.take(ordered, ops.minimum(slots, self._capacity - 1))
         a, b = ops.halves(ops.wide(found))
@@ -252,7 +252,7 @@ class _Probe(Window[npt.NDArray[np.float64]]):
 
 
 def needs_order(rule: Rule) -> bool:
-    """Whether a rule computes quantiles of the norms themselves, so that sorted windows pay off."""
+    """True if a rule computes quantiles of the norms themselves, so that sorted windows pay off."""
     probe = _Probe()
     with np.errstate(all="ignore"):
         arguments = {

@@ -1,24 +1,23 @@
-"""What backends need from the core, in addition to `autoclip.core`.
+"""Building blocks for backends, in addition to `autoclip.core`.
 
 `autoclip.torch` and `autoclip.tf` are built on these names, and a backend for another framework
 can be. A clipper measures norms, records them in its rows, and multiplies the gradients by the
 coefficients; its settings, rules, states and messages come from here.
 """
 
-from autoclip.core._attachment import AttachmentHandle, constructor
-from autoclip.core._clipper import BaseClipper
+from autoclip.core._clipper.attachment import AttachmentHandle, constructor
+from autoclip.core._clipper.clipper import BaseClipper
+from autoclip.core._clipper.factory import make_factory
+from autoclip.core._clipper.groups import Group, Groups, ParamGroup
+from autoclip.core._clipper.histories import Histories, Storage, rows_by_storage
+from autoclip.core._clipper.logging import check_parameters
+from autoclip.core._clipper.notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
-from autoclip.core._factory import make_factory
-from autoclip.core._files import CHECKPOINT_FILE, write_file
-from autoclip.core._groups import Group, Groups, ParamGroup
-from autoclip.core._histories import Histories, Storage, rows_by_storage
-from autoclip.core._logging import check_parameters
-from autoclip.core._mode import Mode
-from autoclip.core._notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
 from autoclip.core._rows import batches, make_state, parameter_names, row_names, split_state
-from autoclip.core._rule import RULES, rule_instance
-from autoclip.core._settings import (
+from autoclip.core._rules.rule import RULES, rule_instance
+from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.settings import (
     CLIPPER_SETTINGS,
     ClipperSettings,
     CommonSettings,
@@ -27,7 +26,8 @@ from autoclip.core._settings import (
     StandardSettings,
     given,
 )
-from autoclip.core._state import GroupState, ParameterInfo, State
+from autoclip.core._state.files import CHECKPOINT_FILE, write_file
+from autoclip.core._state.state import GroupState, ParameterInfo, State
 from autoclip.core._step import numbers_of, record, thresholds_of
 from autoclip.core._warnings import warn_user
 from autoclip.core._window import Windows, needs_order, pack, unpack

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 from autoclip.core._errors import StateError
-from autoclip.core._state import State
+from autoclip.core._state.state import State
 from autoclip.core._version import __version__
 from autoclip.core.inspect._reading import find_states
 from autoclip.core.inspect._summary import CANDIDATES, summarize
@@ -43,7 +43,7 @@ _ELSEWHERE = {
 }
 _KINDS = ("overview", "norms", "distribution", "clipped")
 
-# What a shell reports for a program that a signal ended: 128 and the signal's number.
+# A shell's status for a program that a signal ended: 128 and the signal's number.
 _INTERRUPTED = 128 + 2
 _CLOSED_PIPE = 128 + 13
 

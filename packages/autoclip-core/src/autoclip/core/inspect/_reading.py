@@ -11,8 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from autoclip.core._errors import StateError
-from autoclip.core._files import CHECKPOINT_FILE, PathLike, read_file
-from autoclip.core._state import State
+from autoclip.core._state.files import CHECKPOINT_FILE, PathLike, read_file
+from autoclip.core._state.state import State
 
 __all__ = ["READERS", "find_states", "read_states"]
 

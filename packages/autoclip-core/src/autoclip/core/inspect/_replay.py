@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._histories import rows_by_storage
-from autoclip.core._history import History
-from autoclip.core._quantile import Quantile
-from autoclip.core._ring import OPS
-from autoclip.core._settings import GroupSettings
-from autoclip.core._standard import Standard
+from autoclip.core._clipper.histories import rows_by_storage
+from autoclip.core._numpy.history import History
+from autoclip.core._numpy.ring import OPS
+from autoclip.core._rules.quantile import Quantile
+from autoclip.core._rules.standard import Standard
+from autoclip.core._settings.settings import GroupSettings
 from autoclip.core._window import interpolate
 
 __all__ = ["Replay", "replay", "running_quantiles", "shares_clipped"]
@@ -29,12 +29,12 @@ _FEW_ROWS = 8
 class Replay:
     """The steps in the windows of some rows.
 
-    What was recorded before the window's oldest norm is unknown, so the thresholds of the first
+    Norms before the window's oldest one are unknown, so the thresholds of the first
     steps of a full window come from fewer norms than they came from in training.
 
     Attributes:
         norms: float64[rows, steps], oldest first; a shorter window begins with NaN.
-        thresholds: float64[rows, steps], what each norm was compared with; infinite where there was
+        thresholds: float64[rows, steps], compared with the norms; infinite where there was
             no threshold.
         counts: bool[rows, steps], which steps count in shares: those whose threshold is exact, or,
             of a window that has lost norms, the newer half.
@@ -242,7 +242,7 @@ def shares_clipped(
     recorded: npt.NDArray[np.int64],
     quantiles: Sequence[float],
 ) -> npt.NDArray[np.float64]:
-    """Which share of each row's steps would be clipped at other quantiles, all else as it is.
+    """The share of each row's steps that other quantiles would clip, all else as it is.
 
     Args:
         settings: of each row; a rule other than `Quantile` is replaced by it.
@@ -277,7 +277,7 @@ _RUNNING: dict[type, Any] = {Quantile: _running_quantiles, Standard: _running_mo
 
 
 def _plain(settings: GroupSettings, steps: int) -> GroupSettings:
-    # The window holds what was recorded, and no norm leaves it here.
+    # The window holds all recorded norms: none leaves it here.
     return replace(
         settings,
         max_norm=None,

@@ -1,4 +1,4 @@
-"""The rows of a saved history: their names, windows, settings and what replaying them shows."""
+"""The rows of a saved history: their names, windows, settings and replayed steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._history import History
-from autoclip.core._rule import RULES
-from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
-from autoclip.core._state import GroupState, State
+from autoclip.core._numpy.history import History
+from autoclip.core._rules.rule import RULES
+from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
+from autoclip.core._state.state import GroupState, State
 from autoclip.core.inspect._replay import Replay, replay
 from autoclip.core.inspect._text import printable
 
@@ -60,7 +60,7 @@ class Rows:
 
     @property
     def shows_clipping(self) -> bool:
-        """Whether the norms say what was clipped: not if they were recorded after clipping."""
+        """True if the norms show clipping: not if they were recorded after it."""
         return self.settings is not None and all(each.record == "raw" for each in self.settings)
 
     def only(self, row: int) -> Rows:

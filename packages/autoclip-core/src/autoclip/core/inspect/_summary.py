@@ -1,4 +1,4 @@
-"""What a history says about clipping: which rows are clipped, how often and how hard."""
+"""Summaries of histories: which rows are clipped, how often and how hard."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Union
 import numpy as np
 import numpy.typing as npt
 
+from autoclip.core._clipper.logging import log_values, recorded_rows
+from autoclip.core._clipper.notices import idle_notice, state_notices
 from autoclip.core._errors import StateError
-from autoclip.core._files import PathLike
-from autoclip.core._logging import log_values, recorded_rows
-from autoclip.core._notices import idle_notice, state_notices
-from autoclip.core._saving import Saveable
-from autoclip.core._state import State
+from autoclip.core._state.files import PathLike
+from autoclip.core._state.saving import Saveable
+from autoclip.core._state.state import State
 from autoclip.core._step import Report
 from autoclip.core.inspect._reading import read_states
 from autoclip.core.inspect._replay import shares_clipped
@@ -25,7 +25,7 @@ from autoclip.core.inspect._text import describe
 __all__ = ["CANDIDATES", "RowSummary", "Source", "Summary", "rows_of", "summarize"]
 
 Source = Union[Saveable, State, "Summary", PathLike]
-"""What holds a history: a clipper, a `State`, a `Summary`, or the path of a file."""
+"""A source of histories: a clipper, a `State`, a `Summary`, or the path of a file."""
 
 CANDIDATES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 """The quantiles that are compared by default."""
@@ -73,7 +73,7 @@ class RowSummary:
             in this process.
         clipped: the share of the norms in the window that were above their threshold, 0 … 1; see
             `Summary`.
-        coefficient: the mean of what these gradients were multiplied by.
+        coefficient: the mean factor of these gradients.
     """
 
     name: str
@@ -90,7 +90,7 @@ class RowSummary:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """What `summarize` returns. Printed, it is a table.
+    """The result of `summarize`. Printed, it is a table.
 
     The shares come from the windows: each norm in a window is compared with the threshold that the
     norms before it give under the saved settings. Of a window that has lost its oldest norms, the
@@ -101,7 +101,7 @@ class Summary:
         state: the history.
         rows: one summary a row, in the order of the parameter groups.
         last: the values of `log_values` for the clipper's last step; empty if there is none.
-        last_coefficients: what each row's gradient was multiplied by in that step, by name.
+        last_coefficients: the factor of each row's gradient in that step, by name.
         notices: sentences about faults outside of AutoClip: total norms that do not vary, because
             something clips first, and a last step that recorded nothing.
     """
@@ -115,7 +115,7 @@ class Summary:
 
     @property
     def shows_clipping(self) -> bool:
-        """True if the norms show what was clipped: recorded before clipping, and the rule known."""
+        """True if the norms show clipping: recorded before clipping, and the rule known."""
         return self._rows.shows_clipping
 
     def hardest(self, count: int = 10) -> list[RowSummary]:
@@ -137,7 +137,7 @@ class Summary:
             max_rows: how many rows stand for all of them, evenly spaced; replaying more takes time.
 
         Returns:
-            The mean over rows for each quantile; NaN where no row shows what is clipped.
+            The mean over rows for each quantile; NaN where no row shows clipping.
         """
         rows = self._rows
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), max_rows)).astype(int))
@@ -155,7 +155,7 @@ class Summary:
         return dict(zip(quantiles, means.tolist()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as JSON's types, None for what is NaN or infinite."""
+        """The summary as JSON's types, None for NaN and infinity."""
         state = self.state
         return {
             "rule": state.rule,

@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from autoclip.core._quantile import Quantile
-from autoclip.core._rule import RULES
-from autoclip.core._settings import CLIPPER_SETTINGS, GroupSettings
-from autoclip.core._state import GroupState, State
+from autoclip.core._rules.quantile import Quantile
+from autoclip.core._rules.rule import RULES
+from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
+from autoclip.core._state.state import GroupState, State
 
 if TYPE_CHECKING:
     from autoclip.core.inspect._summary import RowSummary, Summary
@@ -40,7 +40,7 @@ def without_middle(name: str, longest: int) -> str:
 
 def without_common_prefix(names: Sequence[str]) -> list[str]:
     """Names without the modules that all of them begin with, if that makes them much shorter."""
-    first, last = min(names), max(names)  # what these two share, all names share
+    first, last = min(names), max(names)  # a prefix of these two is one of all names
     same = [a == b for a, b in zip(first, last)]
     common = first[: same.index(False)] if False in same else ""
     prefix = common[: 1 + max(common.rfind("."), common.rfind("/"))]

@@ -77,7 +77,7 @@ def distribution(
 ) -> Figure:
     """Draw how the norms in a window are distributed, with quantiles marked.
 
-    It helps to choose `quantile`: what lies to the right of a mark would be clipped to it.
+    It helps to choose `quantile`: norms to the right of a mark would be clipped to it.
 
     Args:
         source: a clipper, a `State`, a `Summary`, or the path of a file.
@@ -123,7 +123,7 @@ def overview(
     *,
     quantiles: Sequence[float] = CANDIDATES,
 ) -> Figure:
-    """Draw `norms` and `distribution` of one row above each other, and `clipped` beside them.
+    """Draw `norms` and `distribution` of one row above each other, and `clipped` to their right.
 
     Args:
         source: a clipper, a `State`, a `Summary`, or the path of a file.
@@ -282,7 +282,7 @@ def _plain_numbers(axis: Any, values: npt.NDArray[np.float64]) -> None:
 
 
 def _edges(low: float, high: float, count: int, logarithmic: bool) -> npt.NDArray[np.float64]:
-    """The edges of bins for so many norms between two, which may be equal."""
+    """The edges of bins for a number of norms between two, which may be equal."""
     bins = int(np.clip(np.sqrt(count) * 1.5, 10, 60))
     if high - low < 1e-6 * high:
         low, high, bins = 0.95 * low, 1.05 * high, 15  # an odd number: they are in the middle

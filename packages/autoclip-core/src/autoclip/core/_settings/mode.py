@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Mode(str, Enum):
-    """What a row of the history stands for: a parameter, a parameter group, or all parameters.
+    """The meaning of a row of the history: a parameter, a parameter group, or all parameters.
 
     A member equals its name in a saved state: `Mode.GLOBAL == "global"`. Rows are numbered group by
     group, and within a group parameter by parameter.

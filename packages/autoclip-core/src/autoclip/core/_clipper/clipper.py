@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Generic, TypeVar
 
-from autoclip.core._attachment import AttachmentHandle
-from autoclip.core._groups import Groups, ParamGroup
-from autoclip.core._histories import Histories
-from autoclip.core._mode import Mode
-from autoclip.core._rule import Rule
-from autoclip.core._saving import Saveable
-from autoclip.core._settings import ClipperSettings
-from autoclip.core._state import State
+from autoclip.core._clipper.attachment import AttachmentHandle
+from autoclip.core._clipper.groups import Groups, ParamGroup
+from autoclip.core._clipper.histories import Histories
+from autoclip.core._rules.rule import Rule
+from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.settings import ClipperSettings
+from autoclip.core._state.saving import Saveable
+from autoclip.core._state.state import State
 from autoclip.core._step import Report
 
 __all__ = ["BaseClipper"]
@@ -22,7 +22,7 @@ GroupsT = TypeVar("GroupsT", bound=Groups[Any])
 
 
 class BaseClipper(Saveable, Generic[GroupsT, ArrayT]):
-    """What a clipper is in every framework.
+    """The part of a clipper that is the same in every framework.
 
     A framework adds how gradients are measured and scaled, and how an optimizer calls the clipper.
     """

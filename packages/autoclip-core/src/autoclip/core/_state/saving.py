@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from autoclip.core._files import PathLike, read_file, write_file
-from autoclip.core._state import State
+from autoclip.core._state.files import PathLike, read_file, write_file
+from autoclip.core._state.state import State
 
 __all__ = ["Saveable"]
 
@@ -52,7 +52,7 @@ class Saveable(ABC):
     def state_dict(self) -> dict[str, Any]:
         """The state as `{"format": "autoclip", "version": 1, "data": bytes}`.
 
-        The bytes are those that `save` writes, whatever the framework.
+        The bytes are those that `save` writes, in every framework.
         """
         return self.export_state().to_dict()
 

@@ -1,6 +1,6 @@
 """The saved state of a clipper: one schema for every framework, and its checks.
 
-`_safetensors.py` knows the bytes, `_matching.py` how a state is matched to the clipper that loads
+`safetensors.py` knows the bytes, `matching.py` how a state is matched to the clipper that loads
 it. The documentation describes the format for implementers, under "The state format".
 """
 
@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._errors import StateError
-from autoclip.core._matching import match_states
-from autoclip.core._mode import Mode
 from autoclip.core._ops import SMALLEST_NORM
-from autoclip.core._rule import MAX_NAME
-from autoclip.core._safetensors import SealedTensors, brief_repr, check_size
-from autoclip.core._settings import GroupSettings
+from autoclip.core._rules.rule import MAX_NAME
+from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.settings import GroupSettings
+from autoclip.core._state.matching import match_states
+from autoclip.core._state.safetensors import SealedTensors, brief_repr, check_size
 from autoclip.core._version import __version__
 
 __all__ = [
@@ -65,7 +65,7 @@ class ParameterInfo:
         return f"{name} of {shape}"
 
     def fits(self, other: ParameterInfo, same_framework: bool) -> bool:
-        """Whether the two can be the same parameter.
+        """True if the two can be the same parameter.
 
         Within a framework shapes are equal. Across frameworks only the element counts are: a
         Linear weight and a Dense kernel are each other's transpose.
@@ -147,11 +147,11 @@ class GroupState:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """All that a clipper saves. What can be computed from it is not saved.
+    """All that a clipper saves. Numbers that can be computed from it are not saved.
 
     Attributes:
         rule: the name of the rule, one for all groups; information, as the settings are.
-        mode: what a row stands for: a `"parameter"`, a `"group"`, or with `"global"` all
+        mode: the meaning of a row: a `"parameter"`, a `"group"`, or with `"global"` all
             parameters; then there is one group.
         framework: "numpy", "torch" or "tensorflow".
         groups: the parameter groups, in order.
@@ -165,8 +165,9 @@ class State:
     library_version: str = ""
 
     def __post_init__(self) -> None:
-        """Take the mode by its name, too."""
-        object.__setattr__(self, "mode", Mode(self.mode))
+        """Accept the mode by its name; `to_bytes` refuses an unknown one."""
+        if self.mode in tuple(Mode):
+            object.__setattr__(self, "mode", Mode(self.mode))
 
     @classmethod
     def of(
@@ -182,7 +183,7 @@ class State:
 
         Args:
             framework: `"numpy"`, `"torch"`, `"tensorflow"`, or another backend's name.
-            mode: what a row stands for.
+            mode: the meaning of a row.
             settings: of each group; at least one.
             parameters: of each group.
             windows: of each row, oldest norm first.
@@ -205,7 +206,7 @@ class State:
 
     @property
     def sizes(self) -> list[int]:
-        """How many parameters each group has."""
+        """The number of parameters of each group."""
         return [len(group.parameters) for group in self.groups]
 
     @property
@@ -259,13 +260,13 @@ class State:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "the state") -> State:
-        """Read what `to_bytes` wrote, trusting nothing: structure, digest, then contents.
+        """Read the bytes of `to_bytes`, trusting nothing: structure, digest, then contents.
 
         The rule and the settings are read as information: any rule, any settings.
 
         Args:
             data: the bytes.
-            source: what to call them in an error, such as the file's name.
+            source: their name in an error, such as the file's name.
 
         Raises:
             StateError: anything at all is wrong with them.
@@ -314,7 +315,7 @@ class State:
 
     @classmethod
     def from_dict(cls, state_dict: object, source: str = "state_dict") -> State:
-        """Read what `to_dict` returned.
+        """Read a dict that `to_dict` returned.
 
         Raises:
             StateError: it is anything else.
@@ -322,15 +323,15 @@ class State:
         found = state_dict.get("format") if isinstance(state_dict, Mapping) else None
         if not isinstance(state_dict, Mapping) or not isinstance(found, str) or found != FORMAT:
             got = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
-            what = "one with the keys " if isinstance(state_dict, Mapping) else ""
+            kind = "one with the keys " if isinstance(state_dict, Mapping) else ""
             raise StateError(
                 f'{source} takes a dict with the keys "format", "version" and "data", as a '
-                f"clipper's state_dict() returns it, but got {what}{brief_repr(got)}."
+                f"clipper's state_dict() returns it, but got {kind}{brief_repr(got)}."
             )
         _check_version(state_dict.get("version"), source)
         if "data" not in state_dict:
             raise StateError(
-                f'{source} has no "data". Load what a clipper\'s state_dict() returned.'
+                f'{source} has no "data". Load the dict that a clipper\'s state_dict() returned.'
             )
         return cls.from_bytes(state_dict["data"], source)
 
@@ -354,7 +355,7 @@ class State:
 
         Args:
             current: the clipper as it is now; its windows are not looked at.
-            source: what to call this state in messages.
+            source: the name of this state in messages.
             partial: rows that do not fit start empty, too, instead of an error: for checkpoints
                 that hold more than the history and load without it.
             others: names of parameters of the same model that are not the clipper's. Histories of
@@ -372,7 +373,7 @@ class State:
     # -- checks ------------------------------------------------------------------------------
 
     def _history_faults(self) -> Iterator[str]:
-        """What is wrong with the tensors of a state whose metadata is right."""
+        """Faults in the tensors of a state whose metadata is right."""
         for i, group in enumerate(self.groups):
             [rows] = map(len, self.mode.rows_by_group([len(group.parameters)]))
             for name, dtype in (
@@ -428,7 +429,7 @@ def _refuse_first(faults: Iterator[str], source: str) -> None:
 
 
 def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the metadata; only the first fault can be relied on."""
+    """Faults in the metadata; only the first one can be relied on."""
     if metadata.keys() != _METADATA_KEYS:
         yield f"its metadata has the keys {brief_repr(set(metadata))}, not {sorted(_METADATA_KEYS)}"
     for name in ("rule", "framework", "library_version"):
@@ -478,7 +479,7 @@ def _settings_fault(settings: Mapping[str, Any]) -> str | None:
 
 
 def _is_setting(value: object, depth: int) -> bool:
-    """Whether it is JSON of a moderate size: a later release may have settings of any type."""
+    """True for JSON of a moderate size: a later release may have settings of any type."""
     if value is None or isinstance(value, int):
         return value is None or -(10**100) < value < 10**100  # as long as JSON's numbers may be
     if isinstance(value, float):

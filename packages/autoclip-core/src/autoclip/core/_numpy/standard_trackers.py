@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._ring import RingBuffer, Rows
-from autoclip.core._standard import Standard
-from autoclip.core._tracker import FewRows, Tracker, register_tracker
+from autoclip.core._numpy.ring import RingBuffer, Rows
+from autoclip.core._numpy.tracker import FewRows, Tracker, register_tracker
+from autoclip.core._rules.standard import Standard
 
 _FEW_ROWS = 12
 _SHORT = 4096
-"""Up to so many rows and norms, whole windows are faster than blocks: see `core_history.py`."""
+"""At or below these sizes whole windows are faster than blocks: see `core_history.py`."""
 
 
 @register_tracker(Standard)

@@ -76,7 +76,7 @@ class RingBuffer:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.counts)
 
     @property
@@ -91,7 +91,7 @@ class RingBuffer:
 
     @property
     def nbytes(self) -> int:
-        """How much memory the norms take, in bytes."""
+        """The memory of the norms, in bytes."""
         return self._values.nbytes
 
     # -- a step ------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._history import History
-from autoclip.core._mode import Mode
-from autoclip.core._rule import Rule
-from autoclip.core._saving import Saveable
-from autoclip.core._settings import ClipperSettings, Record
-from autoclip.core._state import ParameterInfo, State
+from autoclip.core._numpy.history import History
+from autoclip.core._rules.rule import Rule
+from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.settings import ClipperSettings, Record
+from autoclip.core._state.saving import Saveable
+from autoclip.core._state.state import ParameterInfo, State
 from autoclip.core._step import Report
 
 __all__ = ["MaxNorm"]
@@ -84,12 +84,12 @@ class MaxNorm(Saveable):
 
     @property
     def rule(self) -> Rule:
-        """How the window becomes a threshold."""
+        """The rule that computes the threshold from the window."""
         return self._settings.default.rule
 
     @property
     def max_norm(self) -> float:
-        """What to clip the next step's total norm to; infinite as long as nothing is known."""
+        """The threshold for the next step's total norm; infinite while nothing is recorded."""
         return float(self._history.thresholds[0])
 
     def record(self, norm: Any) -> Report[npt.NDArray[np.float64]]:
@@ -113,7 +113,7 @@ class MaxNorm(Saveable):
 
     @property
     def last(self) -> Report[npt.NDArray[np.float64]]:
-        """What the last `record` returned.
+        """The report that the last `record` returned.
 
         Raises:
             RuntimeError: nothing was recorded since the schedule was made.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from autoclip.core._mode import Mode
-from autoclip.core._settings import ClipperSettings, GroupSettings
-from autoclip.core._state import ParameterInfo, State, parameter_names
+from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.settings import ClipperSettings, GroupSettings
+from autoclip.core._state.state import ParameterInfo, State, parameter_names
 
 __all__ = ["Group", "Groups", "ParamGroup"]
 
@@ -58,7 +58,7 @@ class Groups(ABC, Generic[ParameterT]):
 
     @property
     def mode(self) -> Mode:
-        """What a row stands for."""
+        """The meaning of a row; see `Mode`."""
         return self.settings.mode
 
     # -- parameters --------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Groups(ABC, Generic[ParameterT]):
 
     @property
     def sizes(self) -> list[int]:
-        """How many parameters each group has."""
+        """The number of parameters of each group."""
         return [len(group.names) for group in self._groups]
 
     def names(self) -> list[str]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Union
 
 from autoclip.core._errors import StateError
-from autoclip.core._safetensors import (
+from autoclip.core._state.safetensors import (
     MAX_FILE_BYTES,
     check_beginning,
     check_header,
@@ -62,7 +62,7 @@ def _is_of_the_system(error: object) -> bool:
 def write_file(path: PathLike, data: bytes) -> None:
     """Write `data` to `path` as a whole or not at all.
 
-    The bytes go to a temporary file beside the target, are synced to the disk, and take the
+    The bytes go to a temporary file next to the target, are synced to the disk, and take the
     target's place by a rename. So the folder must be writable, and:
 
     * Symbolic links are followed and kept. Other hard links keep the old contents.
@@ -83,7 +83,7 @@ def write_file(path: PathLike, data: bytes) -> None:
         old = _status(name, target)
         _remove_abandoned(target)
         for _ in range(_ATTEMPTS):
-            # Named before it is made: from then on it is removed, whatever comes in between.
+            # Named before it is made: from then on any exception removes it.
             temporary = _temporary_name(target)
             if _write(temporary, target, old, data):
                 _sync_folder(os.path.dirname(target))
@@ -119,7 +119,7 @@ def _status(name: str, target: str) -> os.stat_result | None:
 
 def _write(temporary: str, target: str, old: os.stat_result | None, data: bytes) -> bool:
     """Write to a temporary file and rename it; False if another process has removed it."""
-    # 0o666: the user's umask decides about a new file. No user may read what the old one hides.
+    # 0o666: the user's umask decides about a new file. Nobody gains access.
     mode = 0o666 if old is None else stat.S_IMODE(old.st_mode) & 0o666
     try:
         # From the system call to the file object no line of Python runs that could be interrupted.
@@ -180,7 +180,7 @@ def _keep_access(temporary: str, old: os.stat_result) -> None:
 
 
 def _remove_abandoned(target: str) -> None:
-    """Remove what processes that were killed left of earlier attempts to write `target`."""
+    """Remove temporary files that killed processes left of earlier attempts to write `target`."""
     folder, name = os.path.split(target)
     pattern = re.compile(rf"\.{re.escape(_stem(name))}\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
     with _ErrorsIgnored(), os.scandir(folder) as entries:
@@ -198,7 +198,7 @@ def _remove_if_abandoned(temporary: str) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 # The process that writes it is alive; or this file system has no locks, or, as
-                # NFS, none for what is open for reading.
+                # NFS, none for files open for reading.
                 if isinstance(error, BlockingIOError) or not _is_of_the_system(error):
                     raise
             else:

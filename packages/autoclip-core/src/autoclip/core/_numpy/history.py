@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._mode import Mode
+from autoclip.core._numpy.ring import OPS, RingBuffer, Rows
+from autoclip.core._numpy.tracker import FewRows, Tracker, tracker_of
 from autoclip.core._ops import LARGEST_NORM, SMALLEST_NORM, is_recorded
-from autoclip.core._ring import OPS, RingBuffer, Rows
-from autoclip.core._rule import Rule
-from autoclip.core._saving import Saveable
-from autoclip.core._settings import GroupSettings, Record
-from autoclip.core._state import MAX_RECORDED, ParameterInfo, State
+from autoclip.core._rules.rule import Rule
+from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.settings import GroupSettings, Record
+from autoclip.core._state.saving import Saveable
+from autoclip.core._state.state import MAX_RECORDED, ParameterInfo, State
 from autoclip.core._step import Report, numbers_of, record, thresholds_of
-from autoclip.core._tracker import FewRows, Tracker, tracker_of
 
 __all__ = ["History", "Report"]
 
@@ -29,7 +29,7 @@ __all__ = ["History", "Report"]
 class _Windows:
     """The windows of all rows, their settings, and a tracker if the rule has one.
 
-    For `record` it is what `Windows` is in other backends: rows of different lengths, thresholds
+    `record` takes it in the place of `Windows`: rows of different lengths, thresholds
     from the tracker. A history replaces it as a whole, so an interrupted load changes nothing.
     """
 
@@ -38,7 +38,7 @@ class _Windows:
     def __init__(self, settings: Sequence[GroupSettings], ring: RingBuffer) -> None:
         self.settings, self.ring = settings, ring
         self.numbers = {
-            # Rows with the same setting share what a rule computes of it.
+            # Rows with the same setting share the results that a rule computes from it.
             name: OPS.common(column) if name.startswith("rule/") else column
             for name, column in numbers_of(settings).items()
         }
@@ -183,7 +183,7 @@ class History(Saveable):
     2.0
     """
 
-    changes_at_once = False  # trackers are made anew; that waits for the next of many changes
+    changes_at_once = False  # making new trackers waits for the last of many changes
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class History(Saveable):
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self._settings)
 
     @property
@@ -279,7 +279,7 @@ class History(Saveable):
 
     @property
     def history_length(self) -> int:
-        """How many norms a row keeps at most."""
+        """The most norms that a row keeps."""
         return self._ring.history_length
 
     @property
@@ -373,7 +373,7 @@ class History(Saveable):
         Raises:
             TypeError: a number of recorded norms is not an int.
             ValueError: there is not one window and one number for each row, a norm could not have
-                been recorded, or a window is longer than what its row recorded. Nothing changed.
+                been recorded, or a window is longer than its row's record. Nothing changed.
         """
         self.stage(rows, windows, recorded)()
 
@@ -383,7 +383,7 @@ class History(Saveable):
         windows: Sequence[npt.NDArray[np.float32]],
         recorded: Sequence[int] | npt.NDArray[np.int64],
     ) -> Callable[[], None]:
-        """A function that does what `write` does and cannot fail; it may be called twice."""
+        """A function that does the work of `write` and cannot fail; it may be called twice."""
         index = list(rows)
         if not len(index) == len(windows) == len(recorded):
             raise ValueError(

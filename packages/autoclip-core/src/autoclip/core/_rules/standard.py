@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from autoclip.core._fields import setting
-from autoclip.core._rule import Rule, register_rule
+from autoclip.core._rules.rule import Rule, register_rule
+from autoclip.core._settings.fields import setting
 
 __all__ = ["Standard"]
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._quantile import Quantile
-from autoclip.core._ring import OPS, RingBuffer, Rows
-from autoclip.core._tracker import FewRows, Tracker, register_tracker
+from autoclip.core._numpy.ring import OPS, RingBuffer, Rows
+from autoclip.core._numpy.tracker import FewRows, Tracker, register_tracker
+from autoclip.core._rules.quantile import Quantile
 from autoclip.core._window import interpolate
 
 _MOST_SORTED_ROWS = 40
@@ -77,7 +77,7 @@ class _Bands(Tracker):
     The order statistics move by at most one place a step. Long before they leave a band, a new
     one is cut from the window, a few rows at a time: no single step has to do it for all rows.
 
-    Ends: a band that has nothing below (above) it takes in whatever comes on that side.
+    Ends: a band that has nothing below (above) it takes in all norms on that side.
     Otherwise a value equal to an end counts as inside, where an equal one is sure to be found
     when it leaves.
     """

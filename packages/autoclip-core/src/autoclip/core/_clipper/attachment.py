@@ -1,4 +1,4 @@
-"""How clippers are attached to optimizers in every framework: the constructor and the handle."""
+"""Attaching clippers to optimizers in every framework: the constructor and the handle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class AttachmentHandle:
     """Detaches a clipper from its optimizer; as a context manager, at the end of the block.
 
     Args:
-        detach: what to call, once.
+        detach: the function to call, once.
     """
 
     def __init__(self, detach: Callable[[], None]) -> None:

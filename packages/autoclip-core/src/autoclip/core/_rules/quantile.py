@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from autoclip.core._fields import setting
-from autoclip.core._rule import Rule, register_rule
+from autoclip.core._rules.rule import Rule, register_rule
+from autoclip.core._settings.fields import setting
 
 __all__ = ["Quantile"]
 
@@ -22,7 +22,7 @@ class Quantile(Rule):
 
     Args:
         quantile: a real number in [0, 1]; 1 never clips, 0 clips to the smallest norm kept.
-        factor: a finite real number > 0, what the quantile is multiplied by.
+        factor: a finite real number > 0; the quantile is multiplied by it.
 
     Raises:
         TypeError, ValueError: an argument is something else.

@@ -1,4 +1,4 @@
-"""The settings of a clipper: names, defaults, checks, and what a parameter group may override.
+"""The settings of a clipper: names, defaults, checks, and overrides by parameter groups.
 
 Both frameworks make their clippers from these classes, so that a wrong value is refused with the
 same words everywhere.
@@ -11,9 +11,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict
 
-from autoclip.core._fields import check_fields, check_flag, check_known_settings, setting
-from autoclip.core._mode import Mode
-from autoclip.core._rule import Rule, structure_of
+from autoclip.core._rules.rule import Rule, structure_of
+from autoclip.core._settings.fields import check_fields, check_flag, check_known_settings, setting
+from autoclip.core._settings.mode import Mode
 
 __all__ = [
     "CLIPPER_SETTINGS",
@@ -42,9 +42,9 @@ class CommonSettings(TypedDict, total=False):
     * `warmup_steps`: how many norms a row records before its rule counts.
     * `include_current`: whether a norm is part of the window that it is compared with.
     * `record`: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
-    * `on_spike`: what happens to a gradient above its threshold: `"clip"` scales it down to the
+    * `on_spike`: the treatment of a gradient above its threshold: `"clip"` scales it down to the
       threshold, `"zero"` sets it to zero, `"skip"` (PyTorch) leaves the parameter untouched.
-    * `on_nonfinite`: what happens to a gradient that holds a NaN or an infinity: `"keep"` leaves
+    * `on_nonfinite`: the treatment of a gradient that holds a NaN or an infinity: `"keep"` leaves
       it as it is, `"zero"` sets it to zero, `"raise"` raises FloatingPointError. Its norm is
       never recorded.
     """
@@ -59,13 +59,13 @@ class CommonSettings(TypedDict, total=False):
 
 
 class QuantileSettings(CommonSettings, total=False):
-    """What `QuantileClip` takes by keyword alone; see `Quantile` and `CommonSettings`."""
+    """The keyword arguments of `QuantileClip`; see `Quantile` and `CommonSettings`."""
 
     factor: float
 
 
 class StandardSettings(CommonSettings, total=False):
-    """What `StandardClip` takes by keyword alone; see `Standard` and `CommonSettings`."""
+    """The keyword arguments of `StandardClip`; see `Standard` and `CommonSettings`."""
 
     decay: float | None
     factor: float
@@ -135,7 +135,7 @@ class GroupSettings:
 
     @property
     def structure(self) -> Hashable:
-        """What rows that are recorded together must share; the other settings are numbers a row."""
+        """The settings that rows in one storage share; the others are numbers by row."""
         return (
             type(self.rule),
             structure_of(self.rule),
@@ -175,10 +175,10 @@ def given(arguments: Mapping[str, Any], *others: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ClipperSettings:
-    """The settings of a clipper: its mode, and what groups have that override nothing.
+    """The settings of a clipper: its mode, and the settings of groups that override nothing.
 
     Attributes:
-        mode: what a row stands for.
+        mode: the meaning of a row.
         default: the settings of a group that names none of its own.
         owner: the name of the clipper's class, for messages.
     """
@@ -245,7 +245,7 @@ class ClipperSettings:
         return self.default.merged(overrides)
 
     def taken_from(self, group: Mapping[str, Any]) -> GroupSettings:
-        """The settings of a group of somebody else's, such as an optimizer's: what we know in it.
+        """The settings in a foreign group, such as an optimizer's; other keys are ignored.
 
         Raises:
             TypeError, ValueError: as `for_group`.
@@ -253,10 +253,10 @@ class ClipperSettings:
         return self.for_group({name: group[name] for name in self.defaults if name in group})
 
     def describe(self, groups: Iterable[tuple[int, GroupSettings, str]] = ()) -> str:
-        """What `repr` shows of a clipper.
+        """A clipper's `repr`.
 
         Args:
-            groups: of each group how many parameters it has, its settings, and what else is to be
+            groups: of each group how many parameters it has, its settings, and a text that is to be
                 said of it.
         """
         lines = [f"{self.owner}(", f"    {_words(self.default)}"]
@@ -264,13 +264,13 @@ class ClipperSettings:
         lines += [f"    {name}=True" for name in modes]
         for i, (count, settings, extra) in enumerate(groups):
             own = "" if settings == self.default else f", {_words(settings, self.default)}"
-            what = "parameter" if count == 1 else "parameters"
-            lines.append(f"    group {i}: {count} {what}{extra}{own}")
+            noun = "parameter" if count == 1 else "parameters"
+            lines.append(f"    group {i}: {count} {noun}{extra}{own}")
         return "\n".join([*lines, ")"])
 
 
 def _words(settings: GroupSettings, default: GroupSettings | None = None) -> str:
-    """The settings that differ from a default; without one, what the rule has, and the rest."""
+    """Settings that differ from a default; without one, the rule's and the unusual ones."""
     usual = GroupSettings(settings.rule).settings if default is None else default.settings
     always = {*settings.rule.setting_names(), "history_length"} if default is None else set()
     return ", ".join(

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._ring import RingBuffer, Rows
-from autoclip.core._rule import Rule
+from autoclip.core._numpy.ring import RingBuffer, Rows
+from autoclip.core._rules.rule import Rule
 
 __all__ = ["FewRows", "Tracker", "register_tracker", "tracker_of"]
 

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._errors import StateError
-from autoclip.core._safetensors import brief_repr
-from autoclip.core._settings import CLIPPER_SETTINGS
+from autoclip.core._settings.settings import CLIPPER_SETTINGS
+from autoclip.core._state.safetensors import brief_repr
 from autoclip.core._warnings import warn_user
 
 if TYPE_CHECKING:
-    from autoclip.core._state import GroupState, ParameterInfo, State
+    from autoclip.core._state.state import GroupState, ParameterInfo, State
 
 __all__ = ["match_states"]
 
@@ -116,14 +116,14 @@ class _Matching:
                 sources[j] = i
         return sources
 
-    # -- what must fit -----------------------------------------------------------------------
+    # -- conditions -----------------------------------------------------------------------
 
     def _refuse(self, message: str) -> None:
         if not self._partial:
             raise StateError(message)
 
     def _same_numbers(self) -> bool:
-        """Whether rows can be matched by position."""
+        """True if rows can be matched by position."""
         return self._same_number_of_groups() and all(
             self._same_number_of_parameters(saved, ours, i)
             for i, (saved, ours) in enumerate(zip(self._saved.groups, self._current.groups))
@@ -151,7 +151,7 @@ class _Matching:
         return False
 
     def _same_parameters(self, saved: GroupState, ours: GroupState, group: int) -> bool:
-        """Whether two groups can have the same parameters, in any order."""
+        """True if two groups can have the same parameters, in any order."""
         if not self._same_number_of_parameters(saved, ours, group):
             return False
         theirs, mine = (
@@ -179,10 +179,10 @@ class _Matching:
         while row >= len(self._current.groups[group].parameters):
             row -= len(self._current.groups[group].parameters)
             group += 1
-        what = "shapes" if self._same_framework else "numbers of elements"
+        quantity = "shapes" if self._same_framework else "numbers of elements"
         self._refuse(
             f"Parameter {row} of group {group} does not match: {self._source} has {saved}, the "
-            f"clipper has {ours}; their {what} differ. Load it for the same model."
+            f"clipper has {ours}; their {quantity} differ. Load it for the same model."
         )
 
 
@@ -264,7 +264,7 @@ def _joined(
     return joined
 
 
-# -- what is said --------------------------------------------------------------------------------
+# -- warnings --------------------------------------------------------------------------------
 
 
 def _different_settings(saved: State, current: State, sources: Sources) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._settings import GroupSettings
+from autoclip.core._settings.settings import GroupSettings
 from autoclip.core._step import Report
 
 __all__ = ["AnyHistory", "Histories", "Storage", "rows_by_storage"]
@@ -241,7 +241,7 @@ def rows_by_storage(
 
     Args:
         settings: of each row.
-        keys: what else they must share, one value a row, such as a device.
+        keys: other values that they must share, one a row, such as a device.
     """
     found: dict[Hashable, list[int]] = {}
     # Groups share their settings among many rows, and a look at each row's structure takes long.

@@ -86,7 +86,7 @@ def _joint(norms: npt.NDArray[np.float64]) -> float:
 
 
 def check_parameters(parameters: object) -> None:
-    """Refuse what does not say which parameters to log.
+    """Refuse a `log_parameters` that selects no parameters.
 
     Raises:
         TypeError, ValueError: it is neither a bool nor a regular expression.

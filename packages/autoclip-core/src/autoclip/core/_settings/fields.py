@@ -18,7 +18,7 @@ _KEY = "autoclip"
 
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """What a setting takes."""
+    """The values that a setting may have."""
 
     kind: type
     optional: bool
@@ -30,7 +30,7 @@ class _Limits:
 
     @property
     def takes(self) -> str:
-        """What a setting takes, in words."""
+        """The values that a setting may have, in words."""
         if self.choices:
             text = "one of " + ", ".join(f'"{word}"' for word in self.choices)
         elif self.kind is bool:
@@ -114,7 +114,7 @@ def setting(
     choices: Iterable[str] = (),
     kind: type | None = None,
 ) -> Any:
-    """A field of a rule: its default and what it takes.
+    """A field of a rule: its default and its limits.
 
     Args:
         default: the value where none is given. Its type is the setting's: a float takes real

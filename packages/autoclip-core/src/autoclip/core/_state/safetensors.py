@@ -1,7 +1,7 @@
 """A state as bytes: a safetensors file whose one metadata key is JSON that carries a digest.
 
 The safetensors library reads and writes the file. This module adds limits that hold before memory
-is taken, strict JSON, and the digest. It knows the container, `_state.py` the contents.
+is taken, strict JSON, and the digest. It knows the container, `state.py` the contents.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _repr.maxlong = _repr.maxstring = _repr.maxother = 60
 
 
 def brief_repr(value: object) -> str:
-    """`repr(value)`, shortened to at most 120 characters: what comes from a file may be huge."""
+    """`repr(value)`, shortened to at most 120 characters: values from a file may be huge."""
     text = _repr.repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
@@ -90,7 +90,7 @@ class SealedTensors:
             source: the state's name for errors.
 
         Raises:
-            StateError: the file would be larger than what `parse` reads.
+            StateError: the file would be larger than `parse` allows.
         """
         arrays = {
             name: np.ascontiguousarray(array, _DTYPES[dtype])
@@ -116,9 +116,9 @@ class SealedTensors:
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> SealedTensors:
-        """Read the container, and nothing of what it means.
+        """Read the container, without interpreting its contents.
 
-        Time and memory are proportional to the size of `data`, whatever it claims.
+        Time and memory are proportional to the size of `data`, not to the sizes that it claims.
 
         Raises:
             StateError: it is no such file.
@@ -270,12 +270,12 @@ def _digest(text: str, tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _parse_json(data: bytes, source: str, what: str) -> Any:
+def _parse_json(data: bytes, source: str, part: str) -> Any:
     most = len(data) // _BYTES_PER_CONTAINER + 64
     # Brackets in names do not count, but to leave them out takes longer than to parse the text.
     if data.count(b"[") + data.count(b"{") > most and _containers(data) > most:
         raise StateError(
-            f"{source} is damaged: its {what} has too many lists and objects for {len(data)} bytes."
+            f"{source} is damaged: its {part} has too many lists and objects for {len(data)} bytes."
         )
     try:
         return json.loads(
@@ -288,7 +288,7 @@ def _parse_json(data: bytes, source: str, what: str) -> Any:
     # Deeply nested JSON raises RecursionError; treat it as invalid.
     except (ValueError, RecursionError) as error:
         raise StateError(
-            f"{source} is damaged: its {what} is not valid JSON: {error!s:.200}"
+            f"{source} is damaged: its {part} is not valid JSON: {error!s:.200}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a rule is: a few settings and one function from a window of norms to a threshold.
+"""Rules: a few settings and one function from a window of norms to a threshold.
 
 A rule is written once and runs in NumPy, PyTorch and TensorFlow. All other modules use rules only
 through the class `Rule`.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
-from autoclip.core._fields import check_fields, check_known_settings
+from autoclip.core._settings.fields import check_fields, check_known_settings
 
 __all__ = [
     "MAX_NAME",
@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 MAX_NAME = 100
-"""How many characters a saved state takes in the names of rules and settings."""
+"""The most characters of a rule's or a setting's name in a saved state."""
 
 
 class Rule(ABC):
-    """How thresholds follow from windows of norms: a frozen dataclass of settings.
+    """A threshold as a function of a window of norms: a frozen dataclass of settings.
 
     Subclass it, give its settings with `setting`, write `threshold`, and decorate the class with
     `register_rule` if its states are to be loaded from files.
@@ -87,9 +87,9 @@ class Rule(ABC):
         """The norms that gradients above their threshold are scaled down to.
 
         Args:
-            window: what `threshold` got.
+            window: the same as for `threshold`.
             norm: [rows, 1], the gradients' norms.
-            threshold: [rows, 1], what `threshold` returned.
+            threshold: [rows, 1], as `threshold` returned it.
             args: none; a rule names its settings as parameters.
             settings: as `threshold` gets them.
 
@@ -100,7 +100,7 @@ class Rule(ABC):
 
     @property
     def thresholds_only_fall(self) -> bool:
-        """Whether no threshold can exceed the largest norm in its window.
+        """True if no threshold can exceed the largest norm in its window.
 
         If the clipped norms were recorded under such a rule, thresholds could fall but never rise
         again. `record="clipped"` is refused then.
@@ -164,7 +164,9 @@ def register_rule(rule: type[RuleT]) -> type[RuleT]:
         ValueError: another rule has the name, or a setting is called like one of the clippers', or
             a name is too long for a saved state.
     """
-    from autoclip.core._settings import CLIPPER_SETTINGS  # it knows rules, rules need not know it
+    from autoclip.core._settings.settings import (
+        CLIPPER_SETTINGS,  # it knows rules, rules need not know it
+    )
 
     parameters = getattr(rule, "__dataclass_params__", None)
     if not (isinstance(rule, type) and issubclass(rule, Rule)) or not getattr(
@@ -202,7 +204,7 @@ def rule_instance(rule: Rule) -> Rule:
     """`rule`, unless it is a class.
 
     Raises:
-        TypeError: it is a class. What is not a rule at all, `ClipperSettings.make` refuses.
+        TypeError: it is a class. `ClipperSettings.make` refuses other objects.
     """
     if isinstance(rule, type):
         raise TypeError(

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from autoclip.core._logging import log_values, recorded_rows
-from autoclip.core._saving import Saveable
-from autoclip.core._state import State
+from autoclip.core._clipper.logging import log_values, recorded_rows
+from autoclip.core._state.saving import Saveable
+from autoclip.core._state.state import State
 from autoclip.core._step import Report
 from autoclip.core._warnings import warn_user
 
@@ -24,7 +24,7 @@ EQUAL = 1e-5
 """Relative difference up to which norms count as equal: float32 and clipping's epsilon allow it."""
 
 MANY = 20
-"""How many equal norms are no coincidence."""
+"""More equal norms than this are no coincidence."""
 
 _SHARE = 0.1
 """The share of a window that they must make up: less happens where norms are bounded anyway."""
@@ -115,7 +115,7 @@ def log_and_watch(
 
 
 class _Watch:
-    """What the values of one clipper were that have been logged so far."""
+    """The values of one clipper that have been logged so far."""
 
     def __init__(self) -> None:
         self._norms: npt.NDArray[Any] = np.empty(0)

@@ -1,0 +1,1 @@
+"""Histories in NumPy arrays, with accelerations of the built-in rules."""

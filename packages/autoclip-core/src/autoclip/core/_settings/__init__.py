@@ -1,0 +1,1 @@
+"""Settings: their names, defaults, limits and checks, and the modes of a clipper."""
