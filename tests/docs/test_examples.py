@@ -15,6 +15,7 @@ FOLDER = ROOT / "docs" / "examples"
 ARGUMENTS = {
     "deepspeed_zero.py": ["4"],
     "digits.py": ["--seeds", "1", "--epochs", "1"],
+    "expert_parallel.py": ["4"],
     "fsdp2.py": ["4"],
     "hugging_face.py": ["4"],
     "keras_fit.py": ["1"],
@@ -27,10 +28,11 @@ ARGUMENTS = {
 }
 # Classes for frameworks that are not part of this environment; tests/frameworks runs them.
 FRAMEWORKS = {"nnunet_trainer.py", "optax_transformation.py", "ultralytics_yolo.py"}
-PROCESSES = {"deepspeed_zero.py": 2, "fsdp2.py": 2}
+PROCESSES = {"deepspeed_zero.py": 2, "expert_parallel.py": 2, "fsdp2.py": 2}
 # What a run must have printed, beyond ending without an error.
 OUTPUT = {
     "digits.py": "loaded it into a new one: the same state",
+    "expert_parallel.py": "norms",
     "fsdp2.py": "all 2 processes measured the norm",
     "mirrored_strategy.py": "2 replicas share one history",
 }

@@ -108,8 +108,8 @@ class Watch:
                     assert torch.equal(left, parameter.grad), "something changed the gradient"
 
     def _keep(self, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        self._left[parameter] = parameter.grad.detach().clone()
+        if parameter.grad is not None:  # else a hook before this one has made the step
+            self._left[parameter] = parameter.grad.detach().clone()
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not hasattr(optimizer, "clipper"):
