@@ -11,4 +11,5 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-sys.path.append(str(Path(__file__).parent))  # for `recipes`
+# For `recipes`. A folder here with the name of a package would be imported where that is missing.
+sys.path.append(str(Path(__file__).parent))

@@ -27,7 +27,8 @@ def run_recipe(name: str, **given: Any) -> dict[str, Any]:
     """Run the page's blocks of a recipe, after those that are no recipe's.
 
     Args:
-        name: of the recipe, as in `<!-- recipe: name -->`.
+        name: of the recipe, as in `<!-- recipe: name -->`. `sb3-ppo` begins with the blocks of
+            `sb3`, if there are any.
         given: what a reader of the recipe has already, such as `model`.
 
     Returns:
@@ -37,7 +38,7 @@ def run_recipe(name: str, **given: Any) -> dict[str, Any]:
     assert any(block.recipe == name for block in blocks), f"{PAGE} has no recipe {name}"
     namespace: dict[str, Any] = {"__name__": "recipe"}
     for block in blocks:
-        if block.recipe in ("", name) and not block.not_run:
+        if block.recipe in ("", name, name.split("-")[0]) and not block.not_run:
             namespace.update(given if block.recipe else {})
             given = {} if block.recipe else given
             source = "\n" * block.line + block.code

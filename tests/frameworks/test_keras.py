@@ -9,10 +9,12 @@ from typing import Any
 import keras
 import keras_hub
 import keras_rs
+import keras_tuner
 import numpy as np
 import pytest
 import tensorflow as tf
 from recipes import run_recipe
+from scikeras.wrappers import KerasClassifier
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
@@ -151,6 +153,25 @@ def test_keras_tuner_recipe() -> None:
     assert {len(window) for window in windows(best.optimizer)} == {length + 2}
 
 
+def test_keras_tuner_as_numpy_clips_and_logs() -> None:
+    watches: list[Watch] = []
+
+    def build(hp: Any) -> Any:
+        model, optimizer = make_model(), sgd(hp.Choice("quantile", [0.3, 0.5]))
+        watches.append(Watch(optimizer, hp.get("quantile")))
+        model.compile(optimizer, "sparse_categorical_crossentropy", run_eagerly=True)
+        return model
+
+    tuner = keras_tuner.GridSearch(build, objective="loss", directory="tuning")
+    tuner.search(X, Y, epochs=2, batch_size=8, verbose=0, callbacks=[AutoClipCallback()])
+    trained = [watch for watch in watches if watch.norms]
+    assert {watch.quantile for watch in trained} == {0.3, 0.5}
+    for watch in trained:
+        watch.check(8)
+    trials = tuner.oracle.trials.values()
+    assert all(trial.metrics.exists("autoclip/total_norm") for trial in trials)
+
+
 # -- scikit-learn ------------------------------------------------------------------------------
 
 
@@ -169,6 +190,43 @@ def test_sklearn_recipe() -> None:
     assert {"quantile": quantile} == best.best_params_["model_kwargs"]
 
 
+@pytest.mark.parametrize("wrapper", ["keras", "scikeras"])
+def test_sklearn_wrappers_as_numpy_clip_and_log(wrapper: str) -> None:
+    watches: list[Watch] = []
+    fit = {"epochs": 2, "batch_size": 8, "verbose": 0, "shuffle": False}
+    if wrapper == "keras":
+
+        def build(X: Any, y: Any) -> Any:
+            model, optimizer = make_model(), sgd()
+            watches.append(Watch(optimizer, 0.5))
+            model.compile(optimizer, "categorical_crossentropy", run_eagerly=True)
+            return model
+
+        options = {**fit, "callbacks": [AutoClipCallback()]}
+        classifier = keras.wrappers.SKLearnClassifier(build, fit_kwargs=options)
+    else:
+
+        def build_and_compile(compile_kwargs: Any) -> Any:
+            model, optimizer = make_model(), compile_kwargs["optimizer"]
+            watches.append(Watch(optimizer, 0.5))
+            model.compile(optimizer, compile_kwargs["loss"], run_eagerly=True)
+            return model
+
+        classifier = KerasClassifier(
+            build_and_compile,
+            optimizer=QuantileClip.optimizer_factory(keras.optimizers.SGD, quantile=0.5),
+            loss="sparse_categorical_crossentropy",
+            callbacks=[AutoClipCallback()],
+            **fit,
+        )
+    classifier.fit(X, Y)
+    (watch,) = watches
+    watch.check(8)
+    history = classifier.history_
+    logged = history if wrapper == "scikeras" else history.history
+    assert len(logged["autoclip/total_norm"]) == 2
+
+
 def test_a_pickled_model_goes_on() -> None:
     model = make_model()
     model.compile(optimizer=sgd(), loss="sparse_categorical_crossentropy")
@@ -178,8 +236,6 @@ def test_a_pickled_model_goes_on() -> None:
 
 
 def test_scikeras_takes_a_factory() -> None:
-    from scikeras.wrappers import KerasClassifier
-
     def build() -> Any:
         return make_model()
 
@@ -203,10 +259,11 @@ def test_scikeras_takes_a_factory() -> None:
 # -- Keras RS ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", ["embed_reduce", "distributed"])
-def test_keras_rs_embeddings_as_numpy_clips(layer: str) -> None:
-    ids = GENERATOR.integers(0, 10, (32, 3))
-    targets = GENERATOR.normal(size=(32, 1)) * np.logspace(-1, 1, 32)[:, None]
+IDS = GENERATOR.integers(0, 10, (32, 3))
+TARGETS = GENERATOR.normal(size=(32, 1)) * np.logspace(-1, 1, 32)[:, None]
+
+
+def embedding_model(layer: str, run_eagerly: bool) -> Any:
     keras.utils.set_random_seed(0)
     if layer == "embed_reduce":
         embed: Any = keras_rs.layers.EmbedReduce(10, 4, combiner="sum")
@@ -215,9 +272,31 @@ def test_keras_rs_embeddings_as_numpy_clips(layer: str) -> None:
         feature = keras_rs.layers.FeatureConfig("ids", table, (8, 3), (8, 4))
         embed = keras_rs.layers.DistributedEmbedding(feature)
     model = keras.Sequential([embed, keras.layers.Dense(1)])
-    optimizer = sgd()
-    model.compile(optimizer=optimizer, loss="mse", run_eagerly=True)
+    model.compile(optimizer=sgd(), loss="mse", run_eagerly=run_eagerly)
     model.build((8, 3))
-    watch = Watch(optimizer, 0.5)
-    model.fit(ids, targets, batch_size=8, epochs=3, verbose=0, shuffle=False)
+    return model
+
+
+@pytest.mark.parametrize("layer", ["embed_reduce", "distributed"])
+def test_keras_rs_embeddings_as_numpy_clips_and_logs(layer: str) -> None:
+    model = embedding_model(layer, run_eagerly=True)
+    watch = Watch(model.optimizer, 0.5)
+    options = {"batch_size": 8, "epochs": 3, "verbose": 0, "shuffle": False}
+    history = model.fit(IDS, TARGETS, callbacks=[AutoClipCallback()], **options).history
     watch.check(12)
+    assert len(history["autoclip/total_norm"]) == 3
+
+
+@pytest.mark.parametrize("layer", ["embed_reduce", "distributed"])
+def test_keras_rs_resumes_bit_for_bit(layer: str) -> None:
+    model = embedding_model(layer, run_eagerly=False)
+    options = {"batch_size": 8, "epochs": 2, "verbose": 0, "shuffle": False}
+    model.fit(IDS, TARGETS, **options)
+    model.save("model.keras")
+    other = keras.models.load_model("model.keras")
+    assert windows(other.optimizer) == windows(model.optimizer)
+    for each in (model, other):
+        each.fit(IDS, TARGETS, **options)
+    for one, two in zip(other.get_weights(), model.get_weights()):
+        np.testing.assert_array_equal(one, two)
+    assert windows(other.optimizer) == windows(model.optimizer)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ignite.engine import create_supervised_trainer
+from ignite.engine import Events, create_supervised_trainer
 from ignite.handlers import Checkpoint
 from monai.data import DataLoader as MonaiLoader
 from monai.engines import SupervisedTrainer
+from monai.handlers import CheckpointLoader, StatsHandler
 from poutyne import Model
 from recipes import Watch, run_recipe, weights
 from torch import nn
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.data import Data
 
 from autoclip.torch import QuantileClip
+from autoclip.torch.logging import log_values
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(32, 4, generator=GENERATOR) * torch.logspace(-1, 1, 32)[:, None]
@@ -92,8 +95,6 @@ def test_monai_recipe(folder: Path) -> None:
         names = run_recipe("monai", network=network(), loss=LOSS, loader=monai_loader())
     assert watch.steps() == [16]
 
-    from monai.handlers import CheckpointLoader
-
     model = network()
     optimizer = QuantileClip.as_optimizer(torch.optim.AdamW(model.parameters()), quantile=0.9)
     (file,) = folder.glob("runs/*.pt")
@@ -110,19 +111,28 @@ def test_monai_recipe(folder: Path) -> None:
     same((model, optimizer), (names["network"], names["optimizer"]))
 
 
-def test_monai_as_numpy_clips() -> None:
+def test_monai_as_numpy_clips_and_logs(caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = with_optimizer()
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=3,
+        train_data_loader=monai_loader(),
+        network=model,
+        optimizer=optimizer,
+        loss_function=LOSS,
+        train_handlers=[StatsHandler(name="stats", output_transform=lambda _: None)],
+    )
+
+    def log_autoclip(engine: Any) -> None:
+        engine.state.metrics.update(log_values(optimizer.clipper))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, log_autoclip)
+    logging.getLogger("stats").addHandler(caplog.handler)  # MONAI's loggers do not propagate
     with Watch(quantile=0.5) as watch:
-        SupervisedTrainer(
-            device=torch.device("cpu"),
-            max_epochs=3,
-            train_data_loader=monai_loader(),
-            network=model,
-            optimizer=optimizer,
-            loss_function=LOSS,
-        ).run()
+        trainer.run()
     assert watch.steps() == [24]
     assert watch.clipped > 5
+    assert caplog.text.count("autoclip/total_norm") == 3
 
 
 # -- PyTorch Geometric -------------------------------------------------------------------------
@@ -136,8 +146,16 @@ def test_pyg_recipe() -> None:
         names = run_recipe("pyg", data=data)
     assert watch.steps() == [20]
     model = copy.deepcopy(names["model"])
-    optimizer = QuantileClip.as_optimizer(torch.optim.Adam(model.parameters(), lr=0.01))
-    optimizer.load_state_dict(names["optimizer"].state_dict())
+    optimizer = QuantileClip.as_optimizer(
+        torch.optim.Adam(model.parameters(), lr=0.01), quantile=0.9
+    )
+    optimizer.load_state_dict(copy.deepcopy(names["optimizer"].state_dict()))
+    for each, its in ((model, optimizer), (names["model"], names["optimizer"])):
+        for step in range(5):
+            torch.manual_seed(step)  # of the dropout
+            its.zero_grad()
+            LOSS(each(data.x, data.edge_index), data.y).backward()
+            its.step()
     same((model, optimizer), (names["model"], names["optimizer"]))
 
 

@@ -11,7 +11,7 @@ import gymnasium
 import pytest
 import torch
 from recipes import Watch, run_recipe, weights
-from stable_baselines3 import A2C, DQN, PPO, SAC
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.utils import set_random_seed
 
@@ -23,7 +23,9 @@ SIZES: dict[Any, dict[str, Any]] = {
     A2C: {"max_grad_norm": float("inf")},
     DQN: {"learning_starts": 16, "batch_size": 8, "max_grad_norm": float("inf")},
     SAC: {"learning_starts": 16, "batch_size": 8},
+    TD3: {"learning_starts": 16, "batch_size": 8},
 }
+ACTOR_CRITIC = (SAC, TD3)
 
 
 class Keep(KVWriter):
@@ -35,7 +37,7 @@ class Keep(KVWriter):
 
 
 def make(kind: Any, **settings: Any) -> Any:
-    env = gymnasium.make("Pendulum-v1" if kind is SAC else "CartPole-v1")
+    env = gymnasium.make("Pendulum-v1" if kind in ACTOR_CRITIC else "CartPole-v1")
     options: dict[str, Any] = {**SIZES[kind], "seed": 0, "device": "cpu", **settings}
     return kind(
         "MlpPolicy",
@@ -86,37 +88,51 @@ def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", SIZES)
+def test_the_callback_logs(kind: Any) -> None:
+    """The page's two callbacks; the values are those of the last step before a rollout's end."""
+    writer = Keep()
+    model = make(kind, **({"train_freq": 16} if kind in (DQN, *ACTOR_CRITIC) else {}))
+    model.set_logger(Logger(None, [writer]))
+    names = run_recipe("sb3-sac" if kind in ACTOR_CRITIC else "sb3")
+    model.learn(512, callback=names["LogAutoClip"](), log_interval=1)
+    suffixes = ["/actor", "/critic"] if kind in ACTOR_CRITIC else [""]
+    for suffix in suffixes:
+        name = f"autoclip/total_norm{suffix}"
+        assert sum(name in values for values in writer.values) >= 2
+        assert all(values[name] > 0 for values in writer.values if name in values)
+
+
+@pytest.mark.parametrize("kind", SIZES)
 def test_one_norm_a_step_as_numpy_clips(kind: Any) -> None:
     model = make(kind)
     with Watch(quantile=0.5, history_length=50) as watch:
         model.learn(256)
     assert all(steps > 10 for steps in watch.steps())
-    assert len(watch.norms) == (2 if kind is SAC else 1)
+    assert len(watch.norms) == (2 if kind in ACTOR_CRITIC else 1)
     assert watch.clipped > 20
 
 
-@pytest.mark.parametrize("kind", [PPO, A2C])
+def clippers_of(model: Any) -> list[Any]:
+    parts = [model.actor, model.critic] if isinstance(model, ACTOR_CRITIC) else [model.policy]
+    return [part.optimizer.clipper for part in parts]
+
+
+@pytest.mark.parametrize("kind", SIZES)
 def test_resume_bit_for_bit(kind: Any, tmp_path: Path) -> None:
     model = make(kind)
     model.learn(128)
     model.save(tmp_path / "agent")
     loaded = kind.load(tmp_path / "agent", device="cpu")
-    expected = go_on(model, "CartPole-v1", 128)
-    assert torch.equal(go_on(loaded, "CartPole-v1", 128), expected)
-    states = [each.policy.optimizer.clipper.state_dict() for each in (loaded, model)]
+    states = [[clipper.state_dict() for clipper in clippers_of(each)] for each in (loaded, model)]
     assert states[0] == states[1]
-
-
-@pytest.mark.parametrize("kind", [DQN, SAC])
-def test_load_restores_the_history(kind: Any, tmp_path: Path) -> None:
-    model = make(kind)
-    model.learn(64)
-    model.save(tmp_path / "agent")
-    loaded = kind.load(tmp_path / "agent", device="cpu")
-    parts = ["actor", "critic"] if kind is SAC else ["policy"]
-    for part in parts:
-        one, other = getattr(loaded, part).optimizer, getattr(model, part).optimizer
-        assert one.clipper.state_dict() == other.clipper.state_dict()
+    if kind in (DQN, *ACTOR_CRITIC):
+        model.save_replay_buffer(tmp_path / "buffer")
+        loaded.load_replay_buffer(tmp_path / "buffer")
+    env = "Pendulum-v1" if kind in ACTOR_CRITIC else "CartPole-v1"
+    expected = go_on(model, env, 128)
+    assert torch.equal(go_on(loaded, env, 128), expected)
+    states = [[clipper.state_dict() for clipper in clippers_of(each)] for each in (loaded, model)]
+    assert states[0] == states[1]
 
 
 def test_load_with_the_same_factory_named_again(tmp_path: Path) -> None:

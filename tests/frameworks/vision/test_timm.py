@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import timm.optim
 import torch
 from recipes import Watch, run_recipe, weights
 from timm.models import resume_checkpoint
-from timm.utils import CheckpointSaver, NativeScaler
+from timm.utils import CheckpointSaver, NativeScaler, update_summary
 from torch import nn
 
 from autoclip.torch import QuantileClip
+from autoclip.torch.logging import log_values
 
 
 def model() -> nn.Module:
@@ -78,6 +80,17 @@ def test_resume_bit_for_bit(opt: str, tmp_path: Path) -> None:
     train(other, second, third, batches()[4:])
     assert torch.equal(weights(other), weights(network))
     assert second.clipper.state_dict() == optimizer.clipper.state_dict()
+
+
+def test_logs_into_the_summary(tmp_path: Path) -> None:
+    network, optimizer = with_optimizer()
+    train(network, optimizer, NativeScaler("cpu"), batches())
+    metrics = {"loss": 1.0, **log_values(optimizer.clipper)}
+    file = tmp_path / "summary.csv"
+    update_summary(0, metrics, {}, str(file), write_header=True)
+    (row,) = csv.DictReader(file.open())
+    total = float(optimizer.clipper.last.norms.square().sum().sqrt())
+    assert float(row["train_autoclip/total_norm"]) == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from recipes import ROOT, Watch
+from recipes import ROOT, Watch, weights
 from ultralytics import YOLO, settings
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+from autoclip.torch import QuantileClip
 
 EXAMPLE = ROOT / "docs" / "examples" / "ultralytics_yolo.py"
 NAMES = runpy.run_path(str(EXAMPLE))
@@ -77,20 +82,29 @@ def test_one_norm_a_step_as_numpy_clips(data: Path, optimizer: str) -> None:
     np.testing.assert_allclose(logged, [norms[1][0], norms[3][0]], rtol=1e-4)
 
 
-def test_resume_restores_the_history(data: Path) -> None:
+def interrupted(data: Path, trainer: Any) -> tuple[Path, list[Any]]:
+    """Train one epoch of three and a second one, whose checkpoint is the last.
+
+    Returns:
+        The checkpoint, and what was in the optimizer's state then.
+    """
     saved: list[Any] = []
 
     def interrupt(trainer: Any) -> None:
         if trainer.epoch == 1:
-            saved.append(trainer.optimizer.clipper.state_dict())
+            saved.append(trainer.optimizer.state_dict().get("autoclip"))
             raise Interrupted
 
     model = YOLO("yolo11n.yaml")
     model.add_callback("on_model_save", interrupt)
     with pytest.raises(Interrupted):
-        model.train(trainer=TRAINER, epochs=3, **options(data))
+        model.train(trainer=trainer, epochs=3, **options(data))
     (last,) = data.parent.glob("runs/*/weights/last.pt")
+    return last, saved
 
+
+def test_resume_restores_the_history(data: Path) -> None:
+    last, saved = interrupted(data, TRAINER)
     found: list[Any] = []
     resumed = YOLO(last)
     resumed.add_callback("on_train_start", lambda t: found.append(t.optimizer.clipper.state_dict()))
@@ -98,3 +112,30 @@ def test_resume_restores_the_history(data: Path) -> None:
         resumed.train(trainer=TRAINER, resume=True)
     assert found == saved
     assert watch.steps() == [2]  # of three epochs with two steps each, the last
+
+
+class Never(TRAINER):  # type: ignore[misc]
+    """The example's trainer, with a clipper that never clips."""
+
+    def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = DetectionTrainer.build_optimizer(self, *args, **kwargs)
+        return QuantileClip.as_optimizer(optimizer, quantile=1.0)
+
+
+class Plain(TRAINER):  # type: ignore[misc]
+    """The same without a clipper."""
+
+    build_optimizer = DetectionTrainer.build_optimizer
+    save_metrics = DetectionTrainer.save_metrics
+
+
+def test_resumed_weights_are_those_without_a_clipper(data: Path) -> None:
+    """ultralytics resumes from 16 bits; a clipper that never clips changes nothing about that."""
+    ends = []
+    for trainer in (Never, Plain):
+        last, _ = interrupted(data, trainer)
+        resumed = YOLO(last)
+        resumed.add_callback("on_train_end", lambda t: ends.append(weights(t.model)))
+        resumed.train(trainer=trainer, resume=True)
+        shutil.rmtree(data.parent / "runs")
+    assert torch.equal(*ends)
