@@ -8,10 +8,16 @@ says otherwise:
 * `<!-- not run: reason -->`: not run.
 
 A page that has `<!-- processes: 2 -->` anywhere runs in two processes at once.
+
+`<!-- prints -->` before a block of text: the block of Python above it prints that, word by word;
+numbers may differ by 5 %, since another processor rounds otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import re
 import runpy
 import sys
@@ -22,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Package indexes show these, without the files around them.
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
+PRINTS = "<!-- prints -->"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 MARK = re.compile(r"^ *<!-- (needs|recipe|not run|processes): (.+?) -->$")
 
 
@@ -35,6 +43,7 @@ class Block:
         needs: the package that it is marked with, or "".
         recipe: the recipe that it is marked with, or "".
         not_run: why it is not run, or "".
+        prints: the output that the page shows for it, or "".
     """
 
     line: int
@@ -42,6 +51,7 @@ class Block:
     needs: str = ""
     recipe: str = ""
     not_run: str = ""
+    prints: str = ""
 
 
 def pages() -> list[Path]:
@@ -68,11 +78,27 @@ def blocks_of(page: Path) -> list[Block]:
                     needs=value if kind == "needs" else "",
                     recipe=value if kind == "recipe" else "",
                     not_run=value if kind == "not run" else "",
+                    prints=_output_below(lines[i + 1 :]),
                 )
             )
             opened = None
     assert opened is None, f"{page}: the block at line {opened} has no end"
     return blocks
+
+
+def _output_below(lines: list[str]) -> str:
+    """The block of text that follows with the mark `prints`, or ""."""
+    text = "\n".join(lines).lstrip()
+    if not text.startswith(PRINTS):
+        return ""
+    return text.split("```text\n", 1)[1].split("\n```", 1)[0]
+
+
+def check_output(shown: str, printed: str) -> None:
+    """Compare a page's output with what its block printed."""
+    assert NUMBER.sub("0", shown).split() == NUMBER.sub("0", printed).split(), printed
+    for one, other in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True):
+        assert math.isclose(float(one), float(other), rel_tol=0.05), printed
 
 
 def processes_of(page: Path) -> int:
@@ -93,7 +119,12 @@ def run_page(path: str, needs: str) -> None:
         if block.needs == needs and not (block.recipe or block.not_run):
             # Empty lines before it, so that a traceback has the page's line numbers.
             source = "\n" * block.line + block.code
-            exec(compile(source, path, "exec", dont_inherit=True), namespace)
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(source, path, "exec", dont_inherit=True), namespace)
+            print(printed.getvalue(), end="")
+            if block.prints:
+                check_output(block.prints, printed.getvalue())
 
 
 def run_example(path: str, arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ ARGUMENTS = {
     "keras_fit.py": ["1"],
     "lightning_module.py": ["1"],
     "mirrored_strategy.py": ["1"],
-    "own_rule.py": ["15"],
+    "custom_rule.py": ["15"],
     "quantile_schedule.py": ["20"],
     "torch_loop.py": ["1"],
     "torch_to_keras.py": ["10"],

@@ -14,7 +14,7 @@ from hatchling.plugin.manager import PluginManager
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = [".", *(f"packages/autoclip-{name}" for name in ("core", "torch", "tf"))]
-TEXTS = ["README.md", "CITATION.cff", "SECURITY.md", "mkdocs.yml", "docs/index.md"]
+TEXTS = ["README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "mkdocs.yml", "docs/index.md"]
 
 
 def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,6 +50,8 @@ def check_agreement(root: Path) -> tuple[str, str]:
     assert written(root, "README.md", r"\[Documentation\]\(([^)]*)\)") == site
     assert written(root, "README.md", r"\[Issues\]\(([^)]*)\)") == f"{repository}/issues"
     assert written(root, "README.md", r"\[Changelog\]\(([^)]*)\)") == f"{site}changelog/"
+    links = re.findall(r"\]\((https://[^)]*)\)", (root / "CHANGELOG.md").read_text("utf-8"))
+    assert all(link.startswith((site, "https://keepachangelog.com/")) for link in links)
     return site, repository
 
 

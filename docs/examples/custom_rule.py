@@ -1,4 +1,4 @@
-"""A rule of your own, in PyTorch and in Keras. `python own_rule.py [STEPS]`."""
+"""A custom rule, in PyTorch and in Keras. `python custom_rule.py [STEPS]`."""
 
 import sys
 from dataclasses import dataclass
