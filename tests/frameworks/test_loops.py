@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Events, create_supervised_trainer
 from ignite.handlers import Checkpoint
 from monai.data import DataLoader as MonaiLoader
-from monai.engines import SupervisedTrainer
+from monai.engines import GanTrainer, SupervisedTrainer
 from monai.handlers import CheckpointLoader, StatsHandler
 from poutyne import Model
 from recipes import Watch, run_recipe, weights
@@ -82,6 +82,22 @@ def test_ignite_as_numpy_clips(options: dict[str, Any]) -> None:
     assert watch.clipped > 5
 
 
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_ignite_clips_unscaled_gradients() -> None:
+    histories = []
+    for scale in (None, 1024.0):
+        model, optimizer = with_optimizer()
+        options: dict[str, Any] = {}
+        if scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            options = {"amp_mode": "amp", "scaler": scaler}
+        create_supervised_trainer(model, optimizer, LOSS, **options).run(LOADER, max_epochs=3)
+        histories.append((weights(model), optimizer.clipper.state_dict()["data"]))
+    assert scaler.state_dict()["_growth_tracker"] == 24
+    assert torch.equal(histories[0][0], histories[1][0])
+    assert histories[0][1] == histories[1][1]  # a power of two scales without rounding
+
+
 # -- MONAI -------------------------------------------------------------------------------------
 
 
@@ -133,6 +149,35 @@ def test_monai_as_numpy_clips_and_logs(caplog: pytest.LogCaptureFixture) -> None
     assert watch.steps() == [24]
     assert watch.clipped > 5
     assert caplog.text.count("autoclip/total_norm") == 3
+
+
+def test_monai_gan_trainer() -> None:
+    torch.manual_seed(0)
+    nets = {"g": nn.Linear(2, 4), "d": nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))}
+    made: dict[str, Any] = {}
+    for part, net in nets.items():
+        adam = torch.optim.Adam(net.parameters())
+        made[f"{part}_network"] = net
+        made[f"{part}_optimizer"] = QuantileClip.as_optimizer(adam, quantile=0.5)
+
+    def d_loss(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        scores = nets["d"](fake.detach()), -nets["d"](real)
+        return sum(nn.functional.softplus(score).mean() for score in scores)  # type: ignore[return-value]
+
+    trainer = GanTrainer(
+        device=torch.device("cpu"),
+        max_epochs=2,
+        train_data_loader=MonaiLoader([{"reals": x} for x in X], batch_size=4),
+        g_loss_function=lambda fake: nn.functional.softplus(-nets["d"](fake)).mean(),
+        d_loss_function=d_loss,
+        d_prepare_batch=lambda batch, *args, **kwargs: batch["reals"],
+        latent_shape=2,
+        **made,
+    )
+    with Watch(quantile=0.5) as watch:
+        trainer.run()
+    assert watch.steps() == [16, 16]
+    assert watch.clipped > 5
 
 
 # -- PyTorch Geometric -------------------------------------------------------------------------

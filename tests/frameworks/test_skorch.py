@@ -13,6 +13,7 @@ from recipes import Watch, run_recipe, weights
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from skorch import NeuralNetClassifier
+from skorch.callbacks import Checkpoint, LoadInitState
 from torch import nn
 
 from autoclip.torch import QuantileClip
@@ -60,11 +61,14 @@ def test_one_norm_a_step_as_numpy_clips() -> None:
     assert watch.clipped > 5
 
 
-@pytest.mark.parametrize("how", ["pickle", "params"])
+@pytest.mark.parametrize("how", ["pickle", "params", "callbacks"])
 def test_resume_bit_for_bit(how: str, tmp_path: Path) -> None:
-    net = make().fit(X, Y)
+    checkpoint = Checkpoint(monitor=None, dirname=str(tmp_path))
+    net = make(callbacks=[checkpoint] if how == "callbacks" else None).fit(X, Y)
     if how == "pickle":
         other = pickle.loads(pickle.dumps(net))
+    elif how == "callbacks":
+        other = make(callbacks=[LoadInitState(checkpoint)])
     else:
         files = {f"f_{part}": tmp_path / part for part in ("params", "optimizer", "history")}
         net.save_params(**files)

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from recipes import Watch, run_recipe, weights
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import fully_shard
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.optimizer import ParamGroupConfig
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from torchtitan.distributed.utils import clip_grad_norm_
 
@@ -79,9 +80,10 @@ def train(model: list[nn.Module], optimizers: Any, steps: range) -> None:
         optimizers.step()
 
 
-def manager(folder: Path, model: Any, optimizers: Any) -> Any:
+def manager(folder: Path, model: Any, optimizers: Any, **settings: Any) -> Any:
+    options = {"enable": True, "interval": 1, "last_save_model_only": False, **settings}
     return CheckpointManager(
-        CheckpointManager.Config(enable=True, interval=1, last_save_model_only=False),
+        CheckpointManager.Config(**options),
         dataloader=None,
         model_parts=model,
         optimizers=optimizers,
@@ -134,6 +136,24 @@ def test_as_numpy_clips_and_resumes_bit_for_bit(tmp_path: Path, sharded: bool) -
         train(*each, range(STEPS, 2 * STEPS))
     assert torch.equal(whole(other), whole(model))
     assert histories(resumed) == histories(optimizers)
+
+
+def test_a_checkpoint_without_histories(tmp_path: Path) -> None:
+    model = parts()
+    plain = OptimizersContainer.Config(
+        param_groups=config().param_groups, implementation="for-loop"
+    ).build(model_parts=model)
+    train(model, plain, range(STEPS))
+    assert manager(tmp_path, model, plain).save(STEPS)
+    other = parts()
+    clipping = config().build(model_parts=other)
+    with pytest.raises(CheckpointException, match="autoclip"):
+        manager(tmp_path, other, clipping).load()
+    assert manager(tmp_path, other, clipping, exclude_from_loading=["optimizer"]).load()
+    assert torch.equal(whole(other), whole(model))
+    with Watch(quantile=0.5) as watch:
+        train(other, clipping, range(STEPS))
+    assert watch.steps() == [STEPS] * 4
 
 
 @pytest.mark.parametrize(("off", "zero"), [(float("inf"), False), (0.0, True)])

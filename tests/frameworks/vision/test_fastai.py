@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fastai.callback.schedule  # noqa: F401  (gives the learner `fit_one_cycle`)
 import numpy as np
 import pytest
 import torch
 from fastai.basics import DataLoader, DataLoaders, Learner
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
-from recipes import Watch, run_recipe, weights
+from recipes import Watch, run_recipe, weights, windows_of
 from torch import nn
 
 from autoclip.torch import QuantileClip
@@ -51,8 +51,10 @@ def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         learner = run_recipe("fastai", dls=loaders(), model=network(), loss=LOSS)["learner"]
     assert watch.steps() == [16]
     (norms,) = watch.norms.values()
-    expected = np.sqrt(np.nansum(norms[-1] ** 2))
-    assert learner.autoclip["autoclip/total_norm"] == pytest.approx(expected, rel=1e-5)
+    expected = [np.sqrt(np.nansum(norms[step] ** 2)) for step in (7, 15)]
+    column = list(learner.recorder.metric_names).index("total_norm") - 1  # after the epoch's number
+    logged = [row[column] for row in learner.recorder.values]
+    np.testing.assert_allclose(logged, expected, rtol=1e-5)
     assert (tmp_path / "models" / "half.pth").exists()
 
 
@@ -79,3 +81,31 @@ def test_resume_bit_for_bit(tmp_path: Path) -> None:
             each.fit(2)
     assert torch.equal(weights(other.model), weights(learner.model))
     assert other.opt.opt.clipper.state_dict() == learner.opt.opt.clipper.state_dict()
+
+
+def test_freeze(tmp_path: Path) -> None:
+    def by_layer(model: nn.Module) -> Any:
+        return [list(layer.parameters()) for layer in (model[0], model[2])]  # type: ignore[index]
+
+    learner = make(tmp_path, splitter=by_layer)
+    learner.freeze()
+    with Watch(quantile=0.5) as watch, learner.no_bar(), learner.no_logging():
+        learner.fit(1)
+        learner.unfreeze()
+        learner.fit(1)
+    assert watch.steps() == [16]
+    windows = windows_of(learner.opt.opt)
+    assert [len(windows[row]) for row in range(4)] == [8, 8, 16, 16]
+
+
+def test_save_model_callback(tmp_path: Path) -> None:
+    learner = make(tmp_path, cbs=[SaveModelCallback(every_epoch=True, with_opt=True)])
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(2)
+    other = make(tmp_path)
+    other.create_opt()
+    other.load("model_0")
+    with Watch(quantile=0.5) as watch, other.no_bar(), other.no_logging():
+        other.fit(2, start_epoch=1)
+    assert watch.steps() == [8]
+    assert {len(window) for window in windows_of(other.opt.opt).values()} == {16}
