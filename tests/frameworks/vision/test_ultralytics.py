@@ -32,15 +32,18 @@ def offline() -> None:
     settings.update({"sync": False})
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+@pytest.fixture(params=["detect"])
+def data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     for part in ("images", "labels"):
         (tmp_path / "data" / part / "train").mkdir(parents=True)
     for i in range(8):
         pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / "images" / "train" / f"{i}.png")
-        label = f"{i % 2} 0.5 0.5 {generator.uniform(0.2, 0.8):.3f} 0.5\n"
+        size = generator.uniform(0.2, 0.8)
+        box = f"0.5 0.5 {size:.3f} 0.5"
+        polygon = f"0.1 0.1 {size:.3f} 0.1 {size:.3f} 0.9 0.1 0.9"
+        label = f"{i % 2} {polygon if request.param == 'segment' else box}\n"
         (tmp_path / "data" / "labels" / "train" / f"{i}.txt").write_text(label)
     file = tmp_path / "data.yaml"
     file.write_text(
@@ -80,6 +83,19 @@ def test_one_norm_a_step_as_numpy_clips(data: Path, optimizer: str) -> None:
     (norms,) = watch.norms.values()
     logged = [float(row["autoclip/total_norm"]) for row in rows]
     np.testing.assert_allclose(logged, [norms[1][0], norms[3][0]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("data", ["segment"], indirect=True)
+def test_another_task(data: Path, tmp_path: Path) -> None:
+    """The example with another base class, as the page says."""
+    source = EXAMPLE.read_text("utf-8")
+    for one, other in (("DetectionTrainer", "SegmentationTrainer"), ("detect", "segment")):
+        source = source.replace(one, other)
+    (tmp_path / "segment.py").write_text(source, "utf-8")
+    trainer = runpy.run_path(str(tmp_path / "segment.py"))["AutoClipTrainer"]
+    with Watch(quantile=0.9) as watch:
+        YOLO("yolo11n-seg.yaml").train(trainer=trainer, epochs=2, **options(data))
+    assert watch.steps() == [4]
 
 
 def interrupted(data: Path, trainer: Any) -> tuple[Path, list[Any]]:
