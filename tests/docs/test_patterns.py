@@ -40,6 +40,29 @@ def batches(count: int, width: int) -> list[torch.Tensor]:
     ]
 
 
+PACKAGES = {
+    "composer": "mosaicml",
+    "ignite": "pytorch-ignite",
+    "keras rs": "keras-rs",
+    "kerashub": "keras-hub",
+    "kerastuner": "keras-tuner",
+    "nnu-net": "nnunetv2",
+    "pytorch geometric": "torch-geometric",
+}
+
+
+def test_the_overview_names_the_tested_versions() -> None:
+    lines = (ROOT / "docs" / "frameworks.md").read_text("utf-8").splitlines()
+    cells = [line.split(" | ")[0] for line in lines if line.startswith("| [")]
+    plain = ", ".join(re.sub(r"[|[\]]|\(.*?\)", "", cell).strip() for cell in cells)
+    versions = dict(re.findall(r"(\w[\w \-]*?) +(\d+\.\d+)", plain))
+    assert len(versions) >= len(cells)
+    pins = dict(re.findall(r'"([\w-]+)==([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8")))
+    for name, version in versions.items():
+        package = PACKAGES.get(name.lower(), name.lower())
+        assert pins[package].startswith(version), name
+
+
 # -- Several optimizers ------------------------------------------------------------------------
 
 
