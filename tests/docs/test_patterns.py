@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import operator
 import os
 import re
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from pages import ROOT, run_example
 from processes import ForkServer
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from autoclip.core import StateError
 from autoclip.torch import QuantileClip
@@ -31,6 +34,13 @@ def network(*sizes: int) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(one, two) for one, two in itertools.pairwise(sizes)]
     return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())][:-1])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def batches(count: int, width: int) -> list[torch.Tensor]:
@@ -122,6 +132,31 @@ def test_steps_in_the_backward_pass_are_those_of_one_optimizer() -> None:
         assert windows_of(one) == windows_of(names["optimizers"][name])
 
 
+def step_in_the_backward_pass_with_fsdp2(steps: int) -> None:
+    """Print the history of each parameter, from half of each batch on each of two processes."""
+    dist.init_process_group("gloo")
+    rank, count = dist.get_rank(), dist.get_world_size()
+    model = network(4, 8, 1)
+    for layer in model.children():
+        fully_shard(layer)
+    fully_shard(model)
+    halves = [(x[rank::count], y[rank::count]) for x, y in regression(steps)]
+    optimizers = run_recipe("in-backward", model=model, batches=halves)["optimizers"]
+    print(json.dumps([windows_of(optimizer)[0] for optimizer in optimizers.values()]))
+
+
+def test_steps_in_the_backward_pass_with_fsdp2(server: ForkServer) -> None:
+    names = run_recipe("in-backward", model=network(4, 8, 1), batches=regression())
+    expected = [windows_of(optimizer)[0] for optimizer in names["optimizers"].values()]
+    outcomes = server.run(
+        step_in_the_backward_pass_with_fsdp2, {"steps": 12}, count=2, port=free_port()
+    )
+    for outcome in outcomes:
+        assert outcome.status == 0, str(outcome)
+        (line,) = re.findall(r"^\[\[.*\]\]$", outcome.output, re.MULTILINE)
+        np.testing.assert_allclose(json.loads(line), expected, rtol=1e-4)
+
+
 # -- Parameters that are replaced --------------------------------------------------------------
 
 
@@ -173,9 +208,7 @@ def run_ranks(path: str, arguments: list[str], processes: int, port: int) -> Non
 
 def printed(server: ForkServer, processes: int, *options: str) -> list[float]:
     """The loss and the norms of the example's last step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = {"path": EXAMPLE, "arguments": ["8", *options], "processes": processes}
     outcomes = server.run(run_ranks, {**arguments, "port": port}, processes, port=port)
     for outcome in outcomes:
