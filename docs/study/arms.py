@@ -72,10 +72,64 @@ def grid() -> dict[str, tuple[str, dict[str, Any]]]:
     return arms
 
 
-GRID = grid()
+def further() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Arms that the grid's first results suggested: shorter windows, smaller factors."""
+    clipped = {"record": "clipped", "include_current": False}
+    arms: dict[str, tuple[str, dict[str, Any]]] = {}
+    for scope, length, (quantile, factor) in product(
+        ("global", "parameter"), (50, 20), ((0.1, 1.25), (0.1, 1.5), (0.25, 1.25), (0.25, 1.5))
+    ):
+        settings = {
+            "quantile": quantile,
+            "factor": factor,
+            "history_length": length,
+            "global_clipping": scope == "global",
+        }
+        name = f"{quantile:g} ×{factor:g}, clipped, last {length}, {scope}"
+        arms[name] = ("QuantileClip", settings | clipped)
+    arms["0.1 ×1, raw, last 20, global"] = (
+        "QuantileClip",
+        {"quantile": 0.1, "history_length": 20, "global_clipping": True},
+    )
+    for factor, decay in product((1.25, 1.5), (0.9, 0.97)):
+        arms[f"mean of logarithms, decay {decay:g}, ×{factor:g}, clipped, global"] = (
+            "StandardClip",
+            {
+                "deviations": 0,
+                "decay": decay,
+                "factor": factor,
+                "log": True,
+                "record": "clipped",
+                "warmup_steps": 10,
+                "global_clipping": True,
+            },
+        )
+    return arms
+
+
+GRID = grid() | further()
+
+# The one arm that the exploration chose, see confirmation.md.
+CANDIDATE = "candidate"
+CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
+    CANDIDATE: (
+        "QuantileClip",
+        {
+            "quantile": 0.1,
+            "factor": 1.5,
+            "history_length": 20,
+            "record": "clipped",
+            "include_current": False,
+            "global_clipping": True,
+        },
+    ),
+}
 
 NONE, TUNED, DEFAULT = "none", "tuned constant", "quantile 0.9 (default)"
 ARMS = (NONE, TUNED, *CLIPPERS)
+# The confirmation's arms: the candidate, and what it is compared with.
+COMPARED = (NONE, DEFAULT, "quantile 0.1, global", "percentile 5", CANDIDATE)
+CONFIRMED = (*COMPARED, TUNED, "ZClip", "AdaGC")
 # The arms whose course of training is recorded and drawn.
 DRAWN = (NONE, TUNED, "quantile 0.1, global", DEFAULT)
 
@@ -94,7 +148,31 @@ def clipped_torch_optimizer(optimizer: Any, arm: str, constant: float | None) ->
 
         optimizer.register_step_pre_hook(clip)
     elif arm != NONE:
-        name, settings = CLIPPERS.get(arm) or GRID[arm]
+        name, settings = (CLIPPERS | CHOSEN | GRID)[arm]
+        getattr(autoclip, name).as_optimizer(optimizer, **settings)
+    return optimizer
+
+
+def clipped_by_group(optimizer: Any, arm: str, constant: float | None) -> Any:
+    """The same where each parameter group is a model of its own.
+
+    Clipping by group is the global clipping of each model.
+    """
+    from torch import nn
+
+    from autoclip import torch as autoclip
+
+    if constant is not None:
+
+        def clip(*_: Any) -> None:
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], constant)
+
+        optimizer.register_step_pre_hook(clip)
+    elif arm != NONE:
+        name, settings = (CLIPPERS | CHOSEN | GRID)[arm]
+        scope = settings.get("global_clipping", False)
+        settings = settings | {"global_clipping": False, "group_clipping": scope}
         getattr(autoclip, name).as_optimizer(optimizer, **settings)
     return optimizer
 
@@ -106,7 +184,7 @@ def clipped_keras_optimizer(optimizer: Any, arm: str, constant: float | None) ->
     if constant is not None:
         optimizer.global_clipnorm = constant
     elif arm != NONE:
-        name, settings = CLIPPERS.get(arm) or GRID[arm]
+        name, settings = (CLIPPERS | CHOSEN | GRID)[arm]
         optimizer = getattr(autoclip, name).as_optimizer(optimizer, **settings)
     return optimizer
 

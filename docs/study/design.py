@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MOMENTUM = 0.9
 
@@ -21,15 +21,21 @@ class Condition:
     learning_rate: float
     loss: str = ""
     factor: int = 1
+    variant: str = ""
 
     @property
     def base(self) -> bool:
         return self.factor == 1
 
 
-def condition(optimizer: str, learning_rate: float, factor: int = 1) -> Condition:
-    name = optimizer if factor == 1 else f"{optimizer}, lr ×{factor}"
-    return Condition(name, optimizer, optimizer, factor * learning_rate, factor=factor)
+def condition(
+    optimizer: str, learning_rate: float, factor: int = 1, variant: str = ""
+) -> Condition:
+    """A condition named by what makes it, with the family of its optimizer."""
+    parts = [optimizer, f"lr ×{factor}" if factor > 1 else "", variant]
+    name = ", ".join(part for part in parts if part)
+    rate = factor * learning_rate
+    return Condition(name, optimizer, optimizer, rate, factor=factor, variant=variant)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,49 @@ TASKS = {
             Condition("deep clustering", "deep clustering", "Adam", 3e-3, loss="clustering"),
             Condition("mask inference", "mask inference", "Adam", 3e-3, loss="masks"),
             Condition("SNR", "SNR", "Adam", 3e-3, loss="snr"),
+        ),
+    ),
+}
+
+# The second edition: one candidate on seeds by which nothing was chosen. See confirmation.md.
+FIRST_SEED, SEEDS = 10, 10
+RATES = (1, 3, 5, 10, 20, 30)
+VARIANTS = ("cosine", "bad inputs", "bfloat16", "fine-tuning")
+
+CONFIRMATION = {
+    "rows": replace(
+        TASKS["digits"],
+        title="Digits row by row, GRU (PyTorch)",
+        seeds=SEEDS,
+        seconds=0.4,
+        conditions=tuple(
+            condition(optimizer, rate, factor, variant)
+            for optimizer, rate in (("SGD", 0.1), ("Adam", 3e-3))
+            for factor, variant in (
+                *((factor, "") for factor in RATES),
+                (1, "bad inputs"),
+                (1, "cosine"),
+                (10, "cosine"),
+                (1, "bfloat16"),
+                (1, "fine-tuning"),
+                (10, "fine-tuning"),
+            )
+        ),
+    ),
+    "pixels": replace(TASKS["digits"], seeds=SEEDS, seconds=3.5),
+    "convolution": replace(
+        TASKS["images"],
+        title="Digits with wrong labels, convolutional network (PyTorch)",
+        seeds=SEEDS,
+        seconds=1.4,
+    ),
+    "characters": replace(
+        TASKS["characters"],
+        seeds=3,
+        seconds=4.0,
+        conditions=(
+            condition("Adam", 2e-3, variant="cosine"),
+            condition("Adam", 2e-3, factor=10, variant="cosine"),
         ),
     ),
 }

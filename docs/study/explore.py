@@ -16,15 +16,20 @@ from pathlib import Path
 
 import results
 from arms import GRID, NONE
-from design import TASKS
+from design import CONFIRMATION
+from design import TASKS as FIRST
 from run import Job, run_all
 from tqdm import tqdm
 
+TASKS = FIRST | CONFIRMATION
 FOLDER = results.FOLDER / "exploration"
 # The two prices first (SGD slows down under a low quantile), then the protection.
 CONDITIONS = {
     "digits": ("SGD", "SGD, lr ×3", "Adam", "Adam, lr ×3"),
-    "images": ("SGD, lr ×10", "Adam, lr ×10", "SGD", "Adam"),
+    "rows": ("SGD, lr ×10", "SGD, lr ×30", "Adam, lr ×10", "Adam, lr ×30"),
+    "pixels": ("SGD", "SGD, lr ×3", "Adam"),
+    "convolution": ("SGD, lr ×10", "Adam, lr ×10", "SGD", "Adam"),
+    "images": ("SGD, lr ×10", "Adam, lr ×10", "SGD", "Adam", "SGD, lr ×3", "Adam, lr ×3"),
 }
 
 
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
     parser.add_argument("--conditions", nargs="+", help="some of the task's, by name")
     parser.add_argument("--arms", default="", help="a part of the arms' names")
+    parser.add_argument("--names", nargs="+", help="some of the arms, by their whole names")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results")
@@ -48,7 +54,9 @@ def main() -> None:
     for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ[variable] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    names = tuple(name for name in GRID if options.arms in name)
+    names = tuple(options.names or (name for name in GRID if options.arms in name))
+    if unknown := set(names) - set(GRID):
+        parser.error(f"unknown arms {sorted(unknown)}; there are {list(GRID)}")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         for task in options.tasks:
@@ -56,7 +64,7 @@ def main() -> None:
             planned = list(jobs(names, task, chosen, options.seeds))
             with tqdm(total=len(planned) * TASKS[task].seconds, desc=task) as progress:
                 runs = results.load(task, options.output)
-                run_all(pool, planned, runs, options.output, progress)
+                run_all(pool, planned, runs, options.output, progress, TASKS[task])
 
 
 if __name__ == "__main__":

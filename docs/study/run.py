@@ -19,7 +19,7 @@ from typing import Any
 
 import results
 from arms import CONSTANTS, DEFAULT, DRAWN, NONE, TUNED, select
-from design import TASKS, Condition
+from design import TASKS, Condition, Task
 from tqdm import tqdm
 
 # A figure needs the course of few runs, at few steps.
@@ -94,13 +94,19 @@ def chosen_conditions(name: str, quick: bool) -> tuple[Condition, ...]:
 
 
 def run_all(
-    pool: ProcessPoolExecutor, jobs: list[Job], runs: results.Runs, folder: Path, progress: tqdm
+    pool: ProcessPoolExecutor,
+    jobs: list[Job],
+    runs: results.Runs,
+    folder: Path,
+    progress: tqdm,
+    task: Task | None = None,
 ) -> None:
     """Run what there is no result of yet, and save each result as it comes."""
     futures = {}
     for job in jobs:
+        seconds = (task or TASKS[job.task]).seconds
         if job.key in runs:
-            progress.update(TASKS[job.task].seconds)
+            progress.update(seconds)
         else:
             futures[pool.submit(perform, job)] = job
     for future in as_completed(futures):
@@ -108,7 +114,7 @@ def run_all(
         runs[job.key] = future.result()
         results.save(job.task, runs, folder)
         progress.set_postfix_str(f"{job.task}: {job.condition.name}, {job.arm}, seed {job.seed}")
-        progress.update(TASKS[job.task].seconds)
+        progress.update((task or TASKS[job.task]).seconds)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,14 @@ def make_optimizer(model: nn.Module, condition: Condition) -> torch.optim.Optimi
     return torch.optim.Adam(model.parameters(), condition.learning_rate)
 
 
+def share_of_rate(step: int, total: int) -> float:
+    """The learning rate's share of its largest: a linear warm-up over a tenth, then a cosine."""
+    warmup = max(1, total // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
 def train(
     model: nn.Module,
     condition: Condition,
@@ -51,12 +60,21 @@ def train(
     constant: float | None,
     batches: Iterator[Any],
     loss_of: Callable[[nn.Module, Any], Tensor],
-    evaluate: Callable[[nn.Module, str], float],
+    evaluate: Callable[[nn.Module, str], float] | None,
+    total_steps: int | None = None,
 ) -> Outcome:
-    """Train the model on all batches, or until its loss is not finite, and evaluate it."""
+    """Train the model on all batches, or until its loss is not finite, and evaluate it.
+
+    The number of steps is needed by the schedule of the variant `cosine` alone.
+    """
     begin = time.process_time()
     outcome = Outcome()
     optimizer = clipped_torch_optimizer(make_optimizer(model, condition), arm, constant)
+    schedule = None
+    if condition.variant == "cosine":
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(share_of_rate, total=total_steps)
+        )
     parameters = list(model.parameters())
     times, clipped = [], []
     for step, batch in enumerate(batches):
@@ -72,6 +90,8 @@ def train(
         start = time.process_time()
         optimizer.step()
         times[-1] += time.process_time() - start
+        if schedule is not None:
+            schedule.step()
         outcome.finite = bool(torch.isfinite(loss))
         if not outcome.finite:
             break
@@ -86,7 +106,7 @@ def train(
             elif constant is not None:
                 clipped.append(float(norm > constant))
     outcome.finite = outcome.finite and all(bool(p.isfinite().all()) for p in parameters)
-    if outcome.finite:
+    if outcome.finite and evaluate is not None:
         model.eval()
         with torch.no_grad():
             outcome.validation = evaluate(model, "validation")

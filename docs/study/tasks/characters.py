@@ -78,5 +78,6 @@ def run(
 ) -> Outcome:
     torch.manual_seed(seed)
     model = Transformer()
-    steps = batches(seed, 10 if quick else STEPS)
-    return train(model, condition, arm, constant, steps, loss_of, evaluate)
+    count = 10 if quick else STEPS
+    steps = batches(seed, count)
+    return train(model, condition, arm, constant, steps, loss_of, evaluate, count)
