@@ -24,6 +24,15 @@ TORCH: dict[str, Attack] = {}
 KERAS: dict[str, Attack] = {}
 
 
+def pipe(path: Path) -> None:
+    """Make a pipe that no process writes to."""
+    if not hasattr(os, "mkfifo"):
+        import pytest
+
+        pytest.skip("Windows has no such pipes")
+    os.mkfifo(path)
+
+
 def attack(kind: dict[str, Attack]) -> Callable[[Attack], Attack]:
     def add(function: Attack) -> Attack:
         kind[function.__name__] = function
@@ -236,13 +245,13 @@ def a_call(folder: Path) -> Path:
 
 @attack(TORCH)
 def a_pipe(folder: Path) -> Path:
-    os.mkfifo(folder / "run.pt")
+    pipe(folder / "run.pt")
     return folder / "run.pt"
 
 
 @attack(TORCH)
 def a_folder_whose_checkpoint_is_a_pipe(folder: Path) -> Path:
-    os.mkfifo(folder / "run.pt")
+    pipe(folder / "run.pt")
     return folder
 
 
@@ -254,7 +263,7 @@ def a_folder_whose_checkpoint_is_the_folder(folder: Path) -> Path:
 
 @attack(TORCH)
 def a_distributed_checkpoint(folder: Path) -> Path:
-    os.mkfifo(folder / ".metadata")
+    pipe(folder / ".metadata")
     return folder
 
 
@@ -427,7 +436,7 @@ def external_storage(folder: Path) -> Path:
 
 @attack(KERAS)
 def a_pipe_as_external_storage(folder: Path) -> Path:
-    os.mkfifo(folder / "pipe")
+    pipe(folder / "pipe")
     return hdf5(folder, shape=(100,), external=[(str(folder / "pipe"), 0, 100)])
 
 
@@ -436,7 +445,7 @@ def a_virtual_dataset(folder: Path) -> Path:
     import h5py
 
     path = folder / "model.weights.h5"
-    os.mkfifo(folder / "pipe")
+    pipe(folder / "pipe")
     layout = h5py.VirtualLayout(shape=(100,), dtype="u1")
     layout[:] = h5py.VirtualSource(str(folder / "pipe"), "state", shape=(100,))
     with h5py.File(path, "w") as file:
@@ -449,7 +458,7 @@ def a_link_to_another_file(folder: Path) -> Path:
     import h5py
 
     path = folder / "model.weights.h5"
-    os.mkfifo(folder / "pipe")
+    pipe(folder / "pipe")
     with h5py.File(path, "w") as file:
         file[PLACE] = h5py.ExternalLink(str(folder / "pipe"), "/state")
     return path
@@ -542,13 +551,13 @@ def a_keras_file_with_external_storage(folder: Path) -> Path:
 
 @attack(KERAS)
 def a_keras_file_that_is_a_pipe(folder: Path) -> Path:
-    os.mkfifo(folder / "model.keras")
+    pipe(folder / "model.keras")
     return folder / "model.keras"
 
 
 @attack(KERAS)
 def an_index_whose_shard_is_a_pipe(folder: Path) -> Path:
-    os.mkfifo(folder / "a.weights.h5")
+    pipe(folder / "a.weights.h5")
     (folder / "s.weights.json").write_text('{"weight_map": {"a": "a.weights.h5"}}')
     return folder / "s.weights.json"
 
@@ -580,7 +589,7 @@ def a_checkpoint_whose_data_is_a_pipe(folder: Path) -> Path:
     path = checkpoint(folder, tf.constant(state()))
     data = folder / "model.data-00000-of-00001"
     data.unlink()
-    os.mkfifo(data)
+    pipe(data)
     return path
 
 
@@ -617,7 +626,7 @@ def a_checkpoint_whose_text_claims_64_gib(folder: Path) -> Path:
 @attack(KERAS)
 def a_list_of_checkpoints_that_names_another_folder(folder: Path) -> Path:
     (folder / "elsewhere").mkdir()
-    os.mkfifo(folder / "elsewhere" / "model.index")
+    pipe(folder / "elsewhere" / "model.index")
     inner = folder / "checkpoints"
     inner.mkdir()
     (inner / "checkpoint").write_text(f'model_checkpoint_path: "{folder}/elsewhere/model"')

@@ -25,6 +25,10 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 HARNESS = Path(__file__).parent
+WHY_NO_FORK = {
+    "win32": "Windows has no os.fork",
+    "darwin": "macOS's frameworks crash in a forked process",
+}
 SECONDS = 240  # below pytest's limit; generous, for a busy machine
 
 
@@ -57,6 +61,10 @@ class ForkServer:
     """
 
     def __init__(self, preload: Path, python: tuple[str | Path, ...] = (sys.executable,)) -> None:
+        if sys.platform in WHY_NO_FORK:
+            import pytest  # the forked processes need none of it
+
+            pytest.skip(WHY_NO_FORK[sys.platform])
         self._process = subprocess.Popen(
             [*python, __file__, str(preload)],
             stdin=subprocess.PIPE,

@@ -50,6 +50,10 @@ def check_agreement(root: Path) -> tuple[str, str]:
     assert written(root, "README.md", r"\[Documentation\]\(([^)]*)\)") == site
     assert written(root, "README.md", r"\[Issues\]\(([^)]*)\)") == f"{repository}/issues"
     assert written(root, "README.md", r"\[Changelog\]\(([^)]*)\)") == f"{site}changelog/"
+    for project in PROJECTS[1:]:
+        readme = f"{project}/README.md"
+        assert written(root, readme, r"\[Documentation\]\(([^)]*)\)") == site
+        assert written(root, readme, r"\[Changelog\]\(([^)]*)\)") == f"{site}changelog/"
     links = re.findall(r"\]\((https://[^)]*)\)", (root / "CHANGELOG.md").read_text("utf-8"))
     assert all(link.startswith((site, "https://keepachangelog.com/")) for link in links)
     return site, repository
