@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from autoclip.core._settings.mode import Mode
@@ -69,7 +70,7 @@ class Groups(ABC, Generic[ParameterT]):
 
     def parameters(self) -> list[ParameterT]:
         """The parameters of all groups, group by group, as they are now."""
-        return [parameter for group in self.by_group() for parameter in group]
+        return [*chain.from_iterable(self.by_group())]
 
     @property
     def sizes(self) -> list[int]:
@@ -81,8 +82,8 @@ class Groups(ABC, Generic[ParameterT]):
         return parameter_names([group.names for group in self._groups])
 
     @abstractmethod
-    def shape_of(self, parameter: ParameterT) -> tuple[int, ...]:
-        """A parameter's shape: of the whole parameter where it is sharded."""
+    def shape_of(self, parameter: ParameterT) -> tuple[int, ...] | None:
+        """A parameter's shape: of the whole parameter where it is sharded; None if not known yet."""
 
     # -- rows --------------------------------------------------------------------------------
 

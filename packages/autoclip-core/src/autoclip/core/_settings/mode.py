@@ -76,6 +76,10 @@ class Mode(str, Enum):
         """True if there is one row, however many groups and parameters there are."""
         return self is Mode.GLOBAL
 
+    def rows_of(self, size: int) -> int:
+        """The number of rows that a group of `size` parameters has of its own."""
+        return {Mode.PARAMETER: size, Mode.GROUP: 1, Mode.GLOBAL: 0}[self]
+
     def rows_by_group(self, sizes: Sequence[int]) -> list[range]:
         """The rows of each group.
 
@@ -85,8 +89,7 @@ class Mode(str, Enum):
         if self is Mode.GLOBAL:
             return [range(1) for _ in sizes]
         rows, start = [], 0
-        for size in sizes:
-            count = size if self is Mode.PARAMETER else 1
+        for count in map(self.rows_of, sizes):
             rows.append(range(start, start + count))
             start += count
         return rows
