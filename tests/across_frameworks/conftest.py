@@ -13,7 +13,7 @@ from torch import nn
 
 import autoclip.tf
 import autoclip.torch
-from autoclip.torch import _rows
+from autoclip.torch import _ops
 
 LENGTH = 6
 RULES = {
@@ -116,5 +116,5 @@ def direction(request: pytest.FixtureRequest) -> tuple[type[Any], type[Any]]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Torch's two paths: as on the CPU, and as on a GPU; see the tests of autoclip.torch."""
     if request.param == "device":
-        monkeypatch.setattr(_rows, "uses_numpy", lambda device: False)
+        monkeypatch.setattr(_ops, "uses_numpy", lambda device: False)
     return str(request.param)

@@ -36,7 +36,7 @@ import autoclip.tf
 import autoclip.torch
 from autoclip.core import GroupState, History, ParameterInfo, Quantile, Standard, State, StateError
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import _rows
+from autoclip.torch import _ops
 
 MOST_GROUPS = 4
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -129,7 +129,7 @@ class Torch(Side):
                 parameter.grad = torch.full_like(parameter, value)
         thresholds, coefficients = self.thresholds(), np.ones(len(gradients))
         self.clipper.step()
-        for rows, report in self.clipper._pipeline.reports:  # `last` rounds to float32
+        for rows, report in self.clipper._reports:  # `last` rounds to float32
             thresholds[rows], coefficients[rows] = report.thresholds, report.coefficients
         return thresholds, coefficients
 
@@ -143,7 +143,7 @@ class Torch(Side):
 
     def thresholds(self) -> Any:
         found = np.empty(len(self.parameters))
-        for rows, values in self.clipper._pipeline.thresholds():
+        for rows, values in self.clipper._histories.thresholds():
             found[rows] = values
         return found
 
@@ -152,7 +152,7 @@ class TorchOnDevice(Torch):
     """As on an accelerator, see `path` in conftest.py."""
 
     def active(self) -> AbstractContextManager[Any]:
-        return mock.patch.object(_rows, "uses_numpy", return_value=False)
+        return mock.patch.object(_ops, "uses_numpy", return_value=False)
 
 
 class TensorFlow(Side):

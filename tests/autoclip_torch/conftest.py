@@ -7,7 +7,7 @@ import _codecs
 import pytest
 import torch
 
-from autoclip.torch import _rows
+from autoclip.torch import _ops
 
 if torch.__version__ < "2.5":
     # As docs/security.md says; later versions allow bytes in files that are loaded weights_only.
@@ -23,5 +23,5 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         def never(device: torch.device) -> bool:
             return False
 
-        monkeypatch.setattr(_rows, "uses_numpy", never)
+        monkeypatch.setattr(_ops, "uses_numpy", never)
     return name

@@ -17,8 +17,8 @@ from torch.optim import SGD
 
 from autoclip.core import History, Quantile, Standard
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import Clipper, QuantileClip, StandardClip, _history, _rows
-from autoclip.torch._history import TensorHistory
+from autoclip.torch import Clipper, QuantileClip, StandardClip, _histories, _ops
+from autoclip.torch._histories import TensorHistory
 
 SHAPES = [(3,), (4, 70), ()]
 LENGTH = 5
@@ -312,7 +312,7 @@ def test_both_paths_agree(rule: str, global_clipping: bool, stream: list[float])
     results = []
     for numpy in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_rows, "uses_numpy", lambda device, numpy=numpy: numpy)
+            patch.setattr(_ops, "uses_numpy", lambda device, numpy=numpy: numpy)
             weight = parameter(1)
             clipper = RULES[rule][0]([weight], global_clipping=global_clipping)
             gradients = []
@@ -321,7 +321,7 @@ def test_both_paths_agree(rule: str, global_clipping: bool, stream: list[float])
                 clipper.step()
                 gradients.append(weight.grad)
             kind = History if numpy else TensorHistory
-            assert isinstance(clipper._pipeline.rows.batches[0].history, kind)
+            assert isinstance(clipper._histories.storages[0].history, kind)
             results.append((clipper.state_dict(), clipper.last, torch.cat(gradients)))
     (state, report, gradients), (other_state, other_report, other_gradients) = results
     assert state == other_state
@@ -339,7 +339,7 @@ def test_both_paths_agree(rule: str, global_clipping: bool, stream: list[float])
 def test_a_long_history_on_a_device_grows_with_use_and_stays_right(
     rule: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_history, "_ALLOCATE_AT_ONCE", 0)
+    monkeypatch.setattr(_histories, "_ALLOCATE_AT_ONCE", 0)
     settings_of_rows = [GroupSettings(RULES[rule][1], length)] * 3
     ours = TensorHistory(settings_of_rows, torch.device("cpu"))
     core = History.of(settings_of_rows)
@@ -384,7 +384,7 @@ def test_a_history_that_grows_is_refused_in_a_cuda_graph_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Replays go past the room that there was when the graph was captured."""
-    monkeypatch.setattr(_history, "_ALLOCATE_AT_ONCE", 100)
+    monkeypatch.setattr(_histories, "_ALLOCATE_AT_ONCE", 100)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for length, fits in ((25, True), (26, False)):
         history = TensorHistory([GroupSettings(Quantile(0.5), length)], torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import hypothesis.extra.numpy as npst
 import numpy as np
@@ -15,25 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autoclip.torch import _norms
-from autoclip.torch._norms import cpu_norms, device_norms
-from autoclip.torch._plan import CpuPlan, DevicePlan, Plan
+from autoclip.torch import _ops
+from autoclip.torch._layout import Layout, norms
+from autoclip.torch._layout.norms import CpuNorms, DeviceNorms
 
 CPU = torch.device("cpu")
 Measure = Callable[[Sequence["Tensor | None"]], npt.NDArray[np.float64]]
 
 
 def on_cpu(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    return cpu_norms(gradients)
+    return CpuNorms(gradients).of(gradients)
 
 
 def on_device(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    return device_norms(gradients, CPU).numpy()
+    return DeviceNorms(gradients, CPU).of(gradients).numpy()
 
 
 @pytest.fixture(params=[on_cpu, on_device], ids=["cpu", "device"])
 def measure(request: pytest.FixtureRequest) -> Measure:
-    """`cpu_norms`, or `device_norms` on CPU tensors."""
+    """Norms in NumPy, or by a device's operations on CPU tensors."""
     chosen: Measure = request.param
     return chosen
 
@@ -60,11 +61,11 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 def test_forty_million_elements_and_an_outlier() -> None:
     gradient = normal((1000, 1000)).repeat(40, 1)
     square = 40 * float(gradient[:1000].double().square().sum())
-    assert cpu_norms([gradient])[0] == pytest.approx(math.sqrt(square), rel=1e-6)
+    assert on_cpu([gradient])[0] == pytest.approx(math.sqrt(square), rel=1e-6)
     # One element that outweighs a tenth of the others: running sums lose what is beside it.
     square += 2000.0**2 - float(gradient[17, 3]) ** 2
     gradient[17, 3] = 2000.0
-    assert cpu_norms([gradient])[0] == pytest.approx(math.sqrt(square), rel=1e-6)
+    assert on_cpu([gradient])[0] == pytest.approx(math.sqrt(square), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -76,7 +77,7 @@ def test_float32_and_float64_on_the_cpu(
     gradient = normal((size,), dtype)
     if outlier is not None:
         gradient[size // 3] = outlier
-    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+    assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex32])
@@ -86,7 +87,7 @@ def test_sixteen_bits_on_the_cpu(dtype: torch.dtype, size: int, outlier: float |
     gradient = normal((size,), dtype)
     if outlier is not None:
         gradient[size // 3] = outlier
-    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-3)
+    assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +144,15 @@ SIZES = {
 def test_tiny_and_huge_elements_on_the_cpu(dtype: torch.dtype, size: float, count: int) -> None:
     gradient = torch.full((count,), size, dtype=torch.float64).to(dtype)
     assert 0.0 < exact(gradient) < math.inf
-    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+    assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
 
 
 def test_tiny_beside_huge_elements_on_the_cpu() -> None:
     gradient = torch.full((1000,), 1e-30)
     gradient[7] = 1e-10  # its square is a normal number, the others' are not
-    assert cpu_norms([gradient])[0] == pytest.approx(1e-10, rel=1e-6)
+    assert on_cpu([gradient])[0] == pytest.approx(1e-10, rel=1e-6)
     gradient[8] = 1e30
-    assert cpu_norms([gradient])[0] == pytest.approx(1e30, rel=1e-6)
+    assert on_cpu([gradient])[0] == pytest.approx(1e30, rel=1e-6)
 
 
 def test_a_finite_gradient_has_a_finite_norm_even_beyond_float64(measure: Measure) -> None:
@@ -252,15 +253,15 @@ def test_a_dense_gradient_in_another_order_is_not_copied(
     )
     assert not gradient.is_contiguous()
     pointers = []
-    flat = _norms._flat
+    flat = norms._flat
 
     def spy(values: Tensor) -> Tensor:
         result = flat(values)
         pointers.append(result.data_ptr())
         return result
 
-    monkeypatch.setattr(_norms, "_flat", spy)
-    assert cpu_norms([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
+    monkeypatch.setattr(norms, "_flat", spy)
+    assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
     assert pointers == [gradient.data_ptr()]
 
 
@@ -334,8 +335,8 @@ def test_mixed_dtypes_and_layouts_keep_their_places(measure: Measure) -> None:
 
 def test_a_gradient_measures_the_same_alone_and_among_others() -> None:
     gradients = [normal((size,), seed=size) for size in (1, 10, 256, 1000, 5000)]
-    together = cpu_norms(gradients)
-    assert together.tolist() == [cpu_norms([gradient])[0] for gradient in gradients]
+    together = on_cpu(gradients)
+    assert together.tolist() == [on_cpu([gradient])[0] for gradient in gradients]
 
 
 def test_gradients_that_fill_several_buffers() -> None:
@@ -347,7 +348,7 @@ def test_gradients_that_fill_several_buffers() -> None:
         gradients.append(normal(shape, dtype, seed=k) if k % 11 else None)
     gradients += [normal((300, 700 + k), seed=k) for k in range(3)]
     expected = [0.0 if g is None else exact(g) for g in gradients]
-    for found in (cpu_norms(gradients).tolist(), device_norms(gradients, CPU).tolist()):
+    for found in (on_cpu(gradients).tolist(), on_device(gradients).tolist()):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -365,8 +366,9 @@ def never(index: int) -> Tensor:
     raise AssertionError(f"gradient {index} shares no memory")
 
 
-def make_plan(gradients: Sequence[Tensor | None], numpy: bool) -> Plan:
-    return Plan(gradients, uses_numpy=lambda device: numpy)
+def make_layout(gradients: Sequence[Tensor | None], numpy: bool) -> Layout:
+    with mock.patch.object(_ops, "uses_numpy", return_value=numpy):
+        return Layout(gradients)
 
 
 @given(
@@ -375,14 +377,14 @@ def make_plan(gradients: Sequence[Tensor | None], numpy: bool) -> Plan:
     st.booleans(),
     st.booleans(),
 )
-def test_a_plan_measures_and_scales_like_one_gradient_at_a_time(
+def test_a_layout_measures_and_scales_like_one_gradient_at_a_time(
     gradients: list[Tensor | None], factors: list[float], numpy: bool, shared: bool
 ) -> None:
-    plan = make_plan(gradients, numpy)
+    layout = make_layout(gradients, numpy)
     coefficients = np.array(factors[: 1 if shared else len(gradients)])
     before = [None if g is None else g.clone() for g in gradients]
-    for part in plan.devices.values():
-        if isinstance(part, CpuPlan):
+    for part in layout.parts.values():
+        if isinstance(part.norms, CpuNorms):
             norms = part.norms.of(gradients)
             part.scaling.apply(gradients, coefficients, never)
         else:
@@ -399,16 +401,16 @@ def test_a_plan_measures_and_scales_like_one_gradient_at_a_time(
 
 
 @pytest.mark.parametrize("numpy", [True, False])
-def test_a_plan_is_followed_again_and_again(numpy: bool) -> None:
+def test_a_layout_is_used_again_and_again(numpy: bool) -> None:
     shapes = [(3,), (4, 5), (70000,), (513, 512), (40,)]
-    plan = make_plan([normal(shape) for shape in shapes], numpy)
+    layout = make_layout([normal(shape) for shape in shapes], numpy)
     for step in range(4):
         gradients = [normal(shape, seed=step) for shape in shapes]
-        assert plan.fits(gradients)
-        part = plan.devices[CPU]
+        assert layout.fits(gradients)
+        part = layout.parts[CPU]
         coefficients = np.where(np.arange(5) == step, 0.5, 1.0)
         expected = [exact(g) * c for g, c in zip(gradients, coefficients)]
-        if isinstance(part, CpuPlan):
+        if isinstance(part.norms, CpuNorms):
             part.scaling.apply(gradients, coefficients, never)
             assert part.norms.of(gradients).tolist() == pytest.approx(expected, rel=1e-6)
         else:
@@ -416,11 +418,11 @@ def test_a_plan_is_followed_again_and_again(numpy: bool) -> None:
             assert part.norms.of(gradients).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_a_plan_does_not_fit() -> None:
+def test_what_a_layout_does_not_fit() -> None:
     gradients: list[Tensor | None] = [normal((6, 4)), None, normal((8,))]
-    plan = make_plan(gradients, True)
-    assert plan.fits([normal((6, 4), seed=1), None, normal((8,), seed=1)])
-    assert plan.fits([normal((4, 6)).T, None, normal((16,))[::2]])
+    layout = make_layout(gradients, True)
+    assert layout.fits([normal((6, 4), seed=1), None, normal((8,), seed=1)])
+    assert layout.fits([normal((4, 6)).T, None, normal((16,))[::2]])
     for other in (
         [normal((6, 4)), None],
         [normal((6, 4)), None, None],
@@ -432,7 +434,7 @@ def test_what_a_plan_does_not_fit() -> None:
         [normal((6, 4)), None, normal((8,)).to("meta")],
         [normal((6, 4)), None, torch.nn.Parameter(normal((8,)))],
     ):
-        assert not plan.fits(other)
+        assert not layout.fits(other)
 
 
 @pytest.mark.parametrize("numpy", [True, False])
@@ -443,8 +445,8 @@ def test_views_are_scaled_in_place(numpy: bool, name: str) -> None:
     gradient = views()[name].clone(memory_format=torch.preserve_format)
     gradient = gradient if name in ("transposed", "channels last") else views()[name]
     before = gradient.resolve_conj().resolve_neg().clone()
-    part = make_plan([gradient, None], numpy).devices[CPU]
-    if isinstance(part, DevicePlan):
+    part = make_layout([gradient, None], numpy).parts[CPU]
+    if isinstance(part.norms, DeviceNorms):
         part.scaling.apply([gradient, None], torch.tensor([0.5, 0.5]), never)
     else:
         part.scaling.apply([gradient, None], np.array([0.5, 0.5]), never)
@@ -463,9 +465,9 @@ def test_other_layouts_and_dtypes_are_scaled(numpy: bool, shared: bool) -> None:
         torch.ones(()).to(torch.float8_e5m2),
     ]
     before = [exact(gradient.clone()) for gradient in gradients]
-    part = make_plan(gradients, numpy).devices[CPU]
+    part = make_layout(gradients, numpy).parts[CPU]
     coefficients = np.full(1 if shared else len(gradients), 0.5)
-    if isinstance(part, CpuPlan):
+    if isinstance(part.norms, CpuNorms):
         part.scaling.apply(gradients, coefficients, never)
     else:
         part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
@@ -479,8 +481,8 @@ def test_other_layouts_and_dtypes_are_scaled(numpy: bool, shared: bool) -> None:
 def test_tiny_coefficients_zero_no_gradient(numpy: bool, dtype: torch.dtype, size: int) -> None:
     gradient = torch.full((size,), 1e30).to(dtype)
     coefficient = 1e-42
-    part = make_plan([gradient, None], numpy).devices[CPU]
-    if isinstance(part, CpuPlan):
+    part = make_layout([gradient, None], numpy).parts[CPU]
+    if isinstance(part.norms, CpuNorms):
         part.scaling.apply([gradient, None], np.array([coefficient, 1.0]), never)
         assert gradient.double().tolist() == pytest.approx([1e-12] * size, rel=1e-2)
     else:
@@ -496,7 +498,7 @@ def test_only_broken_gradients_are_zeroed(numpy: bool, dtype: torch.dtype) -> No
     gradients[2][1, 1] = math.nan  # type: ignore[index]
     gradients[4][7] = math.inf  # type: ignore[index]
     before = [None if g is None else g.clone() for g in gradients]
-    part = make_plan(gradients, numpy).devices[CPU]
+    part = make_layout(gradients, numpy).parts[CPU]
     part.scaling.zero_nonfinite(gradients, part.norms.of(gradients), never)  # type: ignore[arg-type]
     for i in (0, 3):
         assert torch.equal(gradients[i], before[i])  # type: ignore[arg-type]
@@ -510,12 +512,14 @@ def test_gradients_without_memory_are_left_alone(numpy: bool) -> None:
 
     with FakeTensorMode():
         gradients: list[Tensor | None] = [torch.ones(3), torch.ones(70000), None]
-        part = make_plan(gradients, numpy).devices[CPU]
+        part = make_layout(gradients, numpy).parts[CPU]
         norms = part.norms.of(gradients)
         assert norms.shape == (3,)
         coefficients = np.full(3, 0.5)
         part.scaling.apply(  # type: ignore[arg-type]
-            gradients, coefficients if isinstance(part, CpuPlan) else torch.full((3,), 0.5), never
+            gradients,
+            coefficients if isinstance(part.norms, CpuNorms) else torch.full((3,), 0.5),
+            never,
         )
-    # A plan of fake gradients is not one for real ones of the same shapes.
-    assert not make_plan(gradients, numpy).fits([torch.ones(3), torch.ones(70000), None])
+    # A layout of fake gradients is not one for real ones of the same shapes.
+    assert not make_layout(gradients, numpy).fits([torch.ones(3), torch.ones(70000), None])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoclip.torch._plan import DevicePlan, Plan
+from autoclip.torch import _ops
+from autoclip.torch._layout import Layout
 
 CPU = torch.device("cpu")
 
@@ -69,31 +71,30 @@ def mixed_sizes(dtype: torch.dtype, small: int = 104, large: int = 57) -> list[T
     return [gradient.to(dtype) for gradient in gradients]
 
 
-def plan_of(gradients: list[Tensor | None]) -> DevicePlan:
-    plan = Plan(gradients, uses_numpy=lambda device: False).devices[CPU]
-    assert isinstance(plan, DevicePlan)
-    return plan
+def part_of(gradients: list[Tensor | None]) -> Any:
+    with mock.patch.object(_ops, "uses_numpy", return_value=False):
+        return Layout(gradients).parts[CPU]
 
 
 def never(index: int) -> Tensor:
     raise AssertionError(f"gradient {index} shares no memory")
 
 
-def clip_each(plan: DevicePlan, gradients: list[Tensor | None], shared: bool) -> None:
-    norms = plan.norms.of(gradients)
+def clip_each(part: Any, gradients: list[Tensor | None], shared: bool) -> None:
+    norms = part.norms.of(gradients)
     coefficients = (1.0 / norms).clamp(max=1.0)
-    plan.scaling.apply(gradients, coefficients[:1] if shared else coefficients, never)
+    part.scaling.apply(gradients, coefficients[:1] if shared else coefficients, never)
 
 
-def clip_each_and_zero(plan: DevicePlan, gradients: list[Tensor | None], shared: bool) -> None:
-    norms = plan.norms.of(gradients)
-    plan.scaling.zero_nonfinite(gradients, norms, never)
+def clip_each_and_zero(part: Any, gradients: list[Tensor | None], shared: bool) -> None:
+    norms = part.norms.of(gradients)
+    part.scaling.zero_nonfinite(gradients, norms, never)
     coefficients = (1.0 / norms).clamp(max=1.0)
-    plan.scaling.apply(gradients, coefficients[:1] if shared else coefficients, never)
+    part.scaling.apply(gradients, coefficients[:1] if shared else coefficients, never)
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-Step = Callable[[DevicePlan, "list[Tensor | None]", bool], None]
+Step = Callable[[Any, "list[Tensor | None]", bool], None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,9 +104,9 @@ def test_a_step_waits_for_nothing_and_launches_little(
     dtype: torch.dtype, shared: bool, step: Step
 ) -> None:
     gradients: list[Tensor | None] = [*mixed_sizes(dtype)]
-    plan = plan_of(gradients)
+    part = part_of(gradients)
     with operations() as names:
-        step(plan, gradients, shared)
+        step(part, gradients, shared)
     assert not WAITING & set(names)
     parameters = [torch.zeros_like(gradient, requires_grad=True) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients):
@@ -122,9 +123,9 @@ def test_small_gradients_are_free(dtype: torch.dtype) -> None:
     counts = []
     for small in (10, 500):
         gradients: list[Tensor | None] = [*mixed_sizes(dtype, small=small, large=3)]
-        plan = plan_of(gradients)
+        part = part_of(gradients)
         with operations() as names:
-            clip_each_and_zero(plan, gradients, False)
+            clip_each_and_zero(part, gradients, False)
         counts.append(len(names))
     assert counts[0] == counts[1]
 
@@ -141,14 +142,14 @@ def test_the_mode_sees_what_waits() -> None:
 
 def test_buffers_stay_where_a_captured_graph_found_them() -> None:
     gradients: list[Tensor | None] = [*mixed_sizes(torch.float32, large=2)]
-    plan = plan_of(gradients)
+    part = part_of(gradients)
 
     def addresses() -> list[int]:
-        parts = plan.scaling._plain[torch.float32].small
+        parts = part.scaling._plain[torch.float32].small
         return [t.data_ptr() for part in parts for t in (part.buffer, part.order, part.sizes)]
 
     before = addresses()
     assert before
     for _ in range(2):
-        clip_each_and_zero(plan, gradients, False)
+        clip_each_and_zero(part, gradients, False)
     assert addresses() == before

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoclip.core import History, Quantile, Rule, Standard, register_rule, setting
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import Clipper, QuantileClip, StandardClip, _rows
-from autoclip.torch._history import TensorHistory
+from autoclip.torch import Clipper, QuantileClip, StandardClip, _ops
+from autoclip.torch._histories import TensorHistory
 
 CPU = torch.device("cpu")
 
@@ -505,7 +505,7 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fres
 def test_a_step_on_a_device_waits_for_nothing(
     mode: dict[str, Any], choice: dict[str, Any], rule: Rule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_rows, "uses_numpy", lambda device: False)
+    monkeypatch.setattr(_ops, "uses_numpy", lambda device: False)
     ours = parameters(4)
     groups = [{"params": ours[:1], "max_norm": 3.0}, {"params": ours[1:]}]
     if mode.get("global_clipping"):

@@ -21,7 +21,7 @@ from torch.optim import SGD
 
 from autoclip.core import GroupState, History, ParameterInfo, Quantile, State
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError, _history, _rows
+from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError, _histories, _ops
 
 LENGTH = 6
 SHAPES = [(3,), (4, 70), (1,)]
@@ -156,8 +156,8 @@ def test_the_same_past_gives_the_same_bytes(
     for norms in stream:
         step(clipper, norms)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_history, "_ALLOCATE_AT_ONCE", 0)
-        patch.setattr(_history, "_FIRST_CAPACITY", 1)
+        patch.setattr(_histories, "_ALLOCATE_AT_ONCE", 0)
+        patch.setattr(_histories, "_FIRST_CAPACITY", 1)
         current = RULES[rule](parameters(), global_clipping=global_clipping)
         for norms in stream:
             step(current, norms)
@@ -219,7 +219,7 @@ def test_it_goes_on_on_the_other_path(
             (stream[:cut], starts_in_numpy),
             (stream[cut:], not starts_in_numpy),
         ):
-            patch.setattr(_rows, "uses_numpy", lambda device, answer=in_numpy: answer)
+            patch.setattr(_ops, "uses_numpy", lambda device, answer=in_numpy: answer)
             clipper = RULES[rule](parameters([(1,)]), global_clipping=global_clipping)
             if state is not None:
                 clipper.load_state_dict(state)

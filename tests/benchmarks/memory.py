@@ -18,7 +18,7 @@ import torch
 from autoclip.core import History, Quantile, Rule, Standard
 from autoclip.core.adapter import ClipperSettings, GroupSettings
 from autoclip.tf._history import TensorHistory as TensorFlowHistory
-from autoclip.torch._history import TensorHistory as TorchHistory
+from autoclip.torch._histories import TensorHistory as TorchHistory
 
 RULES = (Quantile(), Standard())
 SIZES = ((1, 1_000), (1, 100_000), (160, 1_000), (160, 10_000))

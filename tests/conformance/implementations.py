@@ -156,11 +156,10 @@ def torch_host(file: File) -> Rows:
         for parameter, value in zip(parameters, step):
             parameter.grad = None if value is None else torch.tensor([value])
         clipper.step()
-        pipeline = clipper._pipeline  # `last` rounds to float32
         thresholds, coefficients = np.empty(len(rows)), np.ones(len(rows))
-        for places, values in pipeline.thresholds():
+        for places, values in clipper._histories.thresholds():
             thresholds[places] = values
-        for places, report in pipeline.reports:
+        for places, report in clipper._reports:  # `last` rounds to float32
             thresholds[places], coefficients[places] = report.thresholds, report.coefficients
         reports.append((thresholds, coefficients))
         clipped.append([None if p.grad is None else p.grad.item() for p in parameters])
@@ -169,9 +168,9 @@ def torch_host(file: File) -> Rows:
 
 def torch_device(file: File) -> Rows:
     """Histories as tensors, as for parameters on an accelerator; here on the CPU."""
-    from autoclip.torch import _rows
+    from autoclip.torch import _ops
 
-    with mock.patch.object(_rows, "uses_numpy", return_value=False):
+    with mock.patch.object(_ops, "uses_numpy", return_value=False):
         return torch_host(file)
 
 

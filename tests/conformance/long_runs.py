@@ -83,7 +83,7 @@ def through_core(name: str, rule: Rule, rows: int, steps: int = 10**6) -> None:
 def through_torch(name: str, rule: Rule, on_device: bool) -> None:
     import torch
 
-    from autoclip.torch import Clipper, _rows
+    from autoclip.torch import Clipper, _ops
 
     torch.set_num_threads(1)
     parameters = [torch.zeros(16, requires_grad=True) for _ in range(4)]
@@ -100,7 +100,7 @@ def through_torch(name: str, rule: Rule, on_device: bool) -> None:
     def uses_numpy(device: torch.device) -> bool:  # a Mock would remember all calls
         return not on_device
 
-    with mock.patch.object(_rows, "uses_numpy", uses_numpy):
+    with mock.patch.object(_ops, "uses_numpy", uses_numpy):
         run(name, rule, 100_000, len(parameters), record)
 
 

@@ -80,8 +80,8 @@ assert "torch" not in sys.modules
 IMPORT_AND_LOCATE = """
 import autoclip.torch
 from autoclip.torch import QuantileClip
-import autoclip.torch._named
-assert QuantileClip is autoclip.torch._named.QuantileClip
+import autoclip.torch._clipper
+assert QuantileClip is autoclip.torch._clipper.QuantileClip
 print(autoclip.torch.__file__)
 """
 

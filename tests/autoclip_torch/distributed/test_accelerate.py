@@ -113,7 +113,7 @@ def test_one_record_a_step_and_the_norms_of_one_process(kind, global_clipping):
             )
         clipped += int((theirs.clipper.last.coefficients < 1).sum())
     assert clipped
-    assert set(loop.clipper._pipeline.rows.read()[1]) == {STEPS}
+    assert set(loop.clipper.export_state().by_row()[1]) == {STEPS}
     assert_same_everywhere(loop.clipper)
 
 

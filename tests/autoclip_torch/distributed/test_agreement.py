@@ -153,7 +153,7 @@ def assert_identical_after(steps: int, spread: Any, net: Any, place: int, places
             clipped[i] += (clipper.last.coefficients < 1).sum()
     assert clipped.min() > steps / 7
     for clipper in (optimizer.clipper, globally):
-        assert int(clipper._pipeline.rows.read()[1].max()) == steps
+        assert int(clipper.export_state().by_row()[1].max()) == steps
         assert_same_everywhere(clipper)
 
 

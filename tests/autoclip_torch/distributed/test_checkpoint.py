@@ -120,6 +120,6 @@ def test_reading_an_optimizer_before_its_first_step_records_nothing(global_clipp
         torch.optim.Adam(model.parameters()), global_clipping=global_clipping
     )
     get_optimizer_state_dict(model, optimizer)
-    assert optimizer.clipper._pipeline.rows.read()[1].max() == 0
+    assert optimizer.clipper.export_state().by_row()[1].max() == 0
     train(model, optimizer, 0, (dist.get_rank(), 2))
-    assert optimizer.clipper._pipeline.rows.read()[1].max() == STEPS
+    assert optimizer.clipper.export_state().by_row()[1].max() == STEPS

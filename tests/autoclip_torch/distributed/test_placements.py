@@ -154,7 +154,7 @@ def test_extreme_norms():
     clipper.step()
     expected = torch.tensor([1e-35, 1e-16, 1e18, 1e38]) * 8**0.5
     torch.testing.assert_close(clipper.last.norms[:4], expected, rtol=1e-5, atol=0)
-    assert [len(w) for w in clipper._pipeline.rows.read()[0]] == [1, 1, 1, 1, 0]
+    assert [len(w) for w in clipper.export_state().by_row()[0]] == [1, 1, 1, 1, 0]
     assert full(huge.grad).min() == 1e300  # too large to be recorded, and left alone
 
 
@@ -186,7 +186,7 @@ def test_nonfinite_on_one_rank_is_nonfinite_on_all(placement, global_clipping):
         else:
             torch.testing.assert_close(weight.grad.to_local(), before, equal_nan=True)
         assert other.grad.to_local().any()
-        recorded = [len(window) for window in clipper._pipeline.rows.read()[0]]
+        recorded = [len(window) for window in clipper.export_state().by_row()[0]]
         if global_clipping:  # zeroed, the gradient leaves a norm
             expected = [1] if on_nonfinite == "zero" else [0]
         else:
@@ -214,7 +214,7 @@ def test_placements_that_change_raise_on_all_ranks():
     clipper.step()
     weight.grad = placed(torch.ones(8), mesh, [Replicate()])
     clipper.step()
-    assert clipper._pipeline.rows.read()[1] == [2]
+    assert clipper.export_state().by_row()[1] == [2]
 
 
 @pytest.mark.processes(2)

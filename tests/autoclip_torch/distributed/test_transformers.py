@@ -96,7 +96,7 @@ def test_resuming_is_as_never_stopping(by, tmp_path):
     whole.train()
     assert all(isinstance(p, DTensor) for p in whole.model.parameters())
     expected = whole.optimizer.optimizer.clipper
-    assert set(expected._pipeline.rows.read()[1]) == {STEPS}
+    assert set(expected.export_state().by_row()[1]) == {STEPS}
     assert_same_everywhere(expected)
     checkpoint = folder / "checkpoint-3"
     assert not (checkpoint / "optimizer.pt").exists()

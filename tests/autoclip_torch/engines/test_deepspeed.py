@@ -171,7 +171,7 @@ def test_a_step_is_one_record_whatever_is_accumulated(stage):
             train(engine, part, weight)
         reference.train(batch, weight)
         assert_equal_reports(clipper, reference.clipper, 1e-5)
-    assert int(clipper._history.recorded[0]) == STEPS
+    assert int(clipper.export_state().by_row()[1][0]) == STEPS
 
 
 @pytest.mark.processes(1, 2)

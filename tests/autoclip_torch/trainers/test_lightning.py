@@ -525,7 +525,7 @@ def test_several_optimizers_have_a_clipper_each(tmp_path: Path) -> None:
         tmp_path, AutoClipCallback(**SETTINGS), max_epochs=1, logger=recorder.logger(tmp_path)
     )
     fit(Adversarial(), trainer)
-    assert [len(o.clipper._pipeline.rows) for o in trainer.optimizers] == [2, 2]
+    assert [len(o.clipper.export_state().row_names) for o in trainer.optimizers] == [2, 2]
     names = {f"{name}/{i}" for name in NAMES for i in range(2)}
     assert all(recorder.rows[step].keys() >= names for step in range(BATCHES))
     assert all(not recorder.rows[step].keys() & NAMES for step in range(BATCHES))

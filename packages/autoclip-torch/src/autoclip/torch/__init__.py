@@ -10,8 +10,7 @@
 
 from autoclip.core import Report, StateError, __version__
 from autoclip.core.adapter import AttachmentHandle
-from autoclip.torch._clipper import Clipper
-from autoclip.torch._named import QuantileClip, StandardClip
+from autoclip.torch._clipper import Clipper, QuantileClip, StandardClip
 
 __all__ = [
     "AttachmentHandle",

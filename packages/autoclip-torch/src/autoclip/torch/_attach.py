@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
 from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import wrapped_optimizers
 from autoclip.torch._private import disable_dynamo, is_fake
-from autoclip.torch._step import StepResult
 
-__all__ = ["STATE_KEY", "Attachment", "check_optimizer"]
+__all__ = ["STATE_KEY", "Attachment", "StepResult", "check_optimizer"]
 
 STATE_KEY = "autoclip"
 """Where a clipper's state is in its optimizer's `state_dict()`."""
@@ -31,31 +30,44 @@ STATE_KEY = "autoclip"
 _SAM_STEPS = ("first_step", "second_step")
 
 
-class Steps(Protocol):
-    """What an attachment calls before each update: a clipper's `Pipeline`, or an engine."""
+class StepResult(NamedTuple):
+    """The result of a step besides scaled gradients.
 
-    def step(
+    Attributes:
+        norm: of all gradients together before clipping: a number, or 0-d on a device.
+        skipped: parameters with `on_spike="skip"` and a norm above the threshold, and their
+            gradients, as they were. The parameters have no gradient now.
+        skips_update: bool, 0-d and on the device: True if no parameter is to be updated. Only if
+            `defers_skip` was given; the host does not know it.
+    """
+
+    norm: Tensor | float
+    skipped: Sequence[tuple[Tensor, Tensor]] = ()
+    skips_update: Tensor | None = None
+
+
+class Attachable(Protocol):
+    """The part of a clipper that an attachment calls.
+
+    Attributes:
+        may_lack_history: True if the first step must warn if the history is empty, since the
+            optimizer had been trained when the clipper was attached.
+    """
+
+    may_lack_history: bool
+
+    def _step(
         self,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         *,
         defers_skip: bool = False,
     ) -> StepResult:
-        """See `Pipeline.step`."""
+        """Clip the gradients."""
 
-
-class Stateful(Protocol):
-    """What an attachment needs of a clipper to carry its state.
-
-    Attributes:
-        may_lack_history: whether the first step has to warn if the history is empty, since the
-            optimizer had been trained when the clipper was attached.
-    """
-
-    may_lack_history: bool
-
-    def export_state(self) -> State:
-        """The state."""
+    @property
+    def has_history(self) -> bool:
+        """True if a norm was recorded."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a dict."""
@@ -64,7 +76,7 @@ class Stateful(Protocol):
         """Check a state; nothing changes."""
 
     def commit_state(self, state: State) -> None:
-        """Take over a checked state."""
+        """Adopt a checked state."""
 
 
 def check_optimizer(optimizer: Any, caller: str) -> None:
@@ -127,21 +139,14 @@ class Attachment(Hooks):
     """A clipper on an optimizer: its hooks.
 
     Args:
-        steps: what clips.
         clipper: the clipper.
         optimizer: one that `check_optimizer` lets pass.
-        groups: the clipper's, which follow the optimizer's; None if what clips knows its own
-            parameters.
+        groups: the clipper's, which follow the optimizer's; None if it knows its own parameters.
     """
 
     def __init__(
-        self,
-        steps: Steps,
-        clipper: Stateful,
-        optimizer: Optimizer,
-        groups: Groups | None = None,
+        self, clipper: Attachable, optimizer: Optimizer, groups: Groups | None = None
     ) -> None:
-        self._steps = steps
         self._clipper = clipper
         self._groups = groups
         # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
@@ -251,7 +256,7 @@ class Attachment(Hooks):
         scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         try:
-            result = self._steps.step(
+            result = self._clipper._step(
                 scale,
                 found_inf,
                 defers_skip=_reads_found_inf(optimizer),
@@ -293,16 +298,13 @@ class Attachment(Hooks):
             optimizer.__dict__.pop("found_inf", None)
 
     def _warn_without_history(self, optimizer: Optimizer) -> None:
-        if not self._has_history():
+        if not self._clipper.has_history:
             warn_user(
                 f"This {type(optimizer).__name__} was trained before the clipper was attached, and "
                 "the clipper starts with an empty history: its first steps are compared with "
                 "few norms. If the training was resumed, attach the clipper before you load the "
                 "optimizer's state, or load the history with clipper.load_state_dict()."
             )
-
-    def _has_history(self) -> bool:
-        return any(group.recorded.any() for group in self._clipper.export_state().groups)
 
     # -- copies ------------------------------------------------------------------------------
 
@@ -355,7 +357,7 @@ class Attachment(Hooks):
     def _warn_of_missing_entry(self) -> None:
         reason = "it was saved without a clipper, or by a framework that dropped the entry"
         if _is_called_by("torch.distributed.checkpoint"):
-            if self._has_history():  # saved and loaded separately, as the documentation says
+            if self._clipper.has_history:  # saved and loaded separately, as the documentation says
                 return
             reason = (
                 "torch.distributed.checkpoint keeps only the entries that it knows, also in "

@@ -25,8 +25,8 @@ class EngineClipper(MaxNorm):
     Made by `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`.
 
     Attributes:
-        is_saved_alone: whether trainers' checkpoints of the engine drop the history.
-        may_lack_history: whether the first step warns if the history is empty.
+        is_saved_alone: True if trainers' checkpoints of the engine drop the history.
+        may_lack_history: True if the first step warns if the history is empty.
 
     Args:
         engine: what the engine is called, for messages.
@@ -37,6 +37,8 @@ class EngineClipper(MaxNorm):
         TypeError: a setting is unknown or has a wrong type.
         ValueError: a setting has a wrong value, or one that the engine cannot do.
     """
+
+    is_saved_alone = False
 
     def __init__(self, engine: str, rule: Rule | type[Rule], settings: Mapping[str, Any]) -> None:
         chosen = dict(settings)
@@ -58,8 +60,12 @@ class EngineClipper(MaxNorm):
             )
         )
         self._handle: AttachmentHandle | None = None
-        self.is_saved_alone = False
         self.may_lack_history = False
+
+    @property
+    def has_history(self) -> bool:
+        """True if a norm was recorded."""
+        return bool(self._history.recorded.any())
 
     @property
     def has_stepped(self) -> bool:

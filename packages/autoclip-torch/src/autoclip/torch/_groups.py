@@ -1,49 +1,25 @@
-"""The parameter groups of a clipper: their parameters, names, settings, and rows of the history."""
+"""The parameter groups of a clipper: held by itself, or read from an optimizer by position."""
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from autoclip.core.adapter import (
-    ClipperSettings,
-    GroupSettings,
-    ParameterInfo,
-    ParamGroup,
-    parameter_names,
-    row_names,
-)
+from autoclip.core import adapter
+from autoclip.core.adapter import ClipperSettings, Group, GroupSettings, Histories
 from autoclip.torch._parameters import checked_names, hyperparameters, named, shape_of
-from autoclip.torch._rows import Rows
 
-__all__ = ["Group", "Groups"]
+__all__ = ["Groups"]
 
-
-class Group:
-    """One parameter group.
-
-    Attributes:
-        settings: the settings of its rows.
-        names: of each parameter, or None.
-        rows: one for each parameter in the mode "parameter", otherwise a single one.
-        parameters: the parameters, unless an optimizer has them.
-        positions: where in an optimizer's groups the parameters are: group and place.
-    """
-
-    def __init__(self, settings: GroupSettings) -> None:
-        self.settings = settings
-        self.names: list[str | None] = []
-        self.rows: list[int] = []
-        self.parameters: list[Tensor] = []
-        self.positions: list[tuple[int, int]] = []
+_params = itemgetter("params")
 
 
-class Groups:
+class Groups(adapter.Groups[Tensor]):
     """All parameter groups of a clipper.
 
     They either hold their parameters or, after `follow`, read them from an optimizer's groups by
@@ -51,39 +27,39 @@ class Groups:
 
     Args:
         settings: of the clipper.
-        rows: where rows are added.
+        histories: the histories that rows are added to.
     """
 
-    def __init__(self, settings: ClipperSettings, rows: Rows) -> None:
-        self.settings = settings
-        self._rows = rows
-        self._groups: list[Group] = []
+    def __init__(self, settings: ClipperSettings, histories: Histories[Any]) -> None:
+        super().__init__("torch", settings)
+        self._histories = histories
         self._known: set[int] = set()
+        self._forget_optimizer()
+        if self.mode.has_one_row:
+            histories.insert(0, settings.default, 1)
+
+    def _forget_optimizer(self) -> None:
         # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._theirs: list[dict[str, Any]] = []
         self._hyperparameters: set[str] = set()
         self._counts: list[int] = []
+        # For each group, the index of each parameter's group in the optimizer, and in that group.
+        self._positions: list[list[tuple[int, int]]] = []
         self._is_one_to_one = False
-        if settings.mode == "global":
-            rows.add(settings.default, 1)
-
-    def __len__(self) -> int:
-        return len(self._groups)
 
     @property
     def is_attached(self) -> bool:
-        """Whether the parameters are read from an optimizer."""
+        """True if the parameters are read from an optimizer."""
         return self._optimizer is not None
 
-    # -- making ------------------------------------------------------------------------------
+    def shape_of(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The shape; None of a lazy parameter."""
+        return shape_of(parameter)
 
-    def add(
-        self,
-        params: Any,
-        settings: GroupSettings,
-        names: Iterable[Any] | None = None,
-    ) -> None:
+    # -- adding ------------------------------------------------------------------------------
+
+    def add(self, params: Any, settings: GroupSettings, names: Iterable[Any] | None = None) -> None:
         """Append a group.
 
         Args:
@@ -101,25 +77,28 @@ class Groups:
             raise ValueError("A parameter group has the same parameter more than once.")
         if not self._known.isdisjoint(identities):
             raise ValueError("Some parameters appear in more than one parameter group.")
-        group = self._append(settings)
-        self._extend(group, checked)
-        group.parameters = parameters
+        self._append(settings, checked)
+        self._groups[-1].parameters = parameters
         self._known |= identities
 
-    def _append(self, settings: GroupSettings) -> Group:
-        group = Group(settings)
-        if self.settings.mode == "group":
-            group.rows += self._rows.add(settings, 1)
-        elif self.settings.mode == "global":
-            group.rows.append(0)
-        self._groups.append(group)
-        return group
+    def _append(self, settings: GroupSettings, names: Sequence[str | None] = ()) -> None:
+        self._groups.append(Group(settings))
+        self.version += 1
+        if rows := self.mode.rows_of(0):
+            self._histories.insert(len(self._histories), settings, rows)
+        self._extend(len(self) - 1, names)
 
-    def _extend(self, group: Group, names: Sequence[str | None]) -> None:
-        """Take more parameters, called `names`, into a group."""
+    def _extend(self, index: int, names: Sequence[str | None]) -> None:
+        """Add parameters called `names` to a group."""
+        group = self._groups[index]
+        size = len(group.names)
+        rows = self.mode.rows_of(size + len(names)) - self.mode.rows_of(size)
+        if rows:
+            is_last = index == len(self) - 1
+            row = len(self._histories) if is_last else self.rows_by_group()[index].stop
+            self._histories.insert(row, group.settings, rows)
         group.names += names
-        if self.settings.mode == "parameter":
-            group.rows += self._rows.add(group.settings, len(names))
+        self.version += 1
 
     # -- an optimizer's parameters -----------------------------------------------------------
 
@@ -129,13 +108,13 @@ class Groups:
         Raises:
             ValueError: its parameters are not these. Nothing has changed.
         """
-        places = {
+        positions = {
             id(parameter): (i, j)
             for i, group in enumerate(optimizer.param_groups)
             for j, parameter in enumerate(group["params"])
         }
-        missing = len(self._known - places.keys())
-        extra = len(places.keys() - self._known)
+        missing = len(self._known - positions.keys())
+        extra = len(positions.keys() - self._known)
         if missing or extra:
             raise ValueError(
                 "A clipper attaches to an optimizer over the same parameters, but "
@@ -143,54 +122,46 @@ class Groups:
                 "optimizer's are not the clipper's. Make the clipper from the same ones, or use "
                 "as_optimizer."
             )
+        self._positions = [[positions[id(p)] for p in group.parameters] for group in self._groups]
         for group in self._groups:
-            group.positions = [places[id(parameter)] for parameter in group.parameters]
             group.parameters = []
         self._known = set()
         self._optimizer = weakref.ref(optimizer)
         self._theirs = optimizer.param_groups
         self._hyperparameters = hyperparameters(optimizer)
         self._counts = [len(group["params"]) for group in self._theirs]
-        self._look_whether_one_to_one()
+        self._check_one_to_one()
 
     def release(self) -> None:
         """Hold the parameters that the optimizer has now."""
         if self.is_attached:
-            self._groups, self._known = self._released()
-            self._optimizer, self._theirs, self._counts = None, [], []
-
-    def _released(self) -> tuple[list[Group], set[int]]:
-        groups = []
-        for group, parameters in zip(self._groups, self.by_group()):
-            own = Group(group.settings)
-            own.names, own.rows = list(group.names), list(group.rows)
-            own.parameters = list(parameters)
-            groups.append(own)
-        return groups, {id(parameter) for group in groups for parameter in group.parameters}
+            self.__dict__.update(self.__getstate__())
+            self._known = set(map(id, self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy holds its parameters and follows no optimizer.
-        state = dict(self.__dict__)
-        state["_groups"], _ = self._released()
-        state["_known"] = set()
-        state["_optimizer"], state["_theirs"], state["_counts"] = None, [], []
-        return state
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._groups = [
+            Group(group.settings, list(group.names), list(parameters), group.match)
+            for parameters, group in zip(self.by_group(), self._groups)
+        ]
+        copy._known = set()
+        copy._forget_optimizer()
+        return copy.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._known = {id(p) for group in self._groups for p in group.parameters}
+        self._known = set(map(id, self.parameters()))
 
-    def _look_whether_one_to_one(self) -> None:
-        self._is_one_to_one = len(self._groups) == len(self._theirs) and all(
-            group.positions == [(i, j) for j in range(count)]
-            for i, (group, count) in enumerate(zip(self._groups, self._counts))
+    def _check_one_to_one(self) -> None:
+        self._is_one_to_one = len(self) == len(self._theirs) and all(
+            positions == [(i, j) for j in range(count)]
+            for i, (positions, count) in enumerate(zip(self._positions, self._counts))
         )
 
-    def _look_for_new_parameters(self) -> None:
-        """Give rows to parameters that were added to the optimizer; torch has no hook for that."""
-        counts = [len(group["params"]) for group in self._theirs]
-        if counts == self._counts:
-            return
+    def _add_new_parameters(self, counts: list[int]) -> None:
+        """Add rows for parameters that were added to the optimizer; torch has no hook for that."""
         known = [*self._counts, *[0] * (len(counts) - len(self._counts))]
         if len(counts) < len(self._counts) or any(n < k for n, k in zip(counts, known)):
             raise RuntimeError(
@@ -198,21 +169,24 @@ class Groups:
                 "AutoClip knows parameters by their position, and cannot tell which are gone. "
                 "Make a new clipper for the new parameters."
             )
-        owners = {place[0]: group for group in self._groups for place in group.positions}
-        if self._is_one_to_one:  # also where a group is empty as yet
-            owners = dict(enumerate(self._groups))
+        owners = {i: k for k, positions in enumerate(self._positions) for i, _ in positions}
+        if self._is_one_to_one:  # also of groups that are empty
+            owners = {i: i for i in range(len(self))}
         grown = [i for i, (count, before) in enumerate(zip(counts, known)) if count > before]
         # All new groups before any is added: a wrong setting must leave the clipper as it was.
         new = {i: self._settings_in(self._theirs[i]) for i in grown if i not in owners}
-        owners.update({i: self._append(settings) for i, settings in new.items()})
+        for i, settings in new.items():
+            owners[i] = len(self)
+            self._append(settings)
+            self._positions.append([])
         for i in grown:
             before, count = known[i], counts[i]
             names = list(self._theirs[i].get("param_names", []))
             names += [None] * (count - len(names))
             self._extend(owners[i], names[before:count])
-            owners[i].positions += [(i, j) for j in range(before, count)]
+            self._positions[owners[i]] += [(i, j) for j in range(before, count)]
         self._counts = counts
-        self._look_whether_one_to_one()
+        self._check_one_to_one()
 
     def _settings_in(self, group: dict[str, Any]) -> GroupSettings:
         """The settings of an optimizer's group, its own hyperparameters left out."""
@@ -221,54 +195,28 @@ class Groups:
 
     # -- reading -----------------------------------------------------------------------------
 
-    def parameters(self) -> list[Tensor]:
-        """The parameters of all groups, one after the other, as they are now.
+    def by_group(self) -> list[list[Tensor]]:
+        """The parameters of each group as they are now.
 
         Raises:
             RuntimeError: parameters have vanished from the optimizer.
         """
-        return [parameter for group in self.by_group() for parameter in group]
-
-    def by_group(self) -> list[list[Tensor]]:
-        """The parameters of each group as they are now; see `parameters`."""
         if self._optimizer is None:
-            return [group.parameters for group in self._groups]
+            return super().by_group()
         optimizer = self._optimizer()
-        if optimizer is not None:  # otherwise the clipper outlives it, with what it had at last
+        if optimizer is not None:  # otherwise the clipper outlives it, with its last parameters
             self._theirs = optimizer.param_groups
-        self._look_for_new_parameters()
-        theirs = [group["params"] for group in self._theirs]
+        theirs = [*map(_params, self._theirs)]
+        counts = [*map(len, theirs)]
+        if counts != self._counts:
+            self._add_new_parameters(counts)
         if self._is_one_to_one:
             return theirs
-        return [[theirs[i][j] for i, j in group.positions] for group in self._groups]
-
-    def rows_by_group(self) -> list[list[int]]:
-        """The rows of each group: one a parameter, or one; see `make_state`."""
-        return [group.rows for group in self._groups]
-
-    def rows_of_parameters(self) -> list[int]:
-        """The row of each parameter, group by group."""
-        if self.settings.mode == "parameter":
-            return self.reported_rows()
-        return [row for group in self._groups for row in group.rows * len(group.names)]
-
-    def reported_rows(self) -> list[int]:
-        """The rows in the order of reports, each once."""
-        if self.settings.mode == "global":
-            return [0]
-        return [row for group in self._groups for row in group.rows]
-
-    def reported_names(self) -> tuple[str, ...]:
-        """What `reported_rows` are called."""
-        return row_names(self.settings.mode, self.names(), len(self))
-
-    def names(self) -> list[str]:
-        """What to call each parameter, group by group."""
-        return parameter_names([group.names for group in self._groups])
+        return [[theirs[i][j] for i, j in positions] for positions in self._positions]
 
     @property
     def has_unnamed(self) -> bool:
-        """Whether a parameter has no name; looks for new parameters first."""
+        """True if a parameter has no name; looks for new parameters first."""
         self.by_group()
         return any(None in group.names for group in self._groups)
 
@@ -283,49 +231,3 @@ class Groups:
                 names.get(id(parameter)) if name is None else name
                 for name, parameter in zip(group.names, parameters)
             ]
-
-    def group_settings(self) -> list[GroupSettings]:
-        """The settings of each group."""
-        return [group.settings for group in self._groups]
-
-    def infos(self) -> list[list[ParameterInfo]]:
-        """Names and shapes of each group's parameters, as a state holds them."""
-        return [
-            [ParameterInfo(name, shape_of(p)) for name, p in zip(group.names, parameters)]
-            for parameters, group in zip(self.by_group(), self._groups)
-        ]
-
-    def per_parameter(self, name: str) -> list[Any]:
-        """A setting of each parameter's group, group by group."""
-        return [
-            value
-            for group in self._groups
-            for value in [getattr(group.settings, name)] * len(group.names)
-        ]
-
-    def views(self) -> list[ParamGroup]:
-        """The groups as dicts whose settings can be written."""
-        return [
-            ParamGroup(
-                {
-                    "params": list(parameters),
-                    **({"param_names": list(group.names)} if any(group.names) else {}),
-                    **group.settings.settings,
-                },
-                lambda name, value, group=group: self._write(group, name, value),
-            )
-            for parameters, group in zip(self.by_group(), self._groups)
-        ]
-
-    def _write(self, group: Group, name: str, value: Any) -> Any:
-        """Change a setting of one group; under global clipping, of the only row."""
-        settings = group.settings.merged({name: value})
-        if self.settings.mode == "global":
-            self.settings = dataclasses.replace(self.settings, default=settings)
-            for each in self._groups:
-                each.settings = settings
-            self._rows.change([0], settings)
-        else:
-            group.settings = settings
-            self._rows.change(group.rows, settings)
-        return settings.settings[name]

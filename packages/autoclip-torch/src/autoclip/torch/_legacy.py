@@ -94,7 +94,7 @@ def convert(saved: Mapping[str, Any], group_sizes: Sequence[int] | None = None) 
                 f"{sizes} parameters."
             )
         sizes = list(group_sizes)
-    return read(saved, "parameter", [GroupSettings(rule, include_current=False)], sizes)
+    return read(saved, Mode.PARAMETER, [GroupSettings(rule, include_current=False)], sizes)
 
 
 def read(
@@ -125,7 +125,7 @@ def read(
         # Settings come first: of another rule they are the clearest sign of a wrong clipper.
         given = [_settings(group, present[0].rule.name) for group in groups]
         if state:
-            mode = "global" if "global_history" in state else "parameter"
+            mode = Mode.GLOBAL if "global_history" in state else Mode.PARAMETER
         _check_distinct(map(id, groups), "a parameter group")
         _check_distinct((each for group in groups for each in group["params"]), "a parameter")
         identifiers = [list(group["params"]) for group in groups]

@@ -1,23 +1,45 @@
-"""PyTorch's operations for the step and the rules; none of them waits for the device."""
+"""PyTorch's operations for the step and the rules; none of them synchronizes with the device."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from autoclip.core.adapter import Ops
-from autoclip.torch._norms import norm_dtype
 
-__all__ = ["TorchOps"]
+__all__ = ["TorchOps", "as_tensor", "norm_dtype", "uses_numpy"]
+
+
+def uses_numpy(device: torch.device) -> bool:
+    """True if norms and histories of gradients on `device` are NumPy arrays.
+
+    On the CPU that takes no copy, and nothing there is asynchronous.
+    """
+    return device.type == "cpu"
+
+
+def norm_dtype(device: torch.device) -> torch.dtype:
+    """The widest float that `device` computes in: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_tensor(values: npt.NDArray[Any] | Tensor) -> Tensor:
+    """An array or tensor as a tensor on its own device.
+
+    `torch.as_tensor` would move it to the device of `torch.set_default_device`.
+    """
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
 
 
 class TorchOps(Ops):
     """Operations on tensors on one device; donated tensors are changed in place.
 
     Args:
-        device: where.
+        device: the device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:

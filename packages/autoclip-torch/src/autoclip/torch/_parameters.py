@@ -83,12 +83,14 @@ def wrapped_optimizers(wrapper: object) -> dict[str, Optimizer]:
     return {name: each for name, each in attributes.items() if isinstance(each, Optimizer)}
 
 
-def entries_of(parameters: ParamsT) -> list[Any]:
-    """What a clipper's constructor got, as groups, if the first entry is right.
+def entries_of(parameters: ParamsT | OptimizerGroups) -> list[Any]:
+    """The parameters that a clipper's constructor got, as groups, if the first entry is right.
 
     Raises:
         TypeError, ValueError: it is a single tensor, a set, or empty.
     """
+    if isinstance(parameters, OptimizerGroups):
+        return parameters.groups
     if isinstance(parameters, Tensor):
         raise TypeError(
             "parameters takes an iterable of tensors, (name, tensor) pairs or dicts, but got "

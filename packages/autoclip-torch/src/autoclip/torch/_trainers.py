@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 
 from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch._attach import check_optimizer
-from autoclip.torch._clipper import Clipper
+from autoclip.torch._clipper import Clipper, QuantileClip, StandardClip
 from autoclip.torch._engine import EngineClipper
-from autoclip.torch._named import QuantileClip, StandardClip
 from autoclip.torch._parameters import names_in
 
 __all__ = [
@@ -180,9 +179,9 @@ def name_parameters(clippers: Iterable[Clipper | EngineClipper], model: nn.Modul
     """Give the model's names to parameters that the clippers got without one."""
     names: dict[int, str] = {}
     for clipper in clippers:
-        if isinstance(clipper, Clipper) and clipper._pipeline.groups.has_unnamed:
+        if isinstance(clipper, Clipper) and clipper._groups.has_unnamed:
             names = names or names_in(model)
-            clipper._pipeline.groups.name_parameters(names)
+            clipper._groups.name_parameters(names)
 
 
 def is_fsdp1(model: Any) -> bool:

@@ -13,10 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from autoclip.core import Quantile, Rule
-from autoclip.torch._agreement import compare, disagreement_message, fingerprints
-from autoclip.torch._attach import Attachment, check_optimizer
+from autoclip.torch._attach import Attachment, StepResult, check_optimizer
 from autoclip.torch._engine import EngineClipper
-from autoclip.torch._step import StepResult
+from autoclip.torch._layout.agreement import compare, disagreement_message, fingerprints
 
 __all__ = ["EngineClipper", "attach"]
 
@@ -65,7 +64,7 @@ def attach(
             "QuantileClip.as_optimizer(optimizer, ...)."
         )
     check_optimizer(optimizer, "attach")
-    clipper = EngineClipper("FSDP1", rule, {"history_length": history_length, **settings})
+    clipper = _Fsdp1Clipper(model, rule, {"history_length": history_length, **settings})
     ours = {id(p) for p in model.parameters()}
     theirs = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = sum(id(p) not in ours for p in theirs)
@@ -74,42 +73,44 @@ def attach(
             f"{foreign} of the optimizer's {len(theirs)} parameters are not the model's. Make the "
             "optimizer from model.parameters() after wrapping the model."
         )
-    attachment = Attachment(_Steps(model, clipper), clipper, optimizer)
+    attachment = Attachment(clipper, optimizer)
     attachment.begin(optimizer)
     clipper._attached_by(attachment.end)
-    clipper.is_saved_alone = True
     return clipper
 
 
-class _Steps:
-    """What an `Attachment` calls at each step of the optimizer."""
+class _Fsdp1Clipper(EngineClipper):
+    """A clipper that its optimizer calls before each step."""
 
-    def __init__(self, model: FullyShardedDataParallel, clipper: EngineClipper) -> None:
+    is_saved_alone = True
+
+    def __init__(
+        self, model: FullyShardedDataParallel, rule: Rule | type[Rule], settings: dict[str, Any]
+    ) -> None:
+        super().__init__("FSDP1", rule, settings)
         self._model = model
-        self._clipper = clipper
         self._is_compared = False
 
-    def step(
+    def _step(
         self,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         *,
         defers_skip: bool = False,
     ) -> StepResult:
-        """See `Pipeline.step`."""
         if scale is not None:
             raise RuntimeError(
                 "A fused optimizer unscales the gradients itself, after FSDP1 has clipped them. "
                 "Call scaler.unscale_(optimizer) before scaler.step(optimizer)."
             )
         if not self._is_compared:
-            facts = fingerprints(self._clipper.export_state())
+            facts = fingerprints(self.export_state())
             device = self._model.compute_device
             assert device is not None  # FSDP1 sets it when it wraps the model
             differing = compare(facts, self._model.process_group, device)
             if differing:
-                raise RuntimeError(disagreement_message(differing, self._clipper))
+                raise RuntimeError(disagreement_message(differing, self))
             self._is_compared = True
-        total = self._model.clip_grad_norm_(self._clipper.max_norm)
-        self._clipper.record(total)
+        total = self._model.clip_grad_norm_(self.max_norm)
+        self.record(total)
         return StepResult(total.float())

@@ -106,7 +106,7 @@ def _report(clipper: Clipper | EngineClipper, model: nn.Module | None) -> Report
     """The last step in NumPy's arrays."""
     if isinstance(clipper, EngineClipper):
         return clipper.last if clipper.has_stepped else None
-    if not clipper._pipeline.reports:
+    if not clipper._reports:
         return None
     last = clipper.last
     # One transfer for all three.

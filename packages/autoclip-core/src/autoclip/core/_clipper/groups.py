@@ -83,7 +83,7 @@ class Groups(ABC, Generic[ParameterT]):
 
     @abstractmethod
     def shape_of(self, parameter: ParameterT) -> tuple[int, ...] | None:
-        """A parameter's shape: of the whole parameter where it is sharded; None if not known yet."""
+        """A parameter's shape, of the whole one if it is sharded; None if not known yet."""
 
     # -- rows --------------------------------------------------------------------------------
 

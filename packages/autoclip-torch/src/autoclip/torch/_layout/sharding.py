@@ -11,32 +11,33 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoclip.core import State
-from autoclip.core.adapter import Mode
-from autoclip.torch._agreement import (
+from autoclip.core.adapter import Histories, Mode
+from autoclip.torch import _ops
+from autoclip.torch._groups import Groups
+from autoclip.torch._layout.agreement import (
     FACTS,
     disagreement_message,
     encoded,
     fingerprints,
     unequal,
 )
-from autoclip.torch._mesh import Mesh, is_nonzero, process_groups
+from autoclip.torch._layout.layout import Layout
+from autoclip.torch._layout.managed import refuse_managed
+from autoclip.torch._layout.mesh import Mesh, is_nonzero, process_groups
+from autoclip.torch._layout.rows import Norms, dtensor_class
+from autoclip.torch._ops import as_tensor, norm_dtype
 from autoclip.torch._private import assert_async
-from autoclip.torch._refused import refuse_unsupported
-from autoclip.torch._rows import as_tensor
 
-__all__ = ["Sharding", "called_by_loss_scaler", "sharding_of"]
+__all__ = ["ShardedLayout", "layout_of"]
 
-# The classes of parameters that are whole on each process.
-_PLAIN = {Tensor, torch.nn.Parameter}
-# Squares of norms up to this, of as many processes as there are, add up within float64.
+# Squares of norms up to this, of any number of processes, add up within float64.
 _LARGEST = 2.0**496
 _OTHER_PROCESS = (
     "AutoClip: on another process a gradient is placed differently from earlier steps. "
@@ -44,68 +45,81 @@ _OTHER_PROCESS = (
 )
 
 
-def sharding_of(
-    parameters: Sequence[Tensor], known: Sharding | None, mode: Mode
-) -> Sharding | None:
-    """How parameters are spread over processes.
+def layout_of(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    groups: Groups,
+    histories: Histories[Any],
+    known: Layout | None,
+) -> Layout:
+    """The layout of gradients: the known one if it fits.
 
     Args:
         parameters: of all groups of a clipper, in the same order on every process.
-        known: what the last step got from here; it is kept unless parameters were exchanged.
-        mode: what a row of the history stands for.
-
-    Returns:
-        None if there is no DTensor among them: then each process has each gradient whole.
+        gradients: their gradients; None for none.
+        groups: the clipper's.
+        histories: the clipper's.
+        known: the layout of the last step.
 
     Raises:
-        RuntimeError: their norms cannot be known here, see `refuse_unsupported`; the same on
-            all processes.
+        RuntimeError: the gradients' norms cannot be known, see `refuse_managed`; the same on all
+            processes.
     """
-    refuse_unsupported(parameters)
-    if _PLAIN.issuperset(map(type, parameters)):  # the usual case
-        return None
-    kind = _dtensor_class()
-    if kind is None or not any(isinstance(p, kind) for p in parameters):
-        return None
-    if known is None or not known.is_of(parameters):
-        known = Sharding(parameters, kind)
-        if mode != "parameter":
-            known.refuse_parts_of_a_model(mode)
-    return known
+    kind = dtensor_class(parameters)
+    if kind is None:
+        if known is not None and known.fits(gradients):
+            return known
+        refuse_managed(parameters)
+        return Layout(gradients)
+    if isinstance(known, ShardedLayout) and known.is_of(parameters):
+        return known
+    refuse_managed(parameters)
+    return ShardedLayout(parameters, kind, groups, histories)
 
 
-def called_by_loss_scaler() -> bool:
-    """Whether this was called by a `GradScaler`, which tells only fused optimizers so."""
+def _called_by_loss_scaler() -> bool:
+    """True if a `GradScaler` is on the call stack: it tells only fused optimizers of itself."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") != "torch.amp.grad_scaler":
         frame = frame.f_back
     return frame is not None
 
 
-def _dtensor_class() -> type[Any] | None:
-    # Importing DTensor takes a second. If it was not imported, no DTensor exists.
-    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
-        found = getattr(sys.modules.get(name), "DTensor", None)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-    return None
-
-
-class Sharding:
-    """How the parameters of a clipper are spread over processes.
+class ShardedLayout(Layout):
+    """The layout of gradients that are spread over processes.
 
     Args:
         parameters: of all groups of a clipper, in the same order on every process.
         kind: the class of DTensors.
+        groups: the clipper's.
+        histories: the clipper's.
+
+    Raises:
+        RuntimeError: one norm of many gradients is asked for, and other processes have more of
+            them; on all processes.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], kind: type[Any]) -> None:
-        # Weak: parameters that were exchanged for sharded ones shall not be kept in memory.
+    is_sharded = True
+    is_empty = False  # the other processes wait for this one, even if it has no gradient
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        kind: type[Any],
+        groups: Groups,
+        histories: Histories[Any],
+    ) -> None:
+        super().__init__([None] * len(parameters))
+        self._groups, self._histories = groups, histories
+        # The layouts of the parts that are here, and of the same after partial sums are added up.
+        self._local: Layout | None = None
+        self._summed: Layout | None = None
+        # Weak: parameters that were exchanged for sharded ones must not be kept in memory.
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self._kind = kind
         self._are_dtensors = [isinstance(parameter, kind) for parameter in parameters]
-        # Where each row's gradient is if there is one. Some other process may have it, and the
-        # rows must not live elsewhere there.
+        # Of parameters, not gradients: another process may have one, and its rows must not live
+        # elsewhere there.
         self.devices = [parameter.device for parameter in parameters]
         self._meshes = self._find_meshes(parameters)
         self._device = self._meshes[0].device
@@ -114,6 +128,8 @@ class Sharding:
         # Whether the processes have been found to clip alike.
         self._is_compared = False
         self._are_at: dict[torch.device, Tensor] = {}
+        if groups.mode.joins:
+            self._refuse_parts_of_a_model(groups.mode)
 
     def _find_meshes(self, parameters: Sequence[Any]) -> list[Mesh]:
         """Each mesh that is not part of another (as "dp" is of ("dp", "tp")), in a common order."""
@@ -139,23 +155,20 @@ class Sharding:
             meshes[largest].add(row, parameter, self._are_dtensors[row])
         return [*meshes.values()]
 
+    def fits(self, gradients: Sequence[Tensor | None]) -> bool:
+        """False: parameters that are not sharded have a `Layout`; see `is_of`."""
+        return False
+
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters, the same objects."""
+        """True if these are the parameters, the same objects."""
         return len(parameters) == len(self._parameters) and all(
             ours() is theirs for ours, theirs in zip(self._parameters, parameters)
         )
 
     # -- what is refused ---------------------------------------------------------------------
 
-    def refuse_parts_of_a_model(self, mode: Mode) -> None:
-        """Refuse to make one norm of gradients of which other processes have more.
-
-        Args:
-            mode: "global" or "group".
-
-        Raises:
-            RuntimeError: they have, as far as that can be seen; on all processes.
-        """
+    def _refuse_parts_of_a_model(self, mode: Mode) -> None:
+        """Refuse one norm of many gradients if other processes are seen to have more of them."""
         ranks = {mesh.ranks for mesh in self._meshes}
         if len(ranks) > 1:
             raise RuntimeError(
@@ -173,8 +186,8 @@ class Sharding:
                     f"({mode}_clipping=False)."
                 )
 
-    def refuse_loss_scaler(self) -> None:
-        """Refuse a loss scaler where torch's own may find overflows on some processes only.
+    def refuse_loss_scaler(self, found_inf: Tensor | None) -> None:
+        """Refuse a loss scaler if torch's own may find overflows on some processes only.
 
         It looks for them along the dimensions on which the first gradient is sharded. A process
         that finds none steps, and waits in a collective for those that do not.
@@ -183,7 +196,8 @@ class Sharding:
             RuntimeError: the parameters do not all lie on one mesh, sharded along the same of
                 its dimensions; on all processes.
         """
-        if len(self._meshes) > 1 or not self._meshes[0].is_uniform:
+        is_safe = len(self._meshes) == 1 and self._meshes[0].is_uniform
+        if not is_safe and (found_inf is not None or _called_by_loss_scaler()):
             raise RuntimeError(
                 "A GradScaler does not work with AutoClip under tensor parallelism or on several "
                 "meshes: torch may find an overflow on some processes only, which then skip the "
@@ -194,41 +208,31 @@ class Sharding:
 
     # -- a step ------------------------------------------------------------------------------
 
-    def measure(
-        self,
-        gradients: Sequence[Any],
-        local_norms: Callable[[Sequence[Tensor | None]], Mapping[torch.device, Any]],
-        names: Callable[[], Sequence[str]],
-        state: Callable[[], tuple[State, str]],
-    ) -> tuple[list[Tensor | None], dict[torch.device, Tensor]]:
-        """The true norms of gradients, the same on all processes; all of them must call this.
+    @property
+    def _measured_devices(self) -> list[torch.device]:
+        return [*dict.fromkeys(self.devices)]
 
-        Args:
-            gradients: of all rows; None for none.
-            local_norms: the norms of tensors that lie in this process, by their device.
-            names: what to call the rows in an error.
-            state: the clipper's state, and how to describe the clipper in an error.
+    def measure(self, gradients: Sequence[Any]) -> Norms:
+        """The true norms of the gradients, the same on all processes; all of them must call this.
 
         Returns:
-            The part of each gradient that is here, to be scaled: scaling is linear, so that
-            partial sums can wait for the optimizer to add them up. And the norms by device,
-            float64[n] each, 0 for rows whose device is elsewhere.
+            The norms by the devices of the parameters, 0 for those on another one.
 
         Raises:
             RuntimeError: the placement of a gradient changed, on any process; or, at the first
                 call, another process has another state.
         """
         if self._is_handshake_due():
-            spread = [g if isinstance(g, self._kind) else None for g in gradients]
-            self._agree(spread, state)
-        parts = [g.to_local() if isinstance(g, self._kind) else g for g in gradients]
-        counted, fault = self._as_agreed(gradients, parts, names)
+            self._agree([g if isinstance(g, self._kind) else None for g in gradients])
+        parts = self._parts_of(gradients)
+        counted, fault = self._as_agreed(gradients, parts)
         for mesh in self._meshes:
             mesh.add_up(counted)
+        self._summed = _fitting(self._summed, counted)
         norms = torch.zeros(len(counted), dtype=torch.float64, device=self._device)
-        for some in local_norms(counted).values():
+        for some in self._summed.measure(counted).values():
             norms += as_tensor(some).to(norms)
-        # What is finite here stays finite when it is squared and added up.
+        # A finite square stays finite when it is added up.
         squares = torch.where(norms.isfinite(), norms.clamp(max=_LARGEST), norms).square()
         present = self._on_device([part is not None for part in counted] + [fault is not None])
         alarms = []
@@ -238,20 +242,42 @@ class Sharding:
             alarms.append(alarm)
         if fault is not None:
             raise RuntimeError(fault)
-        # Does not wait for an accelerator, and still no process goes on without the others.
+        # Asynchronous on accelerators, yet all processes fail together.
         assert_async(torch.stack(alarms).sum() == 0, _OTHER_PROCESS)
-        return parts, {device: self._at(device, norms) for device in dict.fromkeys(self.devices)}
+        self._local = _fitting(self._local, parts)
+        self.parts = self._local.parts
+        return {device: self._at(device, norms) for device in self._measured_devices}
 
-    def _agree(self, gradients: Sequence[Any], state: Callable[[], tuple[State, str]]) -> None:
+    def zero(
+        self, gradients: list[Tensor | None], norms: Norms, parameters: Sequence[Tensor]
+    ) -> Norms:
+        """See `Layout.zero`."""
+        return super().zero(self._parts_of(gradients), norms, parameters)
+
+    def scale(
+        self,
+        gradients: list[Tensor | None],
+        coefficients: Sequence[Any],
+        parameters: Sequence[Tensor],
+    ) -> None:
+        """See `Layout.scale`; scaling is linear, so partial sums may wait to be added up."""
+        # Not `gradients`: `zero` may have given a parameter another one.
+        parts = self._parts_of([parameter.grad for parameter in parameters])
+        super().scale(parts, coefficients, parameters)
+
+    def _parts_of(self, gradients: Sequence[Any]) -> list[Tensor | None]:
+        """The part of each gradient that is in this process."""
+        return [g.to_local() if isinstance(g, self._kind) else g for g in gradients]
+
+    def _agree(self, gradients: Sequence[Any]) -> None:
         facts: list[int] = []
         if not self._is_compared:
-            exported, description = state()
-            facts = encoded(fingerprints(exported))
+            facts = encoded(fingerprints(self._groups.state(*self._histories.read())))
         found = [mesh.agree(gradients, facts) for mesh in self._meshes]
         differing = {fact for reduced in found for fact in unequal(reduced)}
         if differing:
             facts_in_order = [fact for fact in FACTS if fact in differing]
-            raise RuntimeError(disagreement_message(facts_in_order, description))
+            raise RuntimeError(disagreement_message(facts_in_order, self._groups.describe()))
         self._is_compared = True
 
     def _is_handshake_due(self) -> bool:
@@ -266,9 +292,8 @@ class Sharding:
         self,
         gradients: Sequence[Any],
         parts: Sequence[Tensor | None],
-        names: Callable[[], Sequence[str]],
     ) -> tuple[list[Tensor | None], str | None]:
-        """The parts that are placed as was agreed on, and what is wrong with another if any is."""
+        """The parts that are placed as was agreed on, and the fault of another if one has any."""
         counted, fault = list(parts), None
         for mesh in self._meshes:
             for k, row in enumerate(mesh.rows):
@@ -283,7 +308,8 @@ class Sharding:
                 if wrong is not None:
                     counted[row] = None
                     if fault is None and is_nonzero(gradient):
-                        fault = f"The gradient of {names()[row]} {wrong}. Nothing was recorded."
+                        name = self._groups.names()[row]
+                        fault = f"The gradient of {name} {wrong}. Nothing was recorded."
         return counted, fault
 
     def _on_device(self, flags: list[bool]) -> Tensor:
@@ -291,11 +317,17 @@ class Sharding:
             self._present = flags, torch.tensor(flags, dtype=torch.float64, device=self._device)
         return self._present[1]
 
-    def _at(self, device: torch.device, norms: Tensor) -> Tensor:
-        """The norms on one device, without those whose rows live on another."""
-        if all(other == device for other in self.devices):
-            return norms.to(device)
-        if device not in self._are_at:
-            mask = [other == device for other in self.devices]
-            self._are_at[device] = torch.tensor(mask, device=self._device)
-        return torch.where(self._are_at[device], norms, 0.0).to(device)
+    def _at(self, device: torch.device, norms: Tensor) -> Any:
+        """The norms on one device, without those of parameters on another."""
+        if any(other != device for other in self.devices):
+            if device not in self._are_at:
+                mask = [other == device for other in self.devices]
+                self._are_at[device] = torch.tensor(mask, device=self._device)
+            norms = torch.where(self._are_at[device], norms, 0.0)
+        if _ops.uses_numpy(device):
+            return norms.cpu().numpy()
+        return norms.to(device, norm_dtype(device))
+
+
+def _fitting(layout: Layout | None, gradients: Sequence[Tensor | None]) -> Layout:
+    return layout if layout is not None and layout.fits(gradients) else Layout(gradients)

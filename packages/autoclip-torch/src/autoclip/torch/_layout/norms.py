@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from autoclip.torch._ops import norm_dtype
 from autoclip.torch._private import flattened, foreach_norm, is_fake, negated_view
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "chunks",
     "cpu_norms",
     "device_norms",
-    "norm_dtype",
     "values_of",
 ]
 
@@ -51,11 +51,6 @@ _SMALL_MEAN_SQUARE = 2.0**-105
 
 _WIDE = (torch.float32, torch.float64)
 REAL_DTYPES = (*_WIDE, torch.float16, torch.bfloat16)
-
-
-def norm_dtype(device: torch.device) -> torch.dtype:
-    """The widest float that `device` computes in: MPS has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def values_of(gradient: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoclip.torch._norms import REAL_DTYPES, chunks, values_of
-from autoclip.torch._overlap import Overlaps, Renew
+from autoclip.torch._layout.norms import REAL_DTYPES, chunks, values_of
+from autoclip.torch._layout.overlap import Overlaps, Renew
 from autoclip.torch._private import foreach_copy_, foreach_mul_, is_fake, negated_view
 
 __all__ = ["CpuScaling", "DeviceScaling"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoclip.torch._norms import values_of
+from autoclip.torch._layout.norms import values_of
 from autoclip.torch._private import is_fake, is_view
 
 __all__ = ["Overlaps", "Renew"]

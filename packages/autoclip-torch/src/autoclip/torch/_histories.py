@@ -1,4 +1,4 @@
-"""Windows of norms on an accelerator, in tensors that stay where they are."""
+"""The histories of a clipper's rows: in NumPy on the CPU, in tensors on any other device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoclip.core import Report
+from autoclip.core import History, Report, adapter
 from autoclip.core.adapter import (
     GroupSettings,
     Windows,
@@ -23,20 +23,31 @@ from autoclip.core.adapter import (
     thresholds_of,
     unpack,
 )
-from autoclip.torch._ops import TorchOps
+from autoclip.torch import _ops
 
-__all__ = ["TensorHistory"]
+__all__ = ["Histories", "TensorHistory"]
 
 _FIRST_CAPACITY = 16
 # Up to this size the windows are allocated in full at once, so that a CUDA graph can be captured.
 _ALLOCATE_AT_ONCE = 64 * 2**20
 
 
+def _make(settings: Sequence[GroupSettings], device: torch.device) -> History | TensorHistory:
+    return History.of(settings) if _ops.uses_numpy(device) else TensorHistory(settings, device)
+
+
+class Histories(adapter.Histories[Any]):
+    """The histories of a clipper's rows, a `History` or a `TensorHistory` for each storage."""
+
+    def __init__(self) -> None:
+        super().__init__(_make)
+
+
 class _InPlace(Windows):
     """Windows that change in place, where a captured CUDA graph finds them.
 
-    Three tensors change one after the other, and an interrupt may come between: `unfinished` is
-    then the rest of the work.
+    Three tensors change one after the other; after an interrupt between them, `unfinished` does the
+    rest.
     """
 
     unfinished: Callable[[], None] | None = None
@@ -56,7 +67,7 @@ class _InPlace(Windows):
         self.counts.copy_(counts)
 
     def copy_(self, values: Tensor, counts: Tensor, before: Tensor) -> None:
-        """Take over other contents; no interrupt leaves half of them."""
+        """Replace the contents: all of them, even if interrupted."""
         self._note(partial(self._copy, values, counts, before))
         self.finish()
 
@@ -69,11 +80,11 @@ class _InPlace(Windows):
 
     @property
     def lengths(self) -> Any:
-        """See `Windows.lengths`; not kept, since it changes in place."""
+        """See `Windows.lengths`; not cached, since counts change in place."""
         return self.counts.clamp(max=self.history_length)
 
     def finish(self) -> None:
-        """Complete a change that an interrupt has cut short."""
+        """Complete an interrupted change."""
         if self.unfinished is not None:
             self.unfinished()
             self._note(None)
@@ -87,25 +98,27 @@ class _InPlace(Windows):
 
 
 class TensorHistory:
-    """The windows of many rows on one device; `record` never waits for the device.
+    """The windows of many rows on one device; `record` never synchronizes with it.
 
-    A norm takes 4 bytes, and 4 more under a rule that asks for quantiles of the norms: their
-    windows are also kept sorted. Rows that do not record are masked, and the counters live on the
-    device, so that a captured CUDA graph counts.
+    A norm takes 4 bytes, and 4 more under a rule that takes quantiles of the norms, whose windows
+    are also kept sorted. Rows that do not record are masked, and the counters live on the device,
+    so a captured CUDA graph counts.
 
     Args:
         settings: of each row, with equal `structure`.
-        device: where.
+        device: the device of the windows.
     """
+
+    changes_at_once = True
 
     def __init__(self, settings: Sequence[GroupSettings], device: torch.device) -> None:
         self.device = device
         self.history_length = settings[0].history_length
-        self._ops = TorchOps(device)
+        self._ops = _ops.TorchOps(device)
         self._settings = list(settings)
         self._numbers: dict[str, Tensor] = {}
         self._read_numbers()
-        # Upper bound on the slots that have been used, known without asking the device.
+        # Upper bound on the longest window, tracked on the host to avoid a device sync.
         self._used = 0
         whole = self.rows * self.history_length * 4 <= _ALLOCATE_AT_ONCE
         self._windows = self._allocated(self.history_length if whole else _FIRST_CAPACITY)
@@ -119,7 +132,7 @@ class TensorHistory:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self._settings)
 
     # -- settings ----------------------------------------------------------------------------
@@ -128,11 +141,11 @@ class TensorHistory:
     def settings(self) -> tuple[GroupSettings, ...]:
         """The settings of each row. Setting them keeps the windows.
 
-        Numbers that were there before are written in place, where a captured CUDA graph reads
-        them; `max_norm`, `warmup_steps` or `on_spike` that no row had need a new capture.
+        Numbers are written in place, so a captured CUDA graph reads the new ones; a `max_norm`,
+        `warmup_steps` or `on_spike` that no row had before needs a new capture.
 
         Raises:
-            ValueError: the new ones are not one a row, or differ in more than numbers.
+            ValueError: there is not one a row, or they differ in more than numbers.
         """
         return tuple(self._settings)
 
@@ -141,7 +154,7 @@ class TensorHistory:
         structure = self._settings[0].structure
         if len(settings) != self.rows or any(each.structure != structure for each in settings):
             raise ValueError(
-                "settings takes one GroupSettings a row that differs from the present one in "
+                "settings must be one GroupSettings a row that differs from the present one in "
                 "numbers only."
             )
         self._settings = list(settings)
@@ -184,7 +197,7 @@ class TensorHistory:
         capacity = self._windows.values.shape[1]
         if capacity == self.history_length:
             return
-        # Also while there is room: replays are not counted here, and would run out of it.
+        # Even if there is room: replays are not counted here, and would exhaust it.
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"A history of {self.rows} rows of {self.history_length} norms grows with use, "

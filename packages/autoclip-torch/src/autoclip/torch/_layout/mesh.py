@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoclip.torch._norms import values_of
+from autoclip.torch._layout.norms import values_of
 from autoclip.torch._private import root_mesh
 
 __all__ = ["Layout", "Mesh", "is_nonzero", "process_groups"]

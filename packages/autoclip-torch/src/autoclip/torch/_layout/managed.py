@@ -1,4 +1,4 @@
-"""Parameters whose gradients are kept elsewhere, so that their true norms cannot be known."""
+"""Parameters of engines that keep gradients to themselves, so the true norms are unknown here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["refuse_unsupported"]
+__all__ = ["refuse_managed"]
 
 _FSDP1 = (
     "FullyShardedDataParallel (FSDP1) leaves each process with pieces of flattened parameters, "
@@ -36,8 +36,8 @@ _MARKS = {
 _NEEDS_MODULE = {_MEGATRON: "megatron.core.parallel_state"}
 
 
-def refuse_unsupported(parameters: Sequence[Tensor]) -> None:
-    """Refuse parameters whose gradients' true norms cannot be known from them.
+def refuse_managed(parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters of engines that keep the gradients to themselves.
 
     Raises:
         RuntimeError: they are managed by FSDP1, DeepSpeed's ZeRO or Megatron.
@@ -45,9 +45,8 @@ def refuse_unsupported(parameters: Sequence[Tensor]) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     for parameter in parameters:
-        # Most have no attributes at all, and this runs at every step.
         attributes = parameter.__dict__
-        if attributes and not _MARKS.keys().isdisjoint(attributes):
+        if not _MARKS.keys().isdisjoint(attributes):
             for mark, reason in _MARKS.items():
                 module = _NEEDS_MODULE.get(reason)
                 if mark in attributes and (module is None or module in sys.modules):

@@ -1,0 +1,236 @@
+"""From the norms of gradients to those of rows, and from rows' coefficients to gradients.
+
+Norms, like coefficients, are NumPy arrays on the CPU, and tensors on any other device.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autoclip.core.adapter import Mode, Storage
+from autoclip.torch import _ops
+from autoclip.torch._ops import as_tensor, norm_dtype
+
+__all__ = [
+    "Norms",
+    "RowMap",
+    "are_finite",
+    "dtensor_class",
+    "joined",
+    "moved",
+    "row_devices",
+    "total_norm",
+]
+
+Norms: TypeAlias = Mapping[torch.device, Any]
+"""The norms of all gradients by device, [n] each: 0 for a gradient on another one."""
+
+_CPU = torch.device("cpu")
+# The classes of parameters that are whole on each process.
+_PLAIN = {Tensor, torch.nn.Parameter}
+# A sum of squares between these has lost nothing at either end of float64's range.
+_SMALLEST, _LARGEST = 1e-280, 1e300
+# At or below this many numbers, Python floats are faster than NumPy arrays.
+_FEW = 64
+
+
+class RowMap:
+    """The gradients that the rows of one storage stand for.
+
+    Args:
+        storage: the storage.
+        rows: the row of each parameter.
+        mode: the meaning of a row.
+        skips: for each row of the clipper, True if its `on_spike` is `"skip"`.
+
+    Attributes:
+        storage: the storage.
+        skips: bool[rows of the storage], as above, on its device; None if no row skips.
+        is_identity: True if there is a row for each parameter, in order: the usual case.
+        is_one_for_all: True if there is one row for all gradients.
+        joins: True if a row may stand for gradients on several devices.
+    """
+
+    def __init__(
+        self, storage: Storage[Any], rows: Sequence[int], mode: Mode, skips: Sequence[bool]
+    ) -> None:
+        self.storage = storage
+        self._count = len(rows)
+        own = {row: k for k, row in enumerate(storage.rows)}
+        pairs = [(own[row], i) for i, row in enumerate(rows) if row in own]
+        if not mode.joins:
+            pairs.sort()
+        # The k-th row of each gradient, and the gradient's index.
+        self._members = np.array([k for k, _ in pairs], np.int64)
+        self._indices = np.array([i for _, i in pairs], np.int64)
+        self.is_identity = not mode.joins and self._indices.tolist() == [*range(len(rows))]
+        self.is_one_for_all, self.joins = mode.has_one_row, mode.joins
+        self._index = _placed(self._indices, storage.device)
+        self._member_index = _placed(self._members, storage.device)
+        mask = np.array([skips[row] for row in storage.rows])
+        self.skips = _placed(mask, storage.device) if mask.any() else None
+        self._table = self._make_table() if mode.joins and not mode.has_one_row else None
+
+    def _make_table(self) -> Any:
+        """int64[rows, longest]: the gradients of each row; `count` where it has fewer."""
+        counts = np.bincount(self._members, minlength=len(self.storage.rows))
+        table = np.full((len(counts), max(1, counts.max())), self._count, np.int64)
+        # Parameters of a group are neighbors, so rows come in order here.
+        columns = np.arange(len(self._members)) - np.repeat(np.cumsum(counts) - counts, counts)
+        table[self._members, columns] = self._indices
+        return _placed(table, self.storage.device)
+
+    def norms(self, norms: Norms, total: Tensor | float) -> Any:
+        """The norms of the rows, on the storage's device.
+
+        Args:
+            norms: of the gradients.
+            total: the norm of all gradients together.
+        """
+        device = self.storage.device
+        if self.is_identity:
+            return norms[device]
+        if self.is_one_for_all:
+            return total.reshape(1) if isinstance(total, Tensor) else [total]
+        if self._table is None:
+            return norms[device][self._index]
+        found = joined(norms, device)
+        if isinstance(found, np.ndarray):
+            return _joint_norms(np.append(found, 0.0)[self._table])
+        # Not index_add: on CUDA its sums depend on the order of the threads.
+        return _joint_norms_of(torch.cat([found, found.new_zeros(1)])[self._table])
+
+    def indices_of(self, mask: npt.NDArray[np.bool_]) -> list[int]:
+        """The gradients of the rows that `mask` selects."""
+        found: list[int] = self._indices[mask[self._members]].tolist()
+        return found
+
+    def write(self, coefficients: Any, into: Any, device: torch.device) -> Any:
+        """Write the rows' coefficients to those of their gradients.
+
+        Args:
+            coefficients: of the rows.
+            into: [all gradients], on `device`; None for ones.
+            device: the device of the result.
+        """
+        if into is None:
+            into = (
+                np.ones(self._count)
+                if _ops.uses_numpy(device)
+                else torch.ones(self._count, dtype=norm_dtype(device), device=device)
+            )
+        each = moved(coefficients[self._member_index], device)
+        if isinstance(into, np.ndarray):
+            into[self._indices] = each
+        else:
+            is_here = device == self.storage.device
+            into.index_copy_(0, self._index if is_here else _placed(self._indices, device), each)
+        return into
+
+
+def _placed(array: npt.NDArray[Any], device: torch.device) -> Any:
+    """An array as it is, or as a tensor on a device that is not the CPU."""
+    return array if _ops.uses_numpy(device) else torch.from_numpy(array).to(device)
+
+
+def moved(norms: Any, device: torch.device) -> Any:
+    """Norms or coefficients on another device."""
+    if _ops.uses_numpy(device):
+        return norms if isinstance(norms, np.ndarray) else norms.cpu().double().numpy()
+    return as_tensor(norms).to(device, norm_dtype(device))
+
+
+def joined(norms: Norms, device: torch.device) -> Any:
+    """The norms of all gradients on one device."""
+    first, *others = norms.values()
+    if not others and device in norms:  # the usual case
+        return first
+    return sum((moved(each, device) for each in others), moved(first, device))
+
+
+def total_norm(norms: Norms, device: torch.device) -> Tensor | float:
+    """The norm of all gradients together: a number, or 0-d on an accelerator."""
+    found = joined(norms, device) if len(norms) > 1 or device not in norms else norms[device]
+    if not isinstance(found, np.ndarray):
+        return _joint_norms_of(found[None])[0]
+    if len(found) <= _FEW:
+        total = math.hypot(*found.tolist())
+        if total < math.inf:  # beside an infinity, hypot overlooks a NaN
+            return total
+    with np.errstate(over="ignore"):
+        square = float(found.dot(found))
+    if _SMALLEST < square < _LARGEST:
+        return math.sqrt(square)
+    return float(_joint_norms(found[None])[0])
+
+
+def _joint_norms(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The norm of each row's entries together: [n] from [n, m]."""
+    # Scaled by the largest: norms near the ends of the range have squares beyond it.
+    largest = norms.max(axis=1, initial=0.0)
+    scale = np.where((largest > 0) & (largest < np.inf), largest, 1.0)
+    found: npt.NDArray[np.float64] = np.sqrt(np.square(norms / scale[:, None]).sum(axis=1)) * scale
+    return found
+
+
+def _joint_norms_of(norms: Tensor) -> Tensor:
+    """`_joint_norms` on a device."""
+    largest = norms.amax(dim=1)
+    scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
+    return (norms / scale[:, None]).square().sum(dim=1).sqrt() * scale
+
+
+def are_finite(norms: Any) -> npt.NDArray[np.bool_]:
+    """bool[n] on the host; synchronizes with the device."""
+    if isinstance(norms, np.ndarray):
+        return np.isfinite(norms)
+    found: npt.NDArray[np.bool_] = norms.isfinite().cpu().numpy()
+    return found
+
+
+def row_devices(
+    rows: Sequence[int],
+    count: int,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+) -> list[torch.device]:
+    """The device of each row's history: its parameter's; any that is not the CPU, if several.
+
+    Args:
+        rows: the row of each parameter.
+        count: the number of rows.
+        parameters: the parameters.
+        gradients: their gradients; None for none.
+    """
+    devices = [_CPU] * count
+    trained = [False] * count
+    # If any parameter is sharded, another process may have a gradient that is missing here.
+    are_sharded = dtensor_class(parameters) is not None
+    for row, parameter, gradient in zip(rows, parameters, gradients):
+        device = (parameter if gradient is None or are_sharded else gradient).device
+        # Parameters on the meta device have no gradients, and trained ones come before frozen ones.
+        if device.type not in ("cpu", "meta") and (
+            devices[row] is _CPU or (parameter.requires_grad and not trained[row])
+        ):
+            devices[row], trained[row] = device, parameter.requires_grad
+    return devices
+
+
+def dtensor_class(parameters: Sequence[Tensor]) -> type[Any] | None:
+    """The class of DTensors if a parameter is one."""
+    if _PLAIN.issuperset(map(type, parameters)):  # the usual case
+        return None
+    # Importing DTensor takes a second. If it was not imported, no DTensor exists.
+    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
+        found = getattr(sys.modules.get(name), "DTensor", None)
+        if found is not None:
+            return found if any(isinstance(each, found) for each in parameters) else None
+    return None
