@@ -129,8 +129,9 @@ class Torch(Side):
                 parameter.grad = torch.full_like(parameter, value)
         thresholds, coefficients = self.thresholds(), np.ones(len(gradients))
         self.clipper.step()
-        for rows, report in self.clipper._reports:  # `last` rounds to float32
-            thresholds[rows], coefficients[rows] = report.thresholds, report.coefficients
+        for storage, report in self.clipper._reports:  # `last` rounds to float32
+            thresholds[storage.rows] = report.thresholds
+            coefficients[storage.rows] = report.coefficients
         return thresholds, coefficients
 
     def change(self, group: int, name: str, value: Any) -> None:

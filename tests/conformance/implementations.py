@@ -159,8 +159,9 @@ def torch_host(file: File) -> Rows:
         thresholds, coefficients = np.empty(len(rows)), np.ones(len(rows))
         for places, values in clipper._histories.thresholds():
             thresholds[places] = values
-        for places, report in clipper._reports:  # `last` rounds to float32
-            thresholds[places], coefficients[places] = report.thresholds, report.coefficients
+        for storage, report in clipper._reports:  # `last` rounds to float32
+            thresholds[storage.rows] = report.thresholds
+            coefficients[storage.rows] = report.coefficients
         reports.append((thresholds, coefficients))
         clipped.append([None if p.grad is None else p.grad.item() for p in parameters])
     return _result(file, reports, *_contents(clipper), clipped)

@@ -27,6 +27,7 @@ from autoclip.core.adapter import (
     AttachmentHandle,
     BaseClipper,
     ClipperSettings,
+    Storage,
     attached_message,
     constructor,
     given,
@@ -35,7 +36,7 @@ from autoclip.core.adapter import (
     warn_user,
 )
 from autoclip.torch import _legacy
-from autoclip.torch._attach import Attachment, StepResult, check_optimizer
+from autoclip.torch._attachment import Attachment, StepResult, check_optimizer
 from autoclip.torch._groups import Groups
 from autoclip.torch._histories import Histories
 from autoclip.torch._layout import Layout, layout_of, row_devices
@@ -54,7 +55,7 @@ __all__ = ["Clipper", "QuantileClip", "StandardClip"]
 P = ParamSpec("P")
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
-_gradient = attrgetter("grad")
+_gradient, _coefficients = attrgetter("grad"), attrgetter("coefficients")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -141,11 +142,10 @@ class Clipper(BaseClipper[Groups, Tensor]):
         self._histories = Histories()
         self._groups = Groups(made, self._histories)
         self._attachment: Attachment | None = None
-        self.may_lack_history = False
         self._has_seen_a_gradient = self._has_warned = False
         self._layout: Layout | None = None
         self._norm: Tensor | float | None = None
-        self._reports: Sequence[tuple[list[int], Report[Any]]] = ()
+        self._reports: Sequence[tuple[Storage[Any], Report[Any]]] = ()
         for entry in entries_of(parameters):
             if isinstance(entry, OptimizerGroup):
                 own = made.taken_from(entry)
@@ -219,7 +219,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
                 `"raise"`. Nothing was recorded or scaled.
             RuntimeError: the clipper is attached to an optimizer. Nothing was recorded or scaled.
         """
-        if self._attachment is not None and self._attachment.is_alive:
+        if self._is_attached:
             raise RuntimeError(
                 f"This {type(self).__name__} is attached to an optimizer, whose step() calls it: "
                 "another call would record and clip each gradient twice. For the total norm, read "
@@ -233,15 +233,14 @@ class Clipper(BaseClipper[Groups, Tensor]):
         self,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-        *,
-        defers_skip: bool = False,
+        can_defer: Callable[[], bool] | None = None,
     ) -> StepResult:
         """Record the norms of the gradients and clip them.
 
         Args:
             scale: 0-d, the loss scale that the gradients still have; None if they have none.
             found_inf: 0-d, not 0 if a loss scaler will skip this step; None if there is no scaler.
-            defers_skip: True if the caller can skip the whole update on the device.
+            can_defer: tells if the caller can skip the whole update on the device; None for no.
 
         Raises:
             FloatingPointError, RuntimeError: see `step`.
@@ -267,17 +266,18 @@ class Clipper(BaseClipper[Groups, Tensor]):
         rows = layout.rows(norms, total)
         self._reports = ()
         reports = histories.record(rows)
-        self._reports = [(storage.rows, each) for (storage, _), each in zip(rows, reports)]
-        coefficients = [report.coefficients for report in reports]
+        self._reports = [*zip(layout.storages, reports)]
+        coefficients = [*map(_coefficients, reports)]
         skipped: list[int] = []
         skips_update = None
         if layout.skips:
             coefficients, skipped, skips_update = layout.spikes(
-                coefficients, is_deferred=defers_skip
+                coefficients, is_deferred=can_defer is not None and can_defer()
             )
         layout.scale(gradients, coefficients, parameters)
         self._norm = total
-        return StepResult(total, _withheld(parameters, skipped), skips_update)
+        withheld = _withheld(parameters, skipped) if skipped else ()
+        return StepResult(total, withheld, skips_update)
 
     def _step_without_gradients(self) -> StepResult:
         self._warn_without_gradients()
@@ -354,7 +354,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
             raise RuntimeError("There is nothing to report: the last step had no gradient.")
         fills = {"norms": 0.0, "thresholds": torch.inf, "coefficients": 1.0}
         columns = {
-            name: self._by_row([(rows, getattr(each, name)) for rows, each in self._reports], fill)
+            name: self._by_row([(s.rows, getattr(each, name)) for s, each in self._reports], fill)
             for name, fill in fills.items()
         }
         return Report(**columns, names=self._groups.row_names())
@@ -414,11 +414,11 @@ class Clipper(BaseClipper[Groups, Tensor]):
         If it raises, the optimizer and the clipper are as they were.
         """
         check_optimizer(optimizer, "attach")
-        if self._attachment is not None and self._attachment.is_alive:
+        if self._is_attached:
             raise RuntimeError(attached_message(self))
         self.detach()
         attachment = Attachment(self, optimizer, self._groups)
-        attachment.begin(optimizer)
+        attachment.begin()
         self._attachment = attachment
 
         def detach() -> None:
@@ -426,6 +426,10 @@ class Clipper(BaseClipper[Groups, Tensor]):
                 self.detach()
 
         return AttachmentHandle(detach)
+
+    @property
+    def _is_attached(self) -> bool:
+        return self._attachment is not None and self._attachment.optimizer is not None
 
     def detach(self) -> None:
         """Detach the clipper from its optimizer, as the handle that `attach` returned does.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from autoclip.core import MaxNorm, Rule, State
-from autoclip.core.adapter import AttachmentHandle, ClipperSettings
+from autoclip.core.adapter import ClipperSettings
 
 __all__ = ["EngineClipper"]
 
@@ -26,7 +26,6 @@ class EngineClipper(MaxNorm):
 
     Attributes:
         is_saved_alone: True if trainers' checkpoints of the engine drop the history.
-        may_lack_history: True if the first step warns if the history is empty.
 
     Args:
         engine: what the engine is called, for messages.
@@ -59,8 +58,7 @@ class EngineClipper(MaxNorm):
                 type(self).__name__, rule, global_clipping=True, include_current=False, **chosen
             )
         )
-        self._handle: AttachmentHandle | None = None
-        self.may_lack_history = False
+        self._attachment: Any = None
 
     @property
     def has_history(self) -> bool:
@@ -69,16 +67,14 @@ class EngineClipper(MaxNorm):
 
     @property
     def has_stepped(self) -> bool:
-        """Whether there is a `last` step."""
+        """True if there is a `last` step."""
         return self._last is not None
 
     def detach(self) -> None:
         """Give the engine back its own clipping. The history stays; a second call does nothing."""
-        if self._handle is not None:
-            self._handle.remove()
-
-    def _attached_by(self, detach: Callable[[], None]) -> None:
-        self._handle = AttachmentHandle(detach)
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            attachment.end()
 
     def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
         """Check that a saved state fits; nothing changes.
@@ -90,4 +86,4 @@ class EngineClipper(MaxNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own, which no engine asks.
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_attachment": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -213,6 +214,10 @@ class Groups(adapter.Groups[Tensor]):
         if self._is_one_to_one:
             return theirs
         return [[theirs[i][j] for i, j in positions] for positions in self._positions]
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters of all groups, group by group, as they are now; see `by_group`."""
+        return [*chain.from_iterable(self.by_group())]
 
     @property
     def has_unnamed(self) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoclip.core import Quantile, Rule, Standard
-from autoclip.torch._attach import check_optimizer
+from autoclip.torch._attachment import check_optimizer
 from autoclip.torch._clipper import Clipper, QuantileClip, StandardClip
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._parameters import names_in

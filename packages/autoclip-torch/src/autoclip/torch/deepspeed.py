@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 
 from autoclip.core import Quantile, Rule
 from autoclip.core.adapter import second_clipper_message, warn_user
-from autoclip.torch._attach import STATE_KEY
+from autoclip.torch._attachment import STATE_KEY
 from autoclip.torch._engine import EngineClipper
 
 __all__ = ["EngineClipper", "attach"]
@@ -105,7 +105,13 @@ def _refuse_unsupported(engine: Any) -> None:
 
 
 class _Attachment:
-    """The methods of an engine that a clipper stands before."""
+    """A clipper on an engine, with methods in place of some of the engine's.
+
+    Attributes:
+        may_lack_history: see `autoclip.torch._attachment.Attachment`; an engine does not warn.
+    """
+
+    may_lack_history = False
 
     def __init__(self, engine: Any, clipper: EngineClipper) -> None:
         self._engine = engine
@@ -142,7 +148,7 @@ class _Attachment:
             engine.clip_fp32_gradients = self._clip_gradients
         engine.clipper = self._clipper
         self._set_limit()
-        self._clipper._attached_by(self.end)
+        self._clipper._attachment = self
 
     def end(self) -> None:
         names = ["_take_model_step", "save_checkpoint", "load_checkpoint", "clipper"]

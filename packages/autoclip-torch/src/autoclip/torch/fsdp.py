@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from autoclip.core import Quantile, Rule
-from autoclip.torch._attach import Attachment, StepResult, check_optimizer
+from autoclip.torch._attachment import Attachment, StepResult, check_optimizer
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._layout.agreement import compare, disagreement_message, fingerprints
 
@@ -74,8 +75,8 @@ def attach(
             "optimizer from model.parameters() after wrapping the model."
         )
     attachment = Attachment(clipper, optimizer)
-    attachment.begin(optimizer)
-    clipper._attached_by(attachment.end)
+    attachment.begin()
+    clipper._attachment = attachment
     return clipper
 
 
@@ -95,8 +96,7 @@ class _Fsdp1Clipper(EngineClipper):
         self,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-        *,
-        defers_skip: bool = False,
+        can_defer: Callable[[], bool] | None = None,
     ) -> StepResult:
         if scale is not None:
             raise RuntimeError(

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
 
 from autoclip.core import Rule
 from autoclip.core.adapter import CHECKPOINT_FILE, check_parameters, warn_user
-from autoclip.torch._attach import STATE_KEY
+from autoclip.torch._attachment import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
 from autoclip.torch._reading import state_dicts
@@ -262,7 +262,8 @@ def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> No
             clipper.load_state_dict(saved[STATE_KEY])
             return
         reason = f"{path} has no {STATE_KEY!r} entry"
-    clipper.may_lack_history = False  # one warning is enough
+    if clipper._attachment is not None:
+        clipper._attachment.may_lack_history = False  # one warning is enough
     warn_user(
         f"{reason}: the checkpoint holds no history of gradient norms. AutoClip starts with an "
         "empty one."

@@ -175,8 +175,12 @@ class Histories(Generic[HistoryT]):
         Returns:
             The reports of the storages.
         """
-        self._finish()
-        if len(norms) > 1 and self._is_resumable:
+        if self._unfinished:
+            self._finish()
+        if len(norms) == 1:
+            [(storage, only)] = norms
+            return [storage.history.record(only)]
+        if self._is_resumable:
             self._unfinished = [storage.history.once(each) for storage, each in norms]
         reports = [storage.history.record(each) for storage, each in norms]
         self._unfinished = ()

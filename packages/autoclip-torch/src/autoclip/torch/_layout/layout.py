@@ -6,6 +6,7 @@ small, their offsets in buffers and the rows that they belong to are worked out 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
@@ -24,14 +25,20 @@ from autoclip.torch._layout.rows import (
     Norms,
     RowMap,
     are_finite,
+    joined,
+    joint_norms,
+    joint_norms_of,
     moved,
     row_devices,
-    total_norm,
 )
 from autoclip.torch._layout.scaling import CpuScaling, DeviceScaling
 
 __all__ = ["Layout", "Part"]
 
+# A sum of squares between these has lost nothing at either end of float64's range.
+_SMALLEST, _LARGEST = 1e-280, 1e300
+# At or below this many numbers, Python floats are faster than NumPy arrays.
+_FEW = 64
 _shape, _dtype, _layout, _device = map(attrgetter, ("shape", "dtype", "layout", "device"))
 
 
@@ -54,7 +61,9 @@ class Layout:
 
     Attributes:
         parts: the gradients of each device, in the order of the gradients.
+        is_empty: True if there is no gradient.
         version: the versions of groups and histories that `arrange` was called for.
+        storages: the storages of the rows that record a norm.
         skips: True if a row's `on_spike` is `"skip"`.
         treats_nonfinite: True if a gradient's `on_nonfinite` is not `"keep"`.
         is_sharded: True if gradients are spread over processes.
@@ -85,13 +94,10 @@ class Layout:
             )
             for device, members in indices.items()
         }
+        self.is_empty = not self.parts
         self.version = (-1, -1)
+        self.storages: list[Storage[Any]] = []
         self._maps: list[RowMap] = []
-
-    @property
-    def is_empty(self) -> bool:
-        """True if there is no gradient."""
-        return not self.parts
 
     def fits(self, gradients: Sequence[Tensor | None]) -> bool:
         """True if these gradients can be measured and scaled by this layout.
@@ -130,6 +136,7 @@ class Layout:
             for storage in histories.storages
             if mode.joins or storage.device in measured
         ]
+        self.storages = [each.storage for each in self._maps]
         accelerators = [device for device in measured if not _ops.uses_numpy(device)]
         self._home: torch.device = (
             self._maps[0].storage.device if mode.has_one_row else (accelerators or measured)[0]
@@ -153,20 +160,37 @@ class Layout:
             norms: of the gradients.
             total: the norm of all gradients together.
         """
+        if len(self._maps) == 1 and self._maps[0].is_identity:  # the usual case
+            return [(self.storages[0], norms[self._home])]
         return [(each.storage, each.norms(norms, total)) for each in self._maps]
 
     # -- norms -------------------------------------------------------------------------------
 
     def measure(self, gradients: Sequence[Tensor | None]) -> Norms:
         """The true norms of the gradients."""
-        return {device: part.norms.of(gradients) for device, part in self.parts.items()}
+        norms = {}
+        for device, part in self.parts.items():
+            norms[device] = part.norms.of(gradients)
+        return norms
 
     def refuse_loss_scaler(self, found_inf: Tensor | None) -> None:
         """See `ShardedLayout.refuse_loss_scaler`."""
 
     def total(self, norms: Norms) -> Tensor | float:
         """The norm of all gradients together: a number, or 0-d on an accelerator."""
-        return total_norm(norms, self._home)
+        is_alone = len(norms) == 1 and self._home in norms
+        found = norms[self._home] if is_alone else joined(norms, self._home)
+        if not isinstance(found, np.ndarray):
+            return joint_norms_of(found[None])[0]
+        if len(found) <= _FEW:
+            total = math.hypot(*found.tolist())
+            if total < math.inf:  # beside an infinity, hypot overlooks a NaN
+                return total
+        with np.errstate(over="ignore"):
+            square = float(found.dot(found))
+        if _SMALLEST < square < _LARGEST:
+            return math.sqrt(square)
+        return float(joint_norms(found[None])[0])
 
     @staticmethod
     def unscale(norms: Norms, scale: Tensor | None, found_inf: Tensor | None) -> Norms:

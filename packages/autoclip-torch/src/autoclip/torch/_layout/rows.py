@@ -5,7 +5,6 @@ Norms, like coefficients, are NumPy arrays on the CPU, and tensors on any other 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -20,14 +19,16 @@ from autoclip.torch import _ops
 from autoclip.torch._ops import as_tensor, norm_dtype
 
 __all__ = [
+    "PLAIN",
     "Norms",
     "RowMap",
     "are_finite",
     "dtensor_class",
     "joined",
+    "joint_norms",
+    "joint_norms_of",
     "moved",
     "row_devices",
-    "total_norm",
 ]
 
 Norms: TypeAlias = Mapping[torch.device, Any]
@@ -35,11 +36,7 @@ Norms: TypeAlias = Mapping[torch.device, Any]
 
 _CPU = torch.device("cpu")
 # The classes of parameters that are whole on each process.
-_PLAIN = {Tensor, torch.nn.Parameter}
-# A sum of squares between these has lost nothing at either end of float64's range.
-_SMALLEST, _LARGEST = 1e-280, 1e300
-# At or below this many numbers, Python floats are faster than NumPy arrays.
-_FEW = 64
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 class RowMap:
@@ -104,9 +101,9 @@ class RowMap:
             return norms[device][self._index]
         found = joined(norms, device)
         if isinstance(found, np.ndarray):
-            return _joint_norms(np.append(found, 0.0)[self._table])
+            return joint_norms(np.append(found, 0.0)[self._table])
         # Not index_add: on CUDA its sums depend on the order of the threads.
-        return _joint_norms_of(torch.cat([found, found.new_zeros(1)])[self._table])
+        return joint_norms_of(torch.cat([found, found.new_zeros(1)])[self._table])
 
     def indices_of(self, mask: npt.NDArray[np.bool_]) -> list[int]:
         """The gradients of the rows that `mask` selects."""
@@ -156,23 +153,7 @@ def joined(norms: Norms, device: torch.device) -> Any:
     return sum((moved(each, device) for each in others), moved(first, device))
 
 
-def total_norm(norms: Norms, device: torch.device) -> Tensor | float:
-    """The norm of all gradients together: a number, or 0-d on an accelerator."""
-    found = joined(norms, device) if len(norms) > 1 or device not in norms else norms[device]
-    if not isinstance(found, np.ndarray):
-        return _joint_norms_of(found[None])[0]
-    if len(found) <= _FEW:
-        total = math.hypot(*found.tolist())
-        if total < math.inf:  # beside an infinity, hypot overlooks a NaN
-            return total
-    with np.errstate(over="ignore"):
-        square = float(found.dot(found))
-    if _SMALLEST < square < _LARGEST:
-        return math.sqrt(square)
-    return float(_joint_norms(found[None])[0])
-
-
-def _joint_norms(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def joint_norms(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The norm of each row's entries together: [n] from [n, m]."""
     # Scaled by the largest: norms near the ends of the range have squares beyond it.
     largest = norms.max(axis=1, initial=0.0)
@@ -181,8 +162,8 @@ def _joint_norms(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return found
 
 
-def _joint_norms_of(norms: Tensor) -> Tensor:
-    """`_joint_norms` on a device."""
+def joint_norms_of(norms: Tensor) -> Tensor:
+    """`joint_norms` on a device."""
     largest = norms.amax(dim=1)
     scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
     return (norms / scale[:, None]).square().sum(dim=1).sqrt() * scale
@@ -226,7 +207,7 @@ def row_devices(
 
 def dtensor_class(parameters: Sequence[Tensor]) -> type[Any] | None:
     """The class of DTensors if a parameter is one."""
-    if _PLAIN.issuperset(map(type, parameters)):  # the usual case
+    if PLAIN.issuperset(map(type, parameters)):  # the usual case
         return None
     # Importing DTensor takes a second. If it was not imported, no DTensor exists.
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):

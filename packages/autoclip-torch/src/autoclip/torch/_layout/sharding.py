@@ -31,7 +31,7 @@ from autoclip.torch._layout.agreement import (
 from autoclip.torch._layout.layout import Layout
 from autoclip.torch._layout.managed import refuse_managed
 from autoclip.torch._layout.mesh import Mesh, is_nonzero, process_groups
-from autoclip.torch._layout.rows import Norms, dtensor_class
+from autoclip.torch._layout.rows import PLAIN, Norms, dtensor_class
 from autoclip.torch._ops import as_tensor, norm_dtype
 from autoclip.torch._private import assert_async
 
@@ -65,7 +65,7 @@ def layout_of(
         RuntimeError: the gradients' norms cannot be known, see `refuse_managed`; the same on all
             processes.
     """
-    kind = dtensor_class(parameters)
+    kind = None if PLAIN.issuperset(map(type, parameters)) else dtensor_class(parameters)
     if kind is None:
         if known is not None and known.fits(gradients):
             return known
@@ -100,7 +100,6 @@ class ShardedLayout(Layout):
     """
 
     is_sharded = True
-    is_empty = False  # the other processes wait for this one, even if it has no gradient
 
     def __init__(
         self,
@@ -110,6 +109,7 @@ class ShardedLayout(Layout):
         histories: Histories[Any],
     ) -> None:
         super().__init__([None] * len(parameters))
+        self.is_empty = False  # the other processes wait for this one, even if it has no gradient
         self._groups, self._histories = groups, histories
         # The layouts of the parts that are here, and of the same after partial sums are added up.
         self._local: Layout | None = None

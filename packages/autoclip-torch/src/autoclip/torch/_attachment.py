@@ -1,10 +1,11 @@
-"""The one place that knows optimizer hooks: steps, closures, loss scalers, state."""
+"""A clipper on an optimizer: hooks, closures, loss scalers, and the state in its `state_dict()`."""
 
 from __future__ import annotations
 
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -24,9 +25,9 @@ from autoclip.torch._private import disable_dynamo, is_fake
 __all__ = ["STATE_KEY", "Attachment", "StepResult", "check_optimizer"]
 
 STATE_KEY = "autoclip"
-"""Where a clipper's state is in its optimizer's `state_dict()`."""
+"""The key of a clipper's state in its optimizer's `state_dict()`."""
 
-# Methods by which the classes of the SAM family update weights without `step`.
+# Methods of the SAM family that update weights without `step`.
 _SAM_STEPS = ("first_step", "second_step")
 
 
@@ -37,8 +38,8 @@ class StepResult(NamedTuple):
         norm: of all gradients together before clipping: a number, or 0-d on a device.
         skipped: parameters with `on_spike="skip"` and a norm above the threshold, and their
             gradients, as they were. The parameters have no gradient now.
-        skips_update: bool, 0-d and on the device: True if no parameter is to be updated. Only if
-            `defers_skip` was given; the host does not know it.
+        skips_update: bool, 0-d and on the device: True if no parameter is to be updated; None if
+            the host knows.
     """
 
     norm: Tensor | float
@@ -47,21 +48,13 @@ class StepResult(NamedTuple):
 
 
 class Attachable(Protocol):
-    """The part of a clipper that an attachment calls.
-
-    Attributes:
-        may_lack_history: True if the first step must warn if the history is empty, since the
-            optimizer had been trained when the clipper was attached.
-    """
-
-    may_lack_history: bool
+    """The part of a clipper that an attachment calls."""
 
     def _step(
         self,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-        *,
-        defers_skip: bool = False,
+        can_defer: Callable[[], bool] | None = None,
     ) -> StepResult:
         """Clip the gradients."""
 
@@ -80,11 +73,11 @@ class Attachable(Protocol):
 
 
 def check_optimizer(optimizer: Any, caller: str) -> None:
-    """Refuse what a clipper cannot be attached to.
+    """Refuse anything that a clipper cannot be attached to.
 
     Args:
-        optimizer: what was given.
-        caller: the method that it was given to, for messages.
+        optimizer: the optimizer, or a user's mistake.
+        caller: the method that got it, for messages.
 
     Raises:
         TypeError: it is not a torch optimizer whose `step` calls hooks.
@@ -96,7 +89,7 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
             f"{caller}(torch.optim.{optimizer.__name__}(model.parameters()), ...)."
         )
     if not isinstance(optimizer, Optimizer):
-        inside = _inside(optimizer)
+        inside = _hint_of_inner(optimizer)
         raise TypeError(
             f"{caller} takes a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
             + (f" {inside}" if inside else "")
@@ -106,7 +99,10 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
         raise TypeError(
             f"{torch.typename(optimizer)} only wraps an optimizer, and no hook of its own is "
             "ever called. "
-            + (_inside(optimizer) or "Attach to the torch optimizer that updates the weights.")
+            + (
+                _hint_of_inner(optimizer)
+                or "Attach to the torch optimizer that updates the weights."
+            )
         )
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(_without_init(optimizer))
@@ -114,8 +110,8 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
         raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
 
 
-def _inside(wrapper: object) -> str:
-    """Where the optimizer is that an object wraps; empty if there is none."""
+def _hint_of_inner(wrapper: object) -> str:
+    """A hint at the optimizer that an object wraps; empty if there is none."""
     names = [f"`.{name}`" for name in wrapped_optimizers(wrapper)]
     if names:
         return f"Attach to the optimizer inside, its attribute {' or '.join(names)}."
@@ -136,48 +132,65 @@ def _without_init(optimizer: Optimizer) -> str:
 
 
 class Attachment(Hooks):
-    """A clipper on an optimizer: its hooks.
+    """A clipper on an optimizer: its hooks, and the state between them.
 
     Args:
         clipper: the clipper.
-        optimizer: one that `check_optimizer` lets pass.
+        optimizer: one that `check_optimizer` accepts.
         groups: the clipper's, which follow the optimizer's; None if it knows its own parameters.
+
+    Attributes:
+        pending: a checked state, until the optimizer has loaded its own and this is committed.
+        may_lack_history: True if the first step must warn if the history is empty, since the
+            optimizer had been trained when the clipper was attached.
+        has_warned: True after the warning of a checkpoint without a history.
     """
 
     def __init__(
         self, clipper: Attachable, optimizer: Optimizer, groups: Groups | None = None
     ) -> None:
+        self.pending: State | None = None
+        self.may_lack_history = False
+        self.has_warned = False
         self._clipper = clipper
         self._groups = groups
         # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
         self._optimizer = weakref.ref(optimizer)
-        self._pending: State | None = None
-        self._has_warned = False
-        self._hooks: list[RemovableHandle] = []
-        # Parameters that this step leaves out, and their gradients, until it is over.
+        self._handles: list[RemovableHandle] = []
+        self._attributes: list[str] = []
+        self._may_be_nested = _overrides_a_step(type(optimizer))
+        # Of the present step: parameters that it leaves out, with their gradients, and whether
+        # `found_inf` on the optimizer is ours.
         self._withheld: Sequence[tuple[Tensor, Tensor]] = ()
         self._set_found_inf = False
-        self._cleans_up = False
-        self._attributes: list[str] = []
+        self._has_post_hook = False
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the optimizer still exists."""
-        return self._optimizer() is not None
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer; None if it no longer exists."""
+        return self._optimizer()
 
-    def begin(self, optimizer: Optimizer) -> None:
+    def begin(self) -> None:
         """Attach; see `Clipper.attach`."""
-        hooks: list[tuple[str, Callable[..., Any]]] = [
-            ("register_step_pre_hook", self._before_step)
-        ]
-        if type(optimizer).state_dict is Optimizer.state_dict:
+        optimizer = self._attached()
+        own = type(optimizer)
+        hooks: list[tuple[str, Callable[..., Any]]] = [("register_step_pre_hook", self.before_step)]
+        attributes: dict[str, Any] = {"clipper": self._clipper, "__reduce_ex__": self._reduce_ex}
+        # A class's own method need not call torch's, nor the hooks: bitsandbytes' does not.
+        if own.state_dict is Optimizer.state_dict:
             hooks.append(("register_state_dict_post_hook", self._after_state_dict))
-        if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        else:
+            attributes["state_dict"] = self._state_dict
+        if own.load_state_dict is Optimizer.load_state_dict:
             hooks.append(("register_load_state_dict_pre_hook", self._before_load))
             hooks.append(("register_load_state_dict_post_hook", self._after_load))
+        else:
+            attributes["load_state_dict"] = self._load_state_dict
+        if hasattr(own, "__deepcopy__"):
+            attributes["__deepcopy__"] = self._deepcopy
         try:
             for register, hook in hooks:
-                self._hooks.append(getattr(optimizer, register)(hook))
+                self._handles.append(getattr(optimizer, register)(hook))
             if self._groups is not None:
                 self._groups.follow(optimizer)
         except BaseException as error:
@@ -185,17 +198,9 @@ class Attachment(Hooks):
             if isinstance(error, AttributeError):
                 raise TypeError(_without_init(optimizer)) from error
             raise
-        attributes: dict[str, Any] = {"clipper": self._clipper, "__reduce_ex__": self._reduce_ex}
-        # A class's own method need not call torch's, nor the hooks: bitsandbytes' does not.
-        if type(optimizer).state_dict is not Optimizer.state_dict:
-            attributes["state_dict"] = self._state_dict
-        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
-            attributes["load_state_dict"] = self._load_state_dict
-        if hasattr(type(optimizer), "__deepcopy__"):
-            attributes["__deepcopy__"] = self._deepcopy
         self._attributes = [*attributes]
         optimizer.__dict__.update(attributes)
-        self._clipper.may_lack_history = _has_been_trained(optimizer)
+        self.may_lack_history = _has_been_trained(optimizer)
         _warn_of_other_steps(optimizer)
 
     def end(self) -> None:
@@ -203,23 +208,29 @@ class Attachment(Hooks):
         self._remove_hooks()
         if self._groups is not None:
             self._groups.release()
-        optimizer = self._optimizer()
+        optimizer = self.optimizer
         if optimizer is not None:
             for name in self._attributes:
                 optimizer.__dict__.pop(name, None)
 
     def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _attached(self) -> Optimizer:
+        optimizer = self.optimizer
+        assert optimizer is not None  # one of its methods has been called
+        return optimizer
 
     # -- steps -------------------------------------------------------------------------------
 
     @disable_dynamo
-    def _before_step(
+    def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _is_nested(optimizer):
+        """Clip the gradients now, or with a closure after it has computed them."""
+        if self._may_be_nested and _is_nested(optimizer):
             return None
         if "grad_scaler" in kwargs:
             raise RuntimeError(
@@ -228,7 +239,7 @@ class Attachment(Hooks):
                 "norms. Call scaler.unscale_(optimizer) and clipper.step() yourself, on a clipper "
                 "that is not attached."
             )
-        # args[0] is the optimizer itself. With a closure, gradients exist only after it has run.
+        # args[0] is the optimizer itself.
         if len(args) > 1 and callable(args[1]):
             return (optimizer, self._clipping(optimizer, args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
@@ -239,59 +250,64 @@ class Attachment(Hooks):
     def _clipping(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_and_clip() -> Any:
             loss = closure()
-            self._clip(optimizer)
+            self._clip_uncompiled(optimizer)
             return loss
 
         return closure_and_clip
 
-    @disable_dynamo
-    @torch.no_grad()
     def _clip(self, optimizer: Optimizer) -> None:
-        self._forget_step(optimizer)
-        if self._clipper.may_lack_history:
-            self._clipper.may_lack_history = False
+        if self._withheld or self._set_found_inf:
+            self._clear(optimizer)
+        if self.may_lack_history:
+            self.may_lack_history = False
             self._warn_without_history(optimizer)
-        # A GradScaler leaves these on fused optimizers, whose gradients are still scaled then.
-        # Without a scale, but with a verdict, they have been unscaled already.
+        # A GradScaler sets both on fused optimizers, whose gradients are still scaled then. If only
+        # found_inf is set, the gradients are already unscaled.
         scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         try:
-            result = self._clipper._step(
-                scale,
-                found_inf,
-                defers_skip=_reads_found_inf(optimizer),
-            )
+            with torch.no_grad():  # as a decorator it takes twice as long
+                result = self._clipper._step(scale, found_inf, partial(_reads_found_inf, optimizer))
+                if result.skipped or result.skips_update is not None:
+                    self._skip(optimizer, result, found_inf)
         except BaseException:
             # GradScaler removes them after the step, but not if the step raises.
             if found_inf is not None:
                 optimizer.__dict__.pop("grad_scale", None)
                 optimizer.__dict__.pop("found_inf", None)
             raise
+
+    _clip_uncompiled = disable_dynamo(_clip)
+
+    def _skip(self, optimizer: Optimizer, result: StepResult, found_inf: Tensor | None) -> None:
+        """Skip the update of some parameters, or of all if only the device knows."""
         self._withheld = result.skipped
-        if (result.skipped or result.skips_update is not None) and not self._cleans_up:
+        if not self._has_post_hook:
             # Only now: under torch.compile each hook costs a graph break. torch looks for these
             # hooks after the update, so this one is called at the end of this very step.
-            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
-            self._cleans_up = True
+            self._handles.append(optimizer.register_step_post_hook(self.after_step))
+            self._has_post_hook = True
         if result.skips_update is not None:
             verdict = result.skips_update.float()
             if found_inf is not None:  # not in place: the scaler would lower its scale
                 verdict = torch.maximum(verdict, found_inf.to(verdict))
             self._set_found_inf = found_inf is None
-            optimizer.found_inf = verdict  # type: ignore[attr-defined]
+            vars(optimizer)["found_inf"] = verdict
 
     @disable_dynamo
-    def _after_step(
+    def after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if (self._withheld or self._set_found_inf) and not _is_nested(optimizer):
-            for parameter, gradient in self._withheld:
-                if parameter.grad is None:
-                    parameter.grad = gradient
-            self._forget_step(optimizer)
+        """Give back the gradients of parameters that this step left out."""
+        if self._may_be_nested and _is_nested(optimizer):
+            return
+        for parameter, gradient in self._withheld:
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._clear(optimizer)
 
-    def _forget_step(self, optimizer: Optimizer) -> None:
-        """Drop what a step has left, also one that raised before its last hook."""
+    def _clear(self, optimizer: Optimizer) -> None:
+        """Clear a step's leftovers, including those of one that raised."""
         self._withheld = ()
         if self._set_found_inf:
             self._set_found_inf = False
@@ -333,29 +349,25 @@ class Attachment(Hooks):
         type(optimizer).load_state_dict(optimizer, state_dict, *args, **kwargs)
         self._after_load(optimizer)
 
-    def _attached(self) -> Optimizer:
-        optimizer = self._optimizer()
-        assert optimizer is not None  # its own method has been called
-        return optimizer
-
     @disable_dynamo
     def _before_load(
         self, optimizer: Optimizer, state_dict: dict[str, Any]
     ) -> dict[str, Any] | None:
-        self._pending = None
+        self.pending = None
         replaced = None
         entry = state_dict.get(STATE_KEY)
         if _legacy.is_legacy_pair(state_dict):
             entry, replaced = state_dict["clipper"], state_dict["optimizer"]
         if entry is not None:
             source = f"the optimizer's state_dict[{STATE_KEY!r}]"
-            self._pending = self._clipper.check_state_dict(entry, source)
-        elif not self._has_warned:
+            self.pending = self._clipper.check_state_dict(entry, source)
+        elif not self.has_warned:
             self._warn_of_missing_entry()
         return replaced
 
     def _warn_of_missing_entry(self) -> None:
         reason = "it was saved without a clipper, or by a framework that dropped the entry"
+        # Nothing else tells that it loads, and users who follow the documentation get no warning.
         if _is_called_by("torch.distributed.checkpoint"):
             if self._clipper.has_history:  # saved and loaded separately, as the documentation says
                 return
@@ -363,8 +375,8 @@ class Attachment(Hooks):
                 "torch.distributed.checkpoint keeps only the entries that it knows, also in "
                 "Composer and Accelerate"
             )
-        self._has_warned = True
-        self._clipper.may_lack_history = False  # no second warning of the same
+        self.has_warned = True
+        self.may_lack_history = False  # no second warning of the same
         warn_user(
             f"The optimizer's checkpoint has no {STATE_KEY!r} entry: {reason}. The clipper keeps "
             "the history that it has. Where entries are dropped, save "
@@ -374,9 +386,9 @@ class Attachment(Hooks):
 
     @disable_dynamo
     def _after_load(self, optimizer: Optimizer) -> None:
-        if self._pending is not None:
-            self._clipper.commit_state(self._pending)
-            self._pending = None
+        if self.pending is not None:
+            self._clipper.commit_state(self.pending)
+            self.pending = None
 
 
 def _warn_of_other_steps(optimizer: Optimizer) -> None:
@@ -403,9 +415,9 @@ def _warn_of_other_steps(optimizer: Optimizer) -> None:
 
 
 def _has_been_trained(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's state says that it has made steps, or was loaded.
+    """True if the optimizer's state shows that it has made steps, or was loaded.
 
-    A few optimizers, such as Adagrad, fill their state before: with zeros, with masks.
+    A few optimizers, such as Adagrad, fill their state earlier: with zeros, with masks.
     """
     state = getattr(optimizer, "state", {})
     return any(_counts_steps(each) for each in state.values() if isinstance(each, Mapping))
@@ -422,7 +434,7 @@ def _counts_steps(state: Mapping[str, Any]) -> bool:
 
 
 def _reads_found_inf(optimizer: Optimizer) -> bool:
-    """Whether the step is known to skip the update on the device if `found_inf` is not 0.
+    """True if the step is known to skip the update on the device if `found_inf` is not 0.
 
     torch's own fused steps do. Containers and subclasses have the flag in their groups too, but
     their own steps need not look at the attribute, or look for it on an optimizer inside.
@@ -432,7 +444,7 @@ def _reads_found_inf(optimizer: Optimizer) -> bool:
 
 
 def _is_called_by(module: str) -> bool:
-    """Whether a function of `module`, or of a module in it, is on the call stack."""
+    """True if a function of `module`, or of a module in it, is on the call stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if f"{frame.f_globals.get('__name__')}.".startswith(f"{module}."):
@@ -441,12 +453,18 @@ def _is_called_by(module: str) -> bool:
     return False
 
 
+def _overrides_a_step(own: type[Optimizer]) -> bool:
+    """True if a class has a `step` above that of another optimizer, and so may call that one."""
+    steps = [each for each in own.__mro__ if "step" in vars(each) and each is not Optimizer]
+    return len(steps) > 1
+
+
 def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether this step was called by another one: a subclass that calls `super().step()`.
+    """True if this step was called by another one: a subclass that calls `super().step()`.
 
     Each of the two runs inside torch's wrapper around `Optimizer.step`, which calls the hooks. Only
-    the stack shows it: a mark that the outer step sets would stay for ever when the step raises,
-    since no hook is called then; to keep its frame would keep the caller's tensors.
+    the stack shows it: a mark that the outer step sets would stay if the step raises, since no hook
+    is called then. Optimizers whose class overrides no other's step need not ask.
     """
     steps = 0
     frame: FrameType | None = sys._getframe(1)
