@@ -826,46 +826,6 @@ class TestRefusedCheckpoints:
         self.check(optimizer, before)
 
 
-@pytest.mark.parametrize("global_clipping", [False, True])
-def test_the_checkpoint_of_autoclip_0_2_1s_optimizer_wrapper_loads(global_clipping: bool) -> None:
-    """The pair that `OptimizerWithClipping.state_dict()` of 0.2.1 returned."""
-    model = make_model()
-    plain = Adam(model.parameters())
-    train(model, plain, 2)
-    identifiers = [139704945905248, 139704938135328, 139704938555152, 139704944344224]
-    histories = [[1.0, 0.0, 2.0], [3.0, float("nan")], [4.0, float("inf")], []]
-    state: dict[Any, Any] = {
-        identifier: {"history": torch.tensor(history)}
-        for identifier, history in zip(identifiers, histories)
-    }
-    if global_clipping:
-        state = {"global_history": torch.tensor([1.0, 0.0, 2.0])}
-    group = {"quantile": 0.5, "history_length": 16, "params": identifiers}
-    old = {
-        "optimizer": plain.state_dict(),
-        "clipper": {"state": state, "param_groups": [group]},
-    }
-    other = make_model()
-    optimizer = QuantileClip.as_optimizer(
-        Adam(other.parameters()), **SETTINGS, global_clipping=global_clipping
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.load_state_dict(roundtrip(old))
-    expected = [[1.0, 2.0]] if global_clipping else [[1.0, 2.0], [3.0], [4.0], []]
-    assert windows(optimizer.clipper) == expected
-    assert optimizer.state_dict()["state"][0]["step"] == 2
-    # An optimizer that refuses its half leaves the clipper as it was.
-    broken = roundtrip(old)
-    broken["optimizer"]["param_groups"][0]["params"].pop()
-    train(other, optimizer, 1)
-    recorded = windows(optimizer.clipper)
-    assert recorded != expected
-    with pytest.raises(ValueError, match="doesn't match the size"):
-        optimizer.load_state_dict(broken)
-    assert windows(optimizer.clipper) == recorded
-
-
 def test_a_file_saved_by_a_clipper_loads_into_an_attached_one(tmp_path: Any) -> None:
     model = make_model()
     optimizer = Adam(model.parameters())

@@ -189,7 +189,7 @@ def windows(clipper: Any) -> list[list[float]]:
     st.integers(1, 3),
     st.sampled_from(["clipper", "pair", "checkpoint"]),
 )
-def test_converted_files_load_as_the_old_checkpoint_does(
+def test_converted_files_hold_the_histories_of_the_old_checkpoint(
     tmp_path_factory: Any, histories: Any, rule: Any, first: int, layout: str
 ) -> None:
     setting, clipper_class = rule
@@ -207,14 +207,11 @@ def test_converted_files_load_as_the_old_checkpoint_does(
     division = ["--group-sizes", ",".join(map(str, sizes))]
     assert main(["convert", str(folder / "old.pth"), str(folder / "new.autoclip"), *division]) == 0
     options = {"history_length": 100, setting: 0.75, "include_current": False}
-    loaded, expected = (
-        make(*sizes, clipper_class=clipper_class, **options)[0].clipper for _ in range(2)
-    )
+    loaded = make(*sizes, clipper_class=clipper_class, **options)[0].clipper
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # not even a setting differs
         loaded.load(folder / "new.autoclip")
-        expected.load_state_dict(old)
-    assert windows(loaded) == windows(expected) == histories
+    assert windows(loaded) == histories
 
 
 class TestConvert:

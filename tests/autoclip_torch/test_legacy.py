@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from autoclip.core.__main__ import main
 from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError
 
 # What 0.2.1 called a parameter: its `id` in a process that is long gone.
@@ -62,11 +63,12 @@ def old_state_dict(
     return {"state": state, "param_groups": groups}
 
 
-def through_a_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+def convert(old: Any, folder: Path, *arguments: str) -> Path:
+    """Save an old state_dict and convert it with the command."""
+    torch.save(old, folder / "old.pth")
+    new = folder / "new.autoclip"
+    assert main(["convert", str(folder / "old.pth"), str(new), *arguments]) == 0
+    return new
 
 
 def make(setting: str, *sizes: int, **settings: Any) -> Clipper:
@@ -75,7 +77,7 @@ def make(setting: str, *sizes: int, **settings: Any) -> Clipper:
     groups = [
         {"params": [torch.zeros(2, requires_grad=True) for _ in range(size)]} for size in sizes
     ]
-    clipper: Clipper = make_clipper(groups, value, 100, **settings)
+    clipper: Clipper = make_clipper(groups, value, 100, include_current=False, **settings)
     return clipper
 
 
@@ -88,10 +90,10 @@ def windows(clipper: Clipper) -> list[list[float]]:
 
 
 @each_rule
-def test_one_history_a_parameter(path: str, setting: str) -> None:
+def test_one_history_a_parameter(path: str, setting: str, tmp_path: Path) -> None:
     clipper = make(setting, 3)
     old = old_state_dict(setting, [[1.0, 2.0, 4.0], None, [0.5]])
-    clipper.load_state_dict(through_a_file(old))
+    clipper.load(convert(old, tmp_path))
     assert windows(clipper) == [[1.0, 2.0, 4.0], [], [0.5]]
     recorded = [group.recorded.tolist() for group in clipper.export_state().groups]
     assert recorded == [[3, 0, 1]]
@@ -101,34 +103,34 @@ def test_one_history_a_parameter(path: str, setting: str) -> None:
     clipper.step()
     assert windows(clipper) == [[1.0, 2.0, 4.0, 3.0], [3.0], [0.5, 3.0]]
     if setting == "quantile":
-        assert clipper.last.thresholds.tolist() == [2.5, 3.0, 1.75]
+        assert clipper.last.thresholds.tolist() == [2.0, math.inf, 0.5]  # of the norms before
 
 
 @each_rule
-def test_one_global_history(path: str, setting: str) -> None:
+def test_one_global_history(path: str, setting: str, tmp_path: Path) -> None:
     clipper = make(setting, 3, global_clipping=True)
     old = old_state_dict(setting, [None] * 3, global_history=[1.0, 2.0, 4.0])
-    clipper.load_state_dict(through_a_file(old))
+    clipper.load(convert(old, tmp_path))
     assert windows(clipper) == [[1.0, 2.0, 4.0]]
 
 
 @each_rule
-def test_one_global_history_of_several_groups(setting: str) -> None:
+def test_one_global_history_of_several_groups(setting: str, tmp_path: Path) -> None:
     old = old_state_dict(setting, [None] * 4, [3, 1], global_history=[1.0, 2.0])
     for sizes in ([3, 1], [4], [2, 2]):
         clipper = make(setting, *sizes, global_clipping=True)
-        clipper.load_state_dict(through_a_file(old))
+        clipper.load(convert(old, tmp_path))
         assert windows(clipper) == [[1.0, 2.0]]
 
 
-def test_several_groups() -> None:
+def test_several_groups(tmp_path: Path) -> None:
     clipper = make("quantile", 1, 2)
     old = old_state_dict("quantile", [[1.0], [2.0], [3.0]], sizes=[1, 2])
-    clipper.load_state_dict(through_a_file(old))
+    clipper.load(convert(old, tmp_path))
     assert windows(clipper) == [[1.0], [2.0], [3.0]]
 
 
-def test_one_group_of_all_that_an_optimizer_had_in_several() -> None:
+def test_one_group_of_all_that_an_optimizer_had_in_several(tmp_path: Path) -> None:
     """So `as_optimizer` of 0.2.1 made it, and ours makes one a group."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
@@ -143,74 +145,55 @@ def test_one_group_of_all_that_an_optimizer_had_in_several() -> None:
         "optimizer": make_optimizer().state_dict(),
         "clipper": old_state_dict("quantile", [[1.0], [2.0, 3.0], None, [4.0]]),
     }
-    optimizer = QuantileClip.as_optimizer(make_optimizer(), 0.5, 100)
-    optimizer.load_state_dict(through_a_file(old))
+    optimizer = QuantileClip.as_optimizer(make_optimizer(), 0.5, 100, include_current=False)
+    optimizer.clipper.load(convert(old, tmp_path, "--group-sizes", "2,2"))
     assert windows(optimizer.clipper) == [[1.0], [2.0, 3.0], [], [4.0]]
     assert [len(group["params"]) for group in optimizer.clipper.param_groups] == [2, 2]
 
 
-def test_zeros_nan_and_infinities_are_dropped(path: str) -> None:
+def test_zeros_nan_and_infinities_are_dropped(path: str, tmp_path: Path) -> None:
     """0.2.1 recorded them all."""
     clipper = make("quantile", 2)
     dirty = [0.0, 1.0, math.nan, 2.0, math.inf, 1e-42, 3.0]
-    clipper.load_state_dict(
-        through_a_file(old_state_dict("quantile", [dirty, [math.nan, 0.0]])),
-    )
+    old = old_state_dict("quantile", [dirty, [math.nan, 0.0]])
+    clipper.load(convert(old, tmp_path))
     assert windows(clipper) == [[1.0, 2.0, 3.0], []]
     whole = make("quantile", 2, global_clipping=True)
-    whole.load_state_dict(old_state_dict("quantile", [None, None], global_history=dirty))
+    old = old_state_dict("quantile", [None, None], global_history=dirty)
+    whole.load(convert(old, tmp_path))
     assert windows(whole) == [[1.0, 2.0, 3.0]]
 
 
-def test_of_a_longer_history_the_newest_norms_stay(path: str) -> None:
+def test_of_a_longer_history_the_newest_norms_stay(path: str, tmp_path: Path) -> None:
     """Whether it is the checkpoint's own length that is exceeded, or the clipper's."""
     clipper = make("quantile", 1)
     norms = [float(i) for i in range(1, 121)]
-    clipper.load_state_dict(old_state_dict("quantile", [norms]))
+    new = convert(old_state_dict("quantile", [norms]), tmp_path)
+    clipper.load(new)
     assert windows(clipper) == [norms[-100:]]
-    short = QuantileClip([torch.zeros(2, requires_grad=True)], 0.5, 3)
+    parameters = [torch.zeros(2, requires_grad=True)]
+    short = QuantileClip(parameters, 0.5, 3, include_current=False)
     with pytest.warns(UserWarning, match="history_length=100 there and 3 here") as caught:
-        short.load_state_dict(old_state_dict("quantile", [norms]))
+        short.load(new)
     assert [warning.filename for warning in caught] == [__file__]
     assert windows(short) == [norms[-3:]]
 
 
-@each_rule
-@pytest.mark.parametrize("global_clipping", [False, True])
-def test_a_clipper_that_had_made_no_step(setting: str, global_clipping: bool) -> None:
-    """It does not say whether it was global, and has nothing that could be wrong."""
-    clipper = make(setting, 2, global_clipping=global_clipping)
-    for parameter in clipper.param_groups[0]["params"]:
-        parameter.grad = torch.ones(2)
-    clipper.step()
-    clipper.load_state_dict(through_a_file(old_state_dict(setting, [None, None])))
-    assert windows(clipper) == [[]] * (1 if global_clipping else 2)
-
-
-def test_settings_as_0_2_1_allowed_them() -> None:
+def test_settings_as_0_2_1_allowed_them(tmp_path: Path) -> None:
     """A tensor for a quantile, and keys of the optimizer's in a group that was added later."""
     old = old_state_dict("quantile", [[1.0], [2.0]], [1, 1])
     old["param_groups"][0]["quantile"] = torch.tensor(0.5)
     old["param_groups"][1].update(lr=0.1, momentum=0, foreach=None)
     clipper = make("quantile", 1, 1)
-    clipper.load_state_dict(through_a_file(old))
+    clipper.load(convert(old, tmp_path))
     assert windows(clipper) == [[1.0], [2.0]]
 
 
-def test_another_setting_is_said() -> None:
+def test_another_setting_is_said(tmp_path: Path) -> None:
     old = old_state_dict("quantile", [[1.0]])
     old["param_groups"][0]["quantile"] = 0.75
     with pytest.warns(UserWarning, match=r"quantile=0\.75 there and 0\.5 here"):
-        make("quantile", 1).load_state_dict(old)
-
-
-def test_what_was_loaded_is_saved_in_the_new_format(path: str) -> None:
-    clipper, other = make("quantile", 2), make("quantile", 2)
-    clipper.load_state_dict(old_state_dict("quantile", [[1.0, 2.0], [3.0]]))
-    state = clipper.state_dict()
-    assert set(state) == {"format", "version", "data"}
-    other.load_state_dict(state)
-    assert other.state_dict() == state
+        make("quantile", 1).load(convert(old, tmp_path))
 
 
 # -- what does not -------------------------------------------------------------------------------
@@ -253,41 +236,63 @@ MALFORMED: dict[str, dict[str, Any]] = {
         {key: {"history": ONE_TENSOR} for key in IDENTIFIERS[:2]}
     ),
     "the state of an optimizer": SGD([torch.zeros(2, requires_grad=True)], lr=1.0).state_dict(),
-    "the other rule": old_state_dict("deviations", [[1.0], [2.0]]),
-    "fewer parameters": old_state_dict("quantile", [[1.0]]),
-    "more parameters": old_state_dict("quantile", [[1.0], [2.0], [3.0]]),
-    "more groups": old_state_dict("quantile", [[1.0], [2.0]], [1, 1]),
-    "the other mode": old_state_dict("quantile", [None, None], global_history=[1.0]),
+    "no step": old_state_dict("quantile", [None, None]),
 }
 
 
 @pytest.mark.parametrize("fault", MALFORMED)
-def test_what_cannot_be_read_changes_nothing(path: str, fault: str) -> None:
+def test_a_malformed_one_is_not_converted(fault: str, tmp_path: Path, capsys: Any) -> None:
+    torch.save(MALFORMED[fault], tmp_path / "old.pth")
+    new = tmp_path / "new.autoclip"
+    assert main(["convert", str(tmp_path / "old.pth"), str(new)]) == 1
+    assert "autoclip 0.2.1" in capsys.readouterr().err
+    assert not new.exists()
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "fewer parameters": (
+        old_state_dict("quantile", [[1.0]]),
+        "1 parameters in group 0, but the clipper has 2",
+    ),
+    "more parameters": (
+        old_state_dict("quantile", [[1.0], [2.0], [3.0]]),
+        "3 parameters in group 0, but the clipper has 2",
+    ),
+    "more groups": (
+        old_state_dict("quantile", [[1.0], [2.0]], [1, 1]),
+        "2 parameter groups, but the clipper has 1",
+    ),
+    "the other mode": (
+        old_state_dict("quantile", [None, None], global_history=[1.0]),
+        "global_clipping=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MISFITS)
+def test_a_converted_one_of_another_model_changes_nothing(
+    path: str, fault: str, tmp_path: Path
+) -> None:
     clipper = make("quantile", 2)
     for parameter in clipper.param_groups[0]["params"]:
         parameter.grad = torch.tensor([3.0, 4.0])
     clipper.step()
     before = clipper.state_dict()
-    with pytest.raises(StateError):
-        clipper.load_state_dict(MALFORMED[fault])
+    old, message = MISFITS[fault]
+    with pytest.raises(StateError, match=message):
+        clipper.load(convert(old, tmp_path))
     assert clipper.state_dict() == before
 
 
-def test_the_error_says_what_is_wrong() -> None:
+def test_an_old_state_dict_is_refused_with_the_command_that_converts_it() -> None:
+    old = old_state_dict("quantile", [[1.0], [2.0]])
     clipper = make("quantile", 2)
-    with pytest.raises(StateError, match=r"another clipper of autoclip 0\.2\.1.*'quantile'"):
-        clipper.load_state_dict(MALFORMED["the other rule"])
-    with pytest.raises(StateError, match=r"1 parameters in group 0, but the clipper has 2"):
-        clipper.load_state_dict(MALFORMED["fewer parameters"])
-    with pytest.raises(StateError, match="global_clipping=True"):
-        clipper.load_state_dict(MALFORMED["the other mode"])
-    with pytest.raises(StateError, match=r"0\.2\.1, but cannot be read"):
-        clipper.load_state_dict(MALFORMED["no history"])
-
-
-def test_one_group_is_not_divided_among_other_numbers_of_parameters() -> None:
-    old = old_state_dict("quantile", [[1.0], [2.0], [3.0]])
-    clipper = make("quantile", 2, 2)
-    with pytest.raises(StateError, match="1 parameter groups, but the clipper has 2"):
+    with pytest.raises(StateError, match="autoclip convert"):
         clipper.load_state_dict(old)
-    assert windows(clipper) == [[], [], [], []]
+    weight = torch.zeros(2, requires_grad=True)
+    optimizer: Any = QuantileClip.as_optimizer(SGD([weight], lr=0.1))
+    pair = {"optimizer": SGD([weight], lr=0.2).state_dict(), "clipper": old}
+    with pytest.raises(StateError, match="autoclip convert"):
+        optimizer.load_state_dict(pair)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert windows(clipper) == [[], []] and windows(optimizer.clipper) == [[]]

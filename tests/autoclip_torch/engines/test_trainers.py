@@ -97,7 +97,8 @@ def make_trainer(engine: str, folder: Path, **settings: Any) -> Any:
         deepspeed=None if stage is None else config(stage),
     )
     callback = AutoClipCallback(**(settings or GLOBAL))
-    trainer = Trainer(model, args, train_dataset=Examples(), callbacks=[callback])
+    trainer = Trainer(model, args, train_dataset=Examples())
+    callback.add_to(trainer)
     if stage is None:
         for state in (PartialState(), trainer.accelerator.state):
             state.distributed_type = DistributedType.FSDP

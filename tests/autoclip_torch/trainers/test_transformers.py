@@ -243,15 +243,15 @@ def test_training_twice_goes_on_with_the_same_clipper(tmp_path: Path) -> None:
     assert lengths(clipper) == {4}
 
 
-def test_an_optimizer_inside_deepspeeds_wrapper_is_refused(tmp_path: Path) -> None:
-    """ZeRO's own is no torch optimizer, and calls none of the hooks."""
+def test_an_engine_that_the_callback_cannot_know_is_an_error(tmp_path: Path) -> None:
+    """ZeRO's own optimizer is not one of torch's, and calls none of the hooks."""
 
     class ZeroOptimizer:
         def __init__(self) -> None:
             self.param_groups: list[dict[str, Any]] = []
 
     trainer = make_trainer(tmp_path, "none")
-    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer.*ZeroOptimizer"):
+    with pytest.raises(RuntimeError, match=r"no DeepSpeed engine.*add_to\(trainer\)"):
         AutoClipCallback().on_train_begin(
             trainer.args,
             trainer.state,
@@ -300,13 +300,28 @@ class Interrupt(TrainerCallback):
 def test_an_interrupted_training_leaves_the_arguments_as_they_were(
     tmp_path: Path, where: str
 ) -> None:
-    trainer = make_trainer(tmp_path, callbacks=[Interrupt(where)], max_grad_norm=0.5)
+    trainer = make_trainer(tmp_path, "neither", callbacks=[Interrupt(where)], max_grad_norm=0.5)
+    AutoClipCallback(**SETTINGS).add_to(trainer)
     before = dict(vars(trainer))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.args.max_grad_norm == 0.5
     assert "training_step" not in vars(trainer) and "training_step" not in before
+
+
+@pytest.mark.filterwarnings("ignore:TrainingArguments")
+def test_training_starts_again_with_the_arguments_as_they_were(tmp_path: Path) -> None:
+    class Raising(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            raise OSError("the disk is full")  # after AutoClip's callback
+
+    trainer = make_trainer(tmp_path, callbacks=[Raising()], max_grad_norm=0.5)
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
+    trainer.remove_callback(Raising)
+    trainer.train()
+    assert trainer.args.max_grad_norm == 0.5
 
 
 @pytest.mark.filterwarnings("ignore:TrainingArguments")

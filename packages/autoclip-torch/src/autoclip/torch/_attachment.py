@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from autoclip.core import State
+from autoclip.core import State, StateError
 from autoclip.core.adapter import second_clipper_message, warn_user
-from autoclip.torch import _legacy
 from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
 from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import wrapped_optimizers
@@ -344,26 +343,25 @@ class Attachment(Hooks):
 
     def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         optimizer = self._attached()
-        replaced = self._before_load(optimizer, state_dict)
-        state_dict = state_dict if replaced is None else replaced
+        self._before_load(optimizer, state_dict)
         type(optimizer).load_state_dict(optimizer, state_dict, *args, **kwargs)
         self._after_load(optimizer)
 
     @disable_dynamo
-    def _before_load(
-        self, optimizer: Optimizer, state_dict: dict[str, Any]
-    ) -> dict[str, Any] | None:
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.pending = None
-        replaced = None
         entry = state_dict.get(STATE_KEY)
-        if _legacy.is_legacy_pair(state_dict):
-            entry, replaced = state_dict["clipper"], state_dict["optimizer"]
         if entry is not None:
             source = f"the optimizer's state_dict[{STATE_KEY!r}]"
             self.pending = self._clipper.check_state_dict(entry, source)
+        elif "clipper" in state_dict and "param_groups" not in state_dict:
+            raise StateError(
+                f"state_dict must be an optimizer's, but got one with the keys {[*state_dict]}. If "
+                'autoclip 0.2.1 saved it, load its "optimizer" entry here, and convert the '
+                "history first: autoclip convert OLD.pt NEW.autoclip."
+            )
         elif not self.has_warned:
             self._warn_of_missing_entry()
-        return replaced
 
     def _warn_of_missing_entry(self) -> None:
         reason = "it was saved without a clipper, or by a framework that dropped the entry"

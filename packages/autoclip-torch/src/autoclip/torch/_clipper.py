@@ -35,7 +35,6 @@ from autoclip.core.adapter import (
     rule_instance,
     warn_user,
 )
-from autoclip.torch import _legacy
 from autoclip.torch._attachment import Attachment, StepResult, check_optimizer
 from autoclip.torch._groups import Groups
 from autoclip.torch._histories import Histories
@@ -518,13 +517,6 @@ class Clipper(BaseClipper[Groups, Tensor]):
         return factory
 
     # -- state -------------------------------------------------------------------------------
-
-    def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
-        if _legacy.is_legacy(state_dict):
-            sizes = [len(group) for group in self._groups.by_group()]
-            settings = self._groups.settings_by_group()
-            return _legacy.read(state_dict, self._settings.mode, settings, sizes)
-        return super()._read_state_dict(state_dict)
 
     def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
         """Read a state and match it to the clipper as it is now; nothing changes.

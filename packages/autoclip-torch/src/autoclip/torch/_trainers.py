@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ __all__ = [
     "ClipperClass",
     "ClipperMaker",
     "Clippers",
-    "deepspeed_engine",
+    "is_deepspeed",
     "is_fsdp1",
     "name_parameters",
 ]
@@ -185,22 +184,12 @@ def name_parameters(clippers: Iterable[Clipper | EngineClipper], model: nn.Modul
 
 
 def is_fsdp1(model: Any) -> bool:
-    """Whether it is wrapped in FSDP1, without importing that."""
+    """True if it is wrapped in FSDP1; does not import FSDP1."""
     module = sys.modules.get("torch.distributed.fsdp")
     return module is not None and isinstance(model, module.FullyShardedDataParallel)
 
 
-def deepspeed_engine(model: Any) -> Any:
-    """The DeepSpeed engine around a model; None if there is none.
-
-    The Hugging Face Trainer gives its callbacks the model alone, and nothing on that leads to the
-    engine, so this looks through all objects, once.
-    """
+def is_deepspeed(model: Any) -> bool:
+    """True if it is a DeepSpeed engine; does not import DeepSpeed."""
     module = sys.modules.get("deepspeed.runtime.engine")
-    if module is None:
-        return None
-    if isinstance(model, module.DeepSpeedEngine):
-        return model
-    engines = [each for each in gc.get_objects() if issubclass(type(each), module.DeepSpeedEngine)]
-    found = [engine for engine in engines if engine.module is model]
-    return found[-1] if found else None
+    return module is not None and isinstance(model, module.DeepSpeedEngine)

@@ -27,7 +27,7 @@ from autoclip.torch._trainers import (
     ClipperClass,
     ClipperMaker,
     Clippers,
-    deepspeed_engine,
+    is_deepspeed,
     is_fsdp1,
     name_parameters,
 )
@@ -88,9 +88,8 @@ class AutoClipCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the optimizers exist, and their states are restored only after this."""
         model = trainer.strategy.model
-        engine = deepspeed_engine(model)
-        if engine is not None:
-            self._clippers = Clippers([self._maker.attach_deepspeed(engine)])
+        if is_deepspeed(model):
+            self._clippers = Clippers([self._maker.attach_deepspeed(model)])
         elif is_fsdp1(model):
             self._clippers = Clippers(self._maker.attach_fsdp1(model, trainer.optimizers))
         else:

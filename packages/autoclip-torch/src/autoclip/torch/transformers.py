@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import weakref
 from contextlib import ExitStack
-from types import FrameType
 from typing import Any
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+    from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper  # type: ignore[import-untyped]
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
     from transformers import TrainingArguments as Arguments
 except ModuleNotFoundError as error:
@@ -25,19 +24,18 @@ from autoclip.core.adapter import CHECKPOINT_FILE, check_parameters, warn_user
 from autoclip.torch._attachment import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._engine import EngineClipper
-from autoclip.torch._reading import state_dicts
+from autoclip.torch._files.reading import state_dicts
 from autoclip.torch._trainers import (
     ClipperClass,
     ClipperMaker,
     Clippers,
-    deepspeed_engine,
     is_fsdp1,
 )
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
 
-# In a checkpoint of the trainer's: its own name for the optimizer's state, and ours.
+# The optimizer's state in one of the trainer's checkpoints.
 OPTIMIZER_FILE = "optimizer.pt"
 
 
@@ -52,14 +50,16 @@ class AutoClipCallback(TrainerCallback):
 
     At each step that the trainer logs, the values of `autoclip.torch.logging.log_values` are
     logged with the trainer's own. While a step computes its gradients, `args.max_grad_norm` is 0:
-    with the trainer's default of 1, the history would hold norms that are clipped already.
+    with the trainer's default of 1, the history would hold norms that are clipped already. If that
+    step raises, the value is back at once with `add_to`, and otherwise when training starts again.
 
     An optimizer that comes from `as_optimizer` keeps its clipper, and a callback without arguments
     then only logs. Parameters have the model's names in checkpoints, messages and reports.
 
-    DeepSpeed and FSDP1 clip all gradients together themselves: pass `global_clipping=True`. A norm
-    is then compared with the norms before it. See `autoclip.torch.deepspeed.attach` and
-    `autoclip.torch.fsdp.attach`. Their checkpoints hold the history as `autoclip.safetensors` too.
+    DeepSpeed and FSDP1 clip all gradients together themselves: pass `global_clipping=True`, and
+    with DeepSpeed call `add_to`. A norm is then compared with the norms before it. See
+    `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`. Their checkpoints hold the
+    history as `autoclip.safetensors` too.
 
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
@@ -99,26 +99,31 @@ class AutoClipCallback(TrainerCallback):
         self._restore = ExitStack()
 
     def add_to(self, trainer: Trainer) -> None:
-        """Add this callback in front of all others.
+        """Add this callback to a trainer, in front of all others.
 
         `Trainer(callbacks=[...])` and `trainer.add_callback` put it behind the integrations that
         report to TensorBoard, Weights & Biases and so on, which then have written a step's log
-        before the values are in it.
+        before the values are in it. Nor do they tell a callback which trainer calls it, and with
+        that, the DeepSpeed engine.
+
+        Args:
+            trainer: the trainer; this callback must not be in it yet.
         """
         trainer.callback_handler.callbacks.insert(0, self)
+        self._trainer = weakref.ref(trainer)
 
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach, and read the history from the checkpoint that training resumes from."""
         optimizer = kwargs["optimizer"]
+        is_deepspeed = isinstance(optimizer, DeepSpeedOptimizerWrapper)
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         had_clipper = hasattr(optimizer, "clipper")
-        engine = deepspeed_engine(kwargs.get("model"))
-        if engine is not None:
+        if is_deepspeed:
             had_clipper = False  # the trainer has loaded the engine's checkpoint already
-            clipper: Clipper | EngineClipper = self._maker.attach_deepspeed(engine)
+            clipper: Clipper | EngineClipper = self._maker.attach_deepspeed(self._engine())
         elif is_fsdp1(kwargs.get("model")):
             [clipper] = self._maker.attach_fsdp1(kwargs.get("model"), [optimizer])
         else:
@@ -126,8 +131,6 @@ class AutoClipCallback(TrainerCallback):
         self._clippers = Clippers([clipper])
         if state.global_step:
             self._resume(clipper, had_clipper, args, state)
-        trainer = _calling_trainer()
-        self._trainer = None if trainer is None else weakref.ref(trainer)
         self._restore.close()  # after a training that was interrupted
         if args.max_grad_norm:
             warn_user(
@@ -190,11 +193,15 @@ class AutoClipCallback(TrainerCallback):
             for clipper in self._clippers:
                 clipper.save(os.path.join(folder, CHECKPOINT_FILE))
 
-    def on_train_end(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget the trainer."""
-        self._trainer = None
+    def _engine(self) -> Any:
+        """The trainer's DeepSpeed engine."""
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is None:
+            raise RuntimeError(
+                "The trainer gives its callbacks no DeepSpeed engine. Add the callback with "
+                "AutoClipCallback(...).add_to(trainer) instead of callbacks=[...]."
+            )
+        return trainer.model_wrapped
 
     def _resume(
         self,
@@ -241,17 +248,6 @@ def _close_on_error(stack: ExitStack, trainer: Trainer) -> None:
         stack.callback(delattr, trainer, "training_step")
     else:
         stack.callback(setattr, trainer, "training_step", own)
-
-
-def _calling_trainer() -> Trainer | None:
-    """The trainer that calls the callbacks: they are given everything but that."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer):
-            return trainer
-        frame = frame.f_back
-    return None
 
 
 def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> None:

@@ -326,7 +326,8 @@ class State:
             kind = "one with the keys " if isinstance(state_dict, Mapping) else ""
             raise StateError(
                 f'{source} takes a dict with the keys "format", "version" and "data", as a '
-                f"clipper's state_dict() returns it, but got {kind}{brief_repr(got)}."
+                f"clipper's state_dict() returns it, but got {kind}{brief_repr(got)}. If autoclip "
+                "0.2.1 saved it, convert it first: autoclip convert OLD.pt NEW.autoclip."
             )
         _check_version(state_dict.get("version"), source)
         if "data" not in state_dict:

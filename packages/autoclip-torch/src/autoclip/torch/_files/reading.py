@@ -10,9 +10,9 @@ from typing import Any
 
 from autoclip.core import State, StateError
 from autoclip.core.inspect import printable
-from autoclip.torch import _legacy
-from autoclip.torch._checkpoint_file import CheckpointFile
-from autoclip.torch._pickle import Unmade, as_bytes
+from autoclip.torch._files import legacy
+from autoclip.torch._files.checkpoint_file import CheckpointFile
+from autoclip.torch._files.pickle import Unmade, as_bytes
 
 __all__ = ["find_file", "legacy_clippers", "read_file", "state_dicts"]
 
@@ -97,7 +97,7 @@ def find_file(path: str) -> str | None:
 
 def legacy_clippers(file: CheckpointFile) -> dict[str, Mapping[Any, Any]]:
     """Find all that clippers of autoclip 0.2.1 saved, by its place in the checkpoint."""
-    return dict(_find(file.contents, _legacy.is_clipper))
+    return dict(_find(file.contents, legacy.is_clipper))
 
 
 def _state_dicts(file: CheckpointFile) -> Iterator[tuple[str, Mapping[Any, Any]]]:

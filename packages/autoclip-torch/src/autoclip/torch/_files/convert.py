@@ -6,9 +6,9 @@ import argparse
 
 from autoclip.core import StateError
 from autoclip.core.adapter import write_file
-from autoclip.torch import _legacy
-from autoclip.torch._checkpoint_file import CheckpointFile
-from autoclip.torch._reading import legacy_clippers
+from autoclip.torch._files import legacy
+from autoclip.torch._files.checkpoint_file import CheckpointFile
+from autoclip.torch._files.reading import legacy_clippers
 
 __all__ = ["add_arguments"]
 
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         [saved] = found.values()
         try:
-            state = _legacy.convert(_legacy.with_tensors(saved, file.tensor), arguments.group_sizes)
+            state = legacy.convert(legacy.with_tensors(saved, file.tensor), arguments.group_sizes)
         except StateError as error:
             raise StateError(f"{arguments.old}: {error}") from error
     write_file(arguments.new, state.to_bytes())

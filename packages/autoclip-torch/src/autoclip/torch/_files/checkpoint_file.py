@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from autoclip.core import StateError
-from autoclip.torch._pickle import Unmade, read_pickle
+from autoclip.torch._files.pickle import Unmade, read_pickle
 
 __all__ = ["CheckpointFile"]
 
