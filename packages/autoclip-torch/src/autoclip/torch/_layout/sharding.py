@@ -65,15 +65,14 @@ def layout_of(
         RuntimeError: the gradients' norms cannot be known, see `refuse_managed`; the same on all
             processes.
     """
+    refuse_managed(parameters)
     kind = None if PLAIN.issuperset(map(type, parameters)) else dtensor_class(parameters)
     if kind is None:
         if known is not None and known.fits(gradients):
             return known
-        refuse_managed(parameters)
         return Layout(gradients)
     if isinstance(known, ShardedLayout) and known.is_of(parameters):
         return known
-    refuse_managed(parameters)
     return ShardedLayout(parameters, kind, groups, histories)
 
 
