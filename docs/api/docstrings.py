@@ -13,15 +13,14 @@ import griffe
 # From the first prompt to the next empty line.
 EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 
-CORE = (
-    "GroupState History MaxNorm ParameterInfo Quantile Report Rule Standard State StateError Window"
-).split()
+CORE = ["History", "Report", "MaxNorm", "StateError", "State", "GroupState", "ParameterInfo"]
+RULES = ["Rule", "Quantile", "Standard", "Window"]
 ADAPTERS = ("Clipper", "QuantileClip", "StandardClip")  # each adapter has its own
 
 
 def target_of(name: str, path: str) -> str | None:
     """The object that a class's name means in the docstring of `path`."""
-    if name in CORE:
+    if name in CORE + RULES:
         return f"autoclip.core.{name}"
     if name in ("Summary", "RowSummary"):
         return f"autoclip.core.inspect.{name}"
