@@ -24,6 +24,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
     print_blob=True,
 )
+settings.register_profile("thorough", settings.get_profile("deterministic"))
 settings.register_profile(
     "nightly",
     derandomize=False,
@@ -33,7 +34,9 @@ settings.register_profile(
 )
 settings.load_profile("deterministic")
 
-NIGHTLY_FACTOR = 20
+# Of the examples that a test asks for: the same ones in every run need not be many. A run with
+# `--hypothesis-profile=thorough` draws all of them.
+SHARES = {"deterministic": 0.4, "nightly": 20.0}
 
 # Hypothesis also draws the constants in the source of whatever modules are imported, so that a
 # file's examples would depend on the files that run with it. Only the nightly profile does that.
@@ -51,12 +54,11 @@ providers._get_local_constants = local_constants
 
 @pytest.hookimpl(trylast=True)  # after Hypothesis has marked its tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if settings.get_current_profile_name() == "nightly":
-        multiply_examples(items, NIGHTLY_FACTOR)
+    multiply_examples(items, SHARES.get(settings.get_current_profile_name(), 1.0))
 
 
-def multiply_examples(items: list[pytest.Item], factor: int) -> None:
-    """Draw more examples in each test, whether or not it says how many by itself."""
+def multiply_examples(items: list[pytest.Item], factor: float) -> None:
+    """Draw more or fewer examples in each test, from the number that it asks for."""
     functions: list[Any] = [
         item.obj
         for item in items
@@ -66,11 +68,9 @@ def multiply_examples(items: list[pytest.Item], factor: int) -> None:
     # runs a state machine, whose settings are its own.
     for function in {getattr(function, "__func__", function) for function in functions}:
         own = getattr(function, "_hypothesis_internal_use_settings", None)
-        if own is None:
-            continue
-        function._hypothesis_internal_use_settings = settings(
-            own, max_examples=factor * own.max_examples
-        )
+        if own is not None:
+            examples = max(min(10, own.max_examples), round(factor * own.max_examples))
+            function._hypothesis_internal_use_settings = settings(own, max_examples=examples)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

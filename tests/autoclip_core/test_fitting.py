@@ -22,7 +22,7 @@ from autoclip.core import (
     State,
     StateError,
 )
-from autoclip.core._settings.settings import GroupSettings, Mode
+from autoclip.core.adapter import GroupSettings, Mode
 
 HALF = Quantile(0.5)
 

@@ -26,7 +26,7 @@ from reference import Row
 
 from autoclip.core import SMALLEST_NORM, History, Quantile, Rule, Standard, State
 from autoclip.core._numpy.quantile_trackers import _Bands
-from autoclip.core._settings.settings import GroupSettings
+from autoclip.core.adapter import GroupSettings
 
 Norms = npt.NDArray[np.float64]
 Shape = tuple[int, int]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from autoclip.core import History, Quantile, Report, Rule, Standard, setting
-from autoclip.core._settings.settings import GroupSettings
+from autoclip.core.adapter import GroupSettings
 
 Norms = npt.NDArray[np.float64]
 

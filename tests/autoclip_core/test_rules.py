@@ -24,7 +24,7 @@ from autoclip.core import (
     setting,
 )
 from autoclip.core._rules.rule import structure_of
-from autoclip.core._settings.settings import GroupSettings
+from autoclip.core.adapter import GroupSettings
 from autoclip.core.adapter import RULES, needs_order
 
 

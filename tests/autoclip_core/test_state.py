@@ -26,7 +26,7 @@ from autoclip.core import (
     State,
     StateError,
 )
-from autoclip.core._settings.settings import GroupSettings
+from autoclip.core.adapter import GroupSettings
 
 LARGEST_NORM = float(np.finfo(np.float32).max)
 
