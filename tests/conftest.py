@@ -53,8 +53,13 @@ providers._get_local_constants = local_constants
 
 
 @pytest.hookimpl(trylast=True)  # after Hypothesis has marked its tests
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    multiply_examples(items, SHARES.get(settings.get_current_profile_name(), 1.0))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    profile = settings.get_current_profile_name()
+    multiply_examples(items, SHARES.get(profile, 1.0))
+    if profile == "deterministic":
+        later = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if item not in later]
+        config.hook.pytest_deselected(items=later)
 
 
 def multiply_examples(items: list[pytest.Item], factor: float) -> None:

@@ -23,6 +23,8 @@ EXPORTED = {
 # They hold other optimizers, or are nothing but their base.
 SPECIAL = {"LossScaleOptimizer", "MultiOptimizer", "Optimizer"}
 ORDINARY = sorted(set(EXPORTED) - SPECIAL)
+# One of each way to override the base class; each optimizer takes seconds to trace.
+OFTEN = {"Adam", "Lion", "Muon", "Nadam", "SGD"}
 
 
 def train(model, fit, optimizer, epochs=2, callbacks=(), **compile_options):
@@ -42,7 +44,10 @@ def test_there_are_optimizers_to_test():
     assert len(ORDINARY) >= 12
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name not in OFTEN)) for name in ORDINARY],
+)
 def test_it_trains_as_without_a_clipper_unless_something_is_clipped(model, fit, name):
     make = EXPORTED[name]
     plain = make()
