@@ -24,8 +24,7 @@ from autoclip.core import (
     setting,
 )
 from autoclip.core._rules.rule import structure_of
-from autoclip.core.adapter import GroupSettings
-from autoclip.core.adapter import RULES, needs_order
+from autoclip.core.adapter import RULES, GroupSettings, needs_order
 
 
 @dataclass(frozen=True)
