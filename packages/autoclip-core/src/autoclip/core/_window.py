@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,6 @@ __all__ = [
     "slots_of",
     "unpack",
 ]
-
-ArrayT = TypeVar("ArrayT")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Windows:
             its threshold.
         """
         ops, rows = self.ops, int(self.counts.shape[0])
-        window: Window[Any] = Window(self)
+        window = Window(self)
         found = ops.column(rule.threshold(window, **arguments), rows)
         filled = self.lengths > 0
         thresholds = ops.where(filled, found, ops.unlimited)
@@ -109,7 +107,7 @@ class Windows:
         return thresholds, ops.where(above, ops.column(target, rows), ops.unlimited)
 
 
-class Window(Generic[ArrayT]):
+class Window:
     """The windows of many rows, as a rule sees them.
 
     Rules combine these arrays with Python's operators and with each other's results: the same rule
@@ -126,27 +124,27 @@ class Window(Generic[ArrayT]):
         self._capacity = int(windows.values.shape[1])
 
     @cached_property
-    def norms(self) -> ArrayT:
+    def norms(self) -> Any:
         """[rows, length], the recorded norms, in no particular order.
 
         If a window is not full, the rest holds zeros; `sum`, `mean` and `quantile` leave them out.
         """
-        return self._ops.wide(self._windows.values)  # type: ignore[no-any-return]
+        return self._ops.wide(self._windows.values)
 
     @cached_property
-    def age(self) -> ArrayT:
+    def age(self) -> Any:
         """[rows, length], how many norms the row has recorded since: 0 for the newest.
 
         [1, length] if all rows are known to have the same.
         """
         newest = self._ops.common(self._windows.counts) - 1
         ages = (newest - self._ops.slots(self._capacity)) % self._windows.history_length
-        return self._ops.wide(ages)  # type: ignore[no-any-return]
+        return self._ops.wide(ages)
 
     @cached_property
-    def count(self) -> ArrayT:
+    def count(self) -> Any:
         """[rows, 1], how many norms each window holds; at least 1."""
-        return self._ops.wide(self._held)  # type: ignore[no-any-return]
+        return self._ops.wide(self._held)
 
     @cached_property
     def _held(self) -> Any:
@@ -162,7 +160,7 @@ class Window(Generic[ArrayT]):
         """`values` at the window's norms, and `rest` in unused slots."""
         return values if self._valid is None else self._ops.where(self._valid, values, rest)
 
-    def sum(self, values: Any = None) -> ArrayT:
+    def sum(self, values: Any = None) -> Any:
         """The sum over each window.
 
         Args:
@@ -175,13 +173,13 @@ class Window(Generic[ArrayT]):
             values = self.norms
         if values is not self.norms:  # which have zeros in unused slots
             values = self._masked(values, 0.0)
-        return self._ops.sum(values)  # type: ignore[no-any-return]
+        return self._ops.sum(values)
 
-    def mean(self, values: Any = None) -> ArrayT:
+    def mean(self, values: Any = None) -> Any:
         """The mean over each window; see `sum`."""
-        return self.sum(values) / self.count  # type: ignore[operator, no-any-return]
+        return self.sum(values) / self.count
 
-    def quantile(self, q: Any, values: Any = None) -> ArrayT:
+    def quantile(self, q: Any, values: Any = None) -> Any:
         """A quantile of each window, interpolated linearly as `numpy.quantile` does by default.
 
         Args:
@@ -198,16 +196,16 @@ class Window(Generic[ArrayT]):
             ordered = ops.sort(self._windows.values)
         else:
             ordered = self._windows.ordered
-        position = q * (self.count - 1)  # type: ignore[operator]
+        position = q * (self.count - 1)
         lower = ops.whole(position)
         t = position - ops.wide(lower)
         # Unused slots come first.
         slots = lower + (self._capacity - self._held) + ops.slots(2)
         found = ops.take(ordered, ops.minimum(slots, self._capacity - 1))
         a, b = ops.halves(ops.wide(found))
-        return interpolate(ops, a, b, t)  # type: ignore[no-any-return]
+        return interpolate(ops, a, b, t)
 
-    def log(self, values: Any) -> ArrayT:
+    def log(self, values: Any) -> Any:
         """The natural logarithm.
 
         Args:
@@ -215,9 +213,9 @@ class Window(Generic[ArrayT]):
         """
         if self._is_window(values):
             values = self._masked(values, 1.0)
-        return self._ops.log(values)  # type: ignore[no-any-return]
+        return self._ops.log(values)
 
-    def exp(self, values: Any) -> ArrayT:
+    def exp(self, values: Any) -> Any:
         """The exponential function.
 
         Args:
@@ -225,7 +223,7 @@ class Window(Generic[ArrayT]):
         """
         if self._is_window(values):
             values = self._masked(values, 0.0)
-        return self._ops.exp(values)  # type: ignore[no-any-return]
+        return self._ops.exp(values)
 
     def _is_window(self, values: Any) -> bool:
         return int(values.shape[-1]) == self._capacity
@@ -237,7 +235,7 @@ def interpolate(ops: Ops, a: Any, b: Any, t: Any) -> Any:
     return ops.where(t < 0.5, a + difference * t, b - difference * (1 - t))
 
 
-class _Probe(Window[npt.NDArray[np.float64]]):
+class _Probe(Window):
     """A window of one norm; records whether a rule asks for quantiles of the norms themselves."""
 
     def __init__(self) -> None:
@@ -245,7 +243,7 @@ class _Probe(Window[npt.NDArray[np.float64]]):
         super().__init__(Windows(NumpyOps(), 1, one.astype(np.float32), None, one, none))
         self.asked = False
 
-    def quantile(self, q: Any, values: Any = None) -> npt.NDArray[np.float64]:
+    def quantile(self, q: Any, values: Any = None) -> Any:
         """See `Window.quantile`."""
         self.asked |= values is None
         return super().quantile(q, values)

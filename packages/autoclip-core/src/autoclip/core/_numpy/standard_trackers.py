@@ -139,7 +139,6 @@ def _total(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     So blocks that only other rows have, which are empty at the end, change no bit. NumPy adds up a
     single column, which is contiguous, in another order.
     """
-    if values.shape[1] == 1:
-        return np.cumsum(values, axis=0)[-1]  # type: ignore[no-any-return]
-    total: npt.NDArray[np.float64] = values.sum(axis=0)
+    is_column = values.shape[1] == 1
+    total: npt.NDArray[np.float64] = np.cumsum(values, axis=0)[-1] if is_column else values.sum(0)
     return total

@@ -296,7 +296,8 @@ def _with_quantile(settings: GroupSettings, quantile: float) -> Quantile:
 
 
 def _ratio(
-    numerators: npt.NDArray[np.generic], denominators: npt.NDArray[np.int64]
+    numerators: npt.NDArray[Any], denominators: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
     with np.errstate(invalid="ignore"):
-        return np.float64(1.0) * numerators / denominators  # type: ignore[operator, no-any-return]
+        ratio: npt.NDArray[np.float64] = np.true_divide(numerators, denominators)
+    return ratio

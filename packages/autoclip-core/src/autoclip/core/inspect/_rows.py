@@ -45,6 +45,7 @@ class Rows:
         """The rows of a state."""
         groups = [i for i, group in enumerate(state.groups) for _ in group.lengths]
         by_group = [_settings_of(state.rule, group) for group in state.groups]
+        known = [settings for settings in by_group if settings is not None]
         windows, recorded = state.by_row()
         return cls(
             state,
@@ -52,7 +53,7 @@ class Rows:
             groups,
             windows,
             recorded,
-            None if None in by_group else [by_group[i] for i in groups],  # type: ignore[misc]
+            [known[i] for i in groups] if len(known) == len(by_group) else None,
         )
 
     def __len__(self) -> int:
