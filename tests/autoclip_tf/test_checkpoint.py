@@ -120,7 +120,7 @@ class TestAttached:
     def test_one_entry_holds_all_of_it(self, path):
         names = [name for name, _ in tf.train.list_variables(path)]
         assert [name for name in names if "clipper" in name] == [
-            "optimizer/clipper/.ATTRIBUTES/state"
+            "optimizer/clipper/history/.ATTRIBUTES/state"
         ]
 
     def test_a_manager_that_keeps_the_last_two(self, kind, tmp_path):
@@ -158,7 +158,7 @@ class TestPlain:
         assert training.everything() == plain.everything()
         assert training.clipper.state_dict() == state
         # What it asserts is that the checkpoint has a value for every object, and it has not.
-        with pytest.raises(AssertionError, match="QuantileClip"):
+        with pytest.raises(AssertionError, match="state of a QuantileClip"):
             status.assert_existing_objects_matched()
         with warnings.catch_warnings():
             warnings.simplefilter("error")

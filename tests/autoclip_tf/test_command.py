@@ -35,7 +35,7 @@ def test_keras_files(trained, name, tmp_path, capsys):
     save = trained.save if name.endswith(".keras") else trained.save_weights
     save(path)
     [(place, state)] = read_states(path).items()
-    assert place == "optimizer/clipper"
+    assert place == "optimizer/autoclip"
     assert state.to_bytes() == saved(trained)
     assert main(["show", str(path)]) == 0
     captured = capsys.readouterr()
@@ -62,7 +62,7 @@ def test_folders_and_shards(trained, kind, tmp_path, capsys):
         for _ in range(2):
             tf.train.CheckpointManager(checkpoint, str(path), 5).save()
     [(place, state)] = read_states(path).items()
-    assert place == ("model/optimizer/clipper" if kind == "manager" else "optimizer/clipper")
+    assert place == ("model/optimizer/clipper" if kind == "manager" else "optimizer/autoclip")
     if kind != "backup":
         assert state.to_bytes() == saved(trained)
     assert main(["show", str(path)]) == 0
@@ -77,7 +77,7 @@ def test_folders_and_shards(trained, kind, tmp_path, capsys):
         ('{"weight_map": 3}', "no index of Keras's sharded weights"),
         ('{"weight_map": {"a": 3}}', "no index of Keras's sharded weights"),
         ('{"weight_map": {"a": "../s.weights.h5"}}', "not a file of the same folder"),
-        ('{"weight_map": {"a": ["s.weights.h5"]}}', "which is not beside it"),
+        ('{"weight_map": {"a": ["s.weights.h5"]}}', "which is not in its folder"),
         ("[" * 100_000, "no index of Keras's sharded weights"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_damaged_history(trained, tmp_path):
     place = bytes(content).find(saved(trained)) + len(saved(trained)) - 40
     content[place] ^= 1
     (tmp_path / "model.weights.h5").write_bytes(content)
-    with pytest.raises(StateError, match=r"model\.weights\.h5 at optimizer/clipper"):
+    with pytest.raises(StateError, match=r"model\.weights\.h5 at optimizer/autoclip"):
         read_states(tmp_path / "model.weights.h5")
 
 

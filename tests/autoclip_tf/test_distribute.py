@@ -67,16 +67,9 @@ def windows(clipper):
     return [window for group in clipper.export_state().groups for window in group.windows()]
 
 
-def variables_of(clipper):
-    pipeline = clipper._pipeline
-    histories = [batch.history for batch in pipeline.rows._batches]
-    held = [value for history in histories for value in vars(history).values()]
-    return [value for value in (*held, pipeline._report) if isinstance(value, tf.Variable)]
-
-
 def assert_in_step(clipper):
     """One history, with a copy on each device, and all copies equal."""
-    for variable in variables_of(clipper):
+    for variable in clipper.saved_state.variables:
         assert isinstance(variable, tf.distribute.DistributedValues)
         first, second = variable.values
         assert first.device != second.device
@@ -227,7 +220,7 @@ def test_it_is_saved_once_and_a_restored_run_goes_on(tmp_path):
     path = tf.train.Checkpoint(optimizer=stopped.optimizer).save(f"{tmp_path}/checkpoint")
     clipper.save(f"{tmp_path}/history.safetensors")
     entries = [name for name, _ in tf.train.list_variables(path) if "clipper" in name]
-    assert entries == ["optimizer/clipper/.ATTRIBUTES/state"]
+    assert entries == ["optimizer/clipper/history/.ATTRIBUTES/state"]
 
     with mirrored().scope():
         loaded = keras.models.load_model(f"{tmp_path}/model.keras")

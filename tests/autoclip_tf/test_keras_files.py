@@ -188,7 +188,7 @@ keras.models.load_model({path!r})
         assert str(expected) in outcome.output.splitlines()
         error = outcome.error.splitlines()[-1]
         assert error.startswith("ValueError: Argument(s) not recognized: {'autoclip': ")
-        assert "'autoclip.tf._named'" in error and "'QuantileClip'" in error
+        assert "'autoclip.tf._clipper'" in error and "'QuantileClip'" in error
 
 
 class TestPlain:

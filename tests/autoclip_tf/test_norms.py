@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from autoclip.tf._norms import gradient_norms, root_of_squares
-from autoclip.tf._scaling import scale
+from autoclip.tf import QuantileClip
+from autoclip.tf._layout import Layout
 
 # Both sides of the size from which an array has an operation, and a condition, of its own; shapes
 # that are alone and shapes that repeat.
@@ -38,9 +38,22 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 @cache
+def _clipper(count, one_row=False):
+    clipper = QuantileClip(history_length=1, global_clipping=one_row)
+    with tf.init_scope():
+        clipper.build([tf.Variable(0.0, name=f"variable_{i}") for i in range(count)])
+    return clipper
+
+
+def layout_of(gradients, one_row=False):
+    clipper = _clipper(len(gradients), one_row)
+    return Layout(gradients, clipper._groups, clipper._histories)
+
+
+@cache
 def _norms(mode):
     def run(gradients):
-        return gradient_norms(gradients, mode == "xla")
+        return layout_of(gradients).measure(gradients)
 
     return run if mode == "eager" else tf.function(run, jit_compile=mode == "xla", autograph=False)
 
@@ -161,8 +174,9 @@ def test_unknown_shapes(shape):
     @tf.function(input_signature=signature, autograph=False)
     def step(unknown, known):
         gradients = [unknown, known]
-        factors = tf.constant([0.5, 1.0], tf.float64)
-        return gradient_norms(gradients, False), scale(gradients, factors, False, False)
+        coefficients = tf.constant([[0.5], [1.0]], tf.float64)
+        layout = layout_of(gradients)
+        return layout.measure(gradients), layout.scale(gradients, coefficients)
 
     for rows in (1, 3000):
         values = np.full((rows, 2) if shape != [None] else rows, 2.0, np.float32)
@@ -172,9 +186,15 @@ def test_unknown_shapes(shape):
         np.testing.assert_array_equal(scaled[1], np.ones(2))
 
 
-def test_integers_are_refused(mode):
-    with pytest.raises(TypeError, match="Gradient 1 has dtype int32"):
-        norms_of(mode, [tf.ones(3), tf.ones(3, tf.int32)])
+@pytest.mark.parametrize("wrong", [tf.ones(3, tf.int32), np.ones(3, np.int64)])
+def test_integers_are_refused(mode, wrong):
+    def step():
+        return QuantileClip()([(tf.ones(3), tf.Variable(tf.ones(3))), (wrong, named)])
+
+    named = tf.Variable(tf.ones(3), name="counted")
+    step = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla")
+    with pytest.raises(TypeError, match="The gradient of 'counted' is of int"):
+        step()
 
 
 @given(
@@ -183,27 +203,29 @@ def test_integers_are_refused(mode):
     )
 )
 def test_the_root_of_squares(norms):
-    np.testing.assert_allclose(root_of_squares(tf.constant(norms)), exact_norm(norms), rtol=1e-12)
+    np.testing.assert_allclose(Layout.total(tf.constant(norms)), exact_norm(norms), rtol=1e-12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_root_of_squares_that_are_not_finite(value):
-    np.testing.assert_equal(float(root_of_squares(tf.constant([1.0, value], tf.float64))), value)
+    np.testing.assert_equal(float(Layout.total(tf.constant([1.0, value], tf.float64))), value)
 
 
 # -- scaling -------------------------------------------------------------------------------------
 
 
 @cache
-def _scale(mode, may_be_zero):
-    def run(gradients, factors):
-        return scale(gradients, factors, mode == "xla", may_be_zero)
+def _scale(mode, one_row):
+    def run(gradients, coefficients, zeroed):
+        return layout_of(gradients, one_row).scale(gradients, coefficients, zeroed)
 
     return run if mode == "eager" else tf.function(run, jit_compile=mode == "xla", autograph=False)
 
 
-def scaled(mode, gradients, factors, may_be_zero):
-    return _scale(mode, may_be_zero)(gradients, tf.constant(factors, tf.float64))
+def scaled(mode, gradients, factors, zeroed=None):
+    """With one factor for all gradients, or one for each."""
+    coefficients = tf.reshape(tf.constant(factors, tf.float64), [-1, 1])
+    return _scale(mode, np.ndim(factors) == 0)(gradients, coefficients, zeroed)
 
 
 factors_of_all = st.tuples(*[st.one_of(st.just(1.0), st.floats(0.01, 0.99))] * len(SHAPES))
@@ -215,7 +237,7 @@ factors_of_all = st.tuples(*[st.one_of(st.just(1.0), st.floats(0.01, 0.99))] * l
 def test_products_are_those_of_float64_rounded(mode, dtype, factors):
     """With one factor each, and with one for all."""
     arrays = arrays_of(0, dtype, [0] * len(SHAPES))
-    found = scaled(mode, [tf.constant(array) for array in arrays], factors, False)
+    found = scaled(mode, [tf.constant(array) for array in arrays], factors)
     each = np.broadcast_to(factors, len(arrays))
     for ours, array, factor in zip(found, arrays, each):
         assert ours.dtype == dtype and ours.shape == array.shape
@@ -233,16 +255,16 @@ def test_products_are_those_of_float64_rounded(mode, dtype, factors):
 
 @pytest.mark.parametrize("size", [3, 3000])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_the_factor_zero_makes_zeros_of_anything(mode, dtype, size):
+def test_a_gradient_that_is_zeroed_is_zero_whatever_it_holds(mode, dtype, size):
     gradient = tf.cast(tf.fill([size], np.nan), dtype)
-    zero, kept = scaled(mode, [gradient, gradient], [0.0, 1.0], True)
+    zero, kept = scaled(mode, [gradient, gradient], [1.0, 1.0], tf.constant([True, False]))
     np.testing.assert_array_equal(tf.cast(zero, tf.float32), np.zeros(size))
     assert np.isnan(tf.cast(kept, tf.float32)).all()
 
 
 def test_slices_stay_slices(mode):
     slices = tf.IndexedSlices(tf.ones([2, 3]), tf.constant([4, 4]), tf.constant([5, 3]))
-    [found] = scaled(mode, [slices], [0.5], False)
+    [found] = scaled(mode, [slices], [0.5])
     assert isinstance(found, tf.IndexedSlices)
     np.testing.assert_array_equal(found.values, np.full((2, 3), 0.5))
     np.testing.assert_array_equal(found.indices, [4, 4])

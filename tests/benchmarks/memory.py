@@ -17,7 +17,7 @@ import torch
 
 from autoclip.core import History, Quantile, Rule, Standard
 from autoclip.core.adapter import ClipperSettings, GroupSettings
-from autoclip.tf._history import TensorHistory as TensorFlowHistory
+from autoclip.tf._histories import TensorHistory as TensorFlowHistory
 from autoclip.torch._histories import TensorHistory as TorchHistory
 
 RULES = (Quantile(), Standard())

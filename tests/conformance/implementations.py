@@ -221,7 +221,7 @@ def _tensorflow(file: File, compiled: bool | None) -> Rows:
 
     def step(gradients: Any) -> Any:
         pairs = clipper(zip(gradients, variables))
-        return [gradient for gradient, _ in pairs], clipper._pipeline._report.read_value()
+        return [gradient for gradient, _ in pairs], clipper._last.numbers
 
     if compiled is not None:
         step = tf.function(step, jit_compile=compiled)

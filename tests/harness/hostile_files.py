@@ -385,7 +385,7 @@ def a_history_beyond_its_storage(folder: Path) -> Path:
 
 # -- Keras and TensorFlow ----------------------------------------------------------------------
 
-PLACE = "optimizer/clipper/vars/state"
+PLACE = "optimizer/autoclip/vars/state"
 
 
 def hdf5(folder: Path, **dataset: Any) -> Path:

@@ -9,8 +9,7 @@
 
 from autoclip.core import Report, StateError, __version__
 from autoclip.core.adapter import AttachmentHandle
-from autoclip.tf._clipper import Clipper
-from autoclip.tf._named import QuantileClip, StandardClip
+from autoclip.tf._clipper import Clipper, QuantileClip, StandardClip
 
 __all__ = [
     "AttachmentHandle",

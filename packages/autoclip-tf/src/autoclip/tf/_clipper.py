@@ -1,56 +1,60 @@
-"""The clipper: its settings, its variables, and the optimizer that it is attached to."""
+"""The clippers, which users make, call, read, attach to optimizers, save and load."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeAlias, TypeVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from autoclip.core import Report, Rule
+from autoclip.core import OnNonfinite, OnSpike, Quantile, Record, Report, Rule, Standard, State
 from autoclip.core.adapter import (
+    RULES,
     AttachmentHandle,
+    BaseClipper,
     ClipperSettings,
-    CommonSettings,
-    ParamGroup,
+    GroupSettings,
+    attached_message,
     constructor,
+    given,
+    make_factory,
     rule_instance,
     warn_user,
 )
-from autoclip.tf._attach import attach
-from autoclip.tf._factory import optimizer_factory
-from autoclip.tf._groups import (
-    Variable,
-    assign_variables,
-    check_variables,
-    patterns,
-    usable,
-)
-from autoclip.tf._history import check_memory
-from autoclip.tf._keras_saving import KerasSaving
-from autoclip.tf._norms import Gradient
+from autoclip.tf._attachment import Attachment, check_optimizer
+from autoclip.tf._groups import Groups, Variable
+from autoclip.tf._histories import Histories, check_memory
+from autoclip.tf._last_step import LastStep
+from autoclip.tf._layout import Gradient, Layout
+from autoclip.tf._nonfinite import NonfiniteGradients
+from autoclip.tf._ops import OPS
 from autoclip.tf._private import (
+    Trackable,
     build_scope,
     collected_variables,
     name_of,
     overwritten_by_gradient,
     variable_key,
 )
-from autoclip.tf._step import GradsAndVars, Pipeline
+from autoclip.tf._saving import CHILD, PendingState, SavedState
+from autoclip.tf._sums import StepSums
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-__all__ = ["Clipper"]
+__all__ = ["Clipper", "GradsAndVars", "QuantileClip", "StandardClip"]
 
 P = ParamSpec("P")
 OptimizerT = TypeVar("OptimizerT")
+ClipperT = TypeVar("ClipperT", bound="Clipper")
+
+GradsAndVars: TypeAlias = Iterable[tuple[Gradient | None, Variable]]
+"""The (gradient, variable) pairs that `optimizer.apply_gradients` takes; None for no gradient."""
 
 
 @keras.saving.register_keras_serializable("autoclip")
-class Clipper(KerasSaving):
+class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
     """Clip each gradient to a threshold that a rule computes from the history of its norms.
 
     At each step the gradient's L2 norm is compared with the threshold, and the gradient is
@@ -69,10 +73,21 @@ class Clipper(KerasSaving):
             the variable's `path`, or in its `name` if it has none, and the settings, those of the
             rule included. The first entry that matches counts; variables that none matches have
             the clipper's settings.
-        settings: see `autoclip.core.adapter.CommonSettings`. `on_nonfinite="raise"` raises
-            FloatingPointError eagerly and `tf.errors.InvalidArgumentError` in a graph, before any
-            update. XLA, with which Keras compiles `fit` on a GPU by default, cannot stop a step:
-            the gradient is set to zero, and `check` raises. `on_spike="skip"` is for PyTorch only.
+        group_clipping: one history of the norm of all gradients of a group together.
+        max_norm: a ceiling on every threshold, and the only threshold during warm-up; None for no
+            ceiling.
+        warmup_steps: how many norms a row records before its rule counts; None for the rule's
+            default.
+        include_current: True if a norm is part of the window that it is compared with; None for
+            the rule's default.
+        record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
+        on_spike: `"clip"` scales a gradient above its threshold down to the threshold, `"zero"`
+            sets it to zero. `"skip"` is for PyTorch only.
+        on_nonfinite: for a gradient that holds a NaN or an infinity, `"keep"` leaves
+            it as it is, `"zero"` sets it to zero, `"raise"` raises FloatingPointError eagerly and
+            `tf.errors.InvalidArgumentError` in a graph, before any update. XLA, with which Keras
+            compiles `fit` on a GPU by default, cannot stop a step: the gradient is set to zero, and
+            `check` raises. Its norm is never recorded.
 
     Raises:
         TypeError: a setting is unknown or has the wrong type.
@@ -89,6 +104,11 @@ class Clipper(KerasSaving):
     4.0
     """
 
+    _rule_class: ClassVar[type[Rule] | None] = None
+    """The rule whose settings are arguments of the constructor; None if the rule is one."""
+
+    _histories: Histories
+
     def __init__(
         self,
         rule: Rule,
@@ -96,23 +116,34 @@ class Clipper(KerasSaving):
         global_clipping: bool = False,
         *,
         group_settings: Sequence[Mapping[str, Any]] | None = None,
-        **settings: Unpack[CommonSettings],
+        group_clipping: bool = False,
+        max_norm: float | None = None,
+        warmup_steps: int | None = None,
+        include_current: bool | None = None,
+        record: Record = "raw",
+        on_spike: OnSpike = "clip",
+        on_nonfinite: OnNonfinite = "keep",
     ) -> None:
-        self._set_up(
-            rule_instance(rule),
-            group_settings,
-            history_length=history_length,
-            global_clipping=global_clipping,
-            **settings,
-        )
+        settings = given(locals(), "rule", "group_settings")
+        self._set_up(rule_instance(rule), group_settings, **settings)
 
     def _set_up(self, rule: Rule | type[Rule], group_settings: Any, **settings: Any) -> None:
-        """What all constructors do; `rule` may be a class, whose settings are then given too."""
+        """Begin as all constructors do; `rule` may be a class, whose settings are then given."""
         made = ClipperSettings.make(type(self).__name__, rule, **settings)
-        overrides = patterns(group_settings, made)
-        for each in (made.default, *(pattern.settings for pattern in overrides)):
-            check_memory([usable(each)])
-        self._start(made, overrides)
+        self._begin(Groups(made, group_settings))
+
+    def _begin(self, groups: Groups) -> None:
+        """Begin without variables and without a history."""
+        for each in groups.all_settings():
+            check_memory([each])
+        self._groups, self._histories = groups, Histories()
+        self._sums = StepSums()
+        self._last: LastStep | None = None
+        self._layout: Layout | None = None
+        self._pending: PendingState | None = None
+        self._attachment: Attachment | None = None
+        self._saved_state = SavedState(self)
+        self._track_trackable(self._saved_state, CHILD)
 
     @constructor
     def as_optimizer(
@@ -171,71 +202,16 @@ class Clipper(KerasSaving):
         >>> optimizer.clipper.defaults["quantile"]
         0.9
         """
-        return optimizer_factory(cls, optimizer_class, args, settings)
+        factory = make_factory(cls, optimizer_class, keras.optimizers.Optimizer, args, settings)
+        cls(*args, **settings)  # checks the settings; it knows no variables
+        return factory
 
-    # -- settings and groups -----------------------------------------------------------------
-
-    @property
-    def rule(self) -> Rule:
-        """The rule of the variables that no group matches."""
-        return self._settings.default.rule
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The settings of the variables that no group matches, by name."""
-        return self._settings.defaults
-
-    @property
-    def global_clipping(self) -> bool:
-        """Whether one history stands for all variables together."""
-        return self._settings.mode == "global"
-
-    @property
-    def group_clipping(self) -> bool:
-        """Whether one history stands for all variables of a parameter group together."""
-        return self._settings.mode == "group"
+    # -- variables ---------------------------------------------------------------------------
 
     @property
     def built(self) -> bool:
-        """Whether the clipper knows its variables."""
-        return self._pipeline is not None
-
-    @property
-    def param_groups(self) -> list[ParamGroup]:
-        """The parameter groups: `"params"`, `"param_names"`, `"match"` and settings.
-
-        Empty before `build`. Writing a setting, as in `param_groups[0]["quantile"] = 0.5`, changes
-        the clipper's, also in graphs that are traced already; what such a graph cannot follow
-        raises ValueError and changes nothing.
-        """
-        return [
-            ParamGroup(
-                {
-                    "params": list(group.variables),
-                    "param_names": group.names,
-                    "match": group.match,
-                    **group.settings.settings,
-                },
-                lambda name, value, i=i: self._change_setting(i, name, value),
-            )
-            for i, group in enumerate(self._pipeline.groups if self._pipeline else [])
-        ]
-
-    def _change_setting(self, changed: int, name: str, value: Any) -> Any:
-        """Change a setting of one group; of all in global mode, where they share a history."""
-        pipeline = self._pipeline
-        assert pipeline is not None
-        new = [group.settings for group in pipeline.groups]
-        for i, settings in enumerate(new):
-            if i == changed or self.global_clipping:
-                new[i] = usable(settings.merged({name: value}))
-        pipeline.change_settings(new)
-        for i, group in enumerate(pipeline.groups):
-            if group.match is None or self.global_clipping:
-                self._settings = replace(self._settings, default=new[i])
-        matched = zip(self._patterns, new)  # a group a pattern, then the rest
-        self._patterns = [replace(each, settings=settings) for each, settings in matched]
-        return new[changed].settings[name]
+        """True if the clipper knows its variables."""
+        return self._last is not None
 
     def build(self, variables: Iterable[Variable]) -> None:
         """Fix the variables whose gradients are clipped, and allocate their histories.
@@ -259,26 +235,22 @@ class Clipper(KerasSaving):
 
         If it raises, the clipper is as it was.
         """
-        owner = type(self).__name__
-        variables = check_variables(variables, owner)
-        variables = [each for each in variables if not overwritten_by_gradient(each)]
-        if self._pipeline is not None:
-            known = self._pipeline.index
-            new = [each for each in variables if variable_key(each) not in known]
-            if new:
-                raise ValueError(
-                    f"This {owner} was built with {len(known)} variables and now gets {len(new)} "
-                    f"others, such as {name_of(new[0])!r}. A history belongs to its variable: make "
-                    "a new clipper for new variables."
-                )
+        groups = copy.copy(self._groups)
+        groups.build(variables)
+        if self.built:
             return
-        groups = assign_variables(variables, self._patterns, self._settings.default)
         # Where a step builds the clipper, a graph may be under construction.
-        with tf.init_scope(), build_scope(variables), collected_variables() as created:
-            pipeline = Pipeline(groups, self._settings.mode, owner, self._sums)
+        scope = build_scope(groups.parameters())
+        with tf.init_scope(), scope, collected_variables() as created:
+            histories = Histories(groups.settings_by_row())
+            last = LastStep(groups.row_names())
+            nonfinite = NonfiniteGradients(groups.names(), groups.per_parameter("on_nonfinite"))
+            self._sums.build(len(histories))
             if self._pending is not None:
-                self._write(pipeline, self._matched(self._pending, pipeline))
-        self._pipeline, self._pending, self._variables = pipeline, None, created
+                histories.write(*self._pending.matched(groups).by_row())
+        self._groups, self._histories, self._nonfinite = groups, histories, nonfinite
+        self._saved_state.variables = created
+        self._last, self._pending = last, None
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -307,7 +279,7 @@ class Clipper(KerasSaving):
                 infinity; in a graph it is `tf.errors.InvalidArgumentError`. Nothing was recorded.
                 Compiled by XLA, see `check`.
         """
-        if self._handle is not None:
+        if self._attachment is not None:
             raise RuntimeError(
                 f"This {type(self).__name__} is attached to an optimizer, which calls it at each "
                 "update: another call would record each norm twice. Read the norm of the last step "
@@ -320,7 +292,7 @@ class Clipper(KerasSaving):
                 f"optimizer: {type(self).__name__}.as_optimizer(optimizer)."
             )
         pairs = list(grads_and_vars)
-        if self._pipeline is None:
+        if not self.built:
             self.build([variable for _, variable in pairs])
         clipped = iter(self._clip([p for p in pairs if not overwritten_by_gradient(p[1])]))
         return [pair if overwritten_by_gradient(pair[1]) else next(clipped) for pair in pairs]
@@ -330,8 +302,43 @@ class Clipper(KerasSaving):
         self, pairs: Sequence[tuple[Gradient | None, Variable]]
     ) -> list[tuple[Gradient | None, Variable]]:
         """`__call__` for gradients that are known to be summed over replicas."""
-        assert self._pipeline is not None
-        return self._pipeline.clip(pairs)
+        assert self._last is not None
+        gradients: list[Gradient | None] = [None] * len(self._groups.index)
+        order: dict[int, None] = {}  # ordered, and quick to ask: eagerly this runs at each step
+        for gradient, variable in pairs:
+            index = self._groups.index.get(variable_key(variable))
+            if index is None:
+                raise ValueError(
+                    f"{name_of(variable)!r} is not among the {len(gradients)} variables that "
+                    f"this {type(self).__name__} was built with. A history belongs to its "
+                    "variable: make a new clipper for new variables."
+                )
+            if index in order:
+                raise ValueError(
+                    f"{name_of(variable)!r} appears more than once among the variables."
+                )
+            order[index] = None
+            gradients[index] = _checked(gradient, variable)
+        if all(gradient is None for gradient in gradients):
+            self._last.write(None)
+            return list(pairs)
+        with tf.name_scope("autoclip"):
+            clipped = self._clip_all(gradients)
+        return [(clipped[index], variable) for index, (_, variable) in zip(order, pairs)]
+
+    def _clip_all(self, gradients: Sequence[Gradient | None]) -> list[Gradient | None]:
+        """Clip the gradients of all variables; None for no gradient."""
+        assert self._last is not None
+        layout = self._layout
+        if layout is None or not layout.fits(gradients):
+            layout = self._layout = Layout(gradients, self._groups, self._histories)
+        norms, zeroed = self._nonfinite.apply(layout.measure(gradients))
+        report = self._histories.joined(self._histories.record(layout.rows(norms)))
+        numbers = tf.concat([report.norms, report.thresholds, report.coefficients], axis=1)
+        self._last.write(numbers)
+        if self._sums.enabled:
+            self._sums.add(numbers)
+        return layout.scale(gradients, report.coefficients, zeroed)
 
     def check(self) -> None:
         """Raise if a step compiled by XLA found a gradient with a NaN or an infinity.
@@ -343,12 +350,12 @@ class Clipper(KerasSaving):
         Raises:
             FloatingPointError: since the last check some gradient was not finite.
         """
-        if self._pipeline is not None:
-            self._pipeline.check()
+        if self.built:
+            self._nonfinite.check()
 
     @property
     def last(self) -> Report[tf.Tensor]:
-        """What the last step did, row by row: norms, thresholds, coefficients, and rows' names.
+        """The last step, row by row: norms, thresholds, coefficients, and rows' names.
 
         Rows are in the order of the parameter groups; under global clipping there is one. Norms,
         thresholds and coefficients are float32[rows] tensors. They are not saved.
@@ -356,16 +363,17 @@ class Clipper(KerasSaving):
         Raises:
             RuntimeError: no step has found a gradient yet, or the last one found none.
         """
-        if self._report is None:
+        report = None if self._last is None else self._last.report
+        if report is None:
             raise RuntimeError(
                 "There is nothing to report: the last step had no gradient"
                 + (
                     ", or its tf.function was traced before the clipper was attached."
-                    if self._handle is not None
+                    if self._attachment is not None
                     else "."
                 )
             )
-        return self._report
+        return report
 
     @property
     def total_norm(self) -> tf.Tensor:
@@ -377,14 +385,10 @@ class Clipper(KerasSaving):
         Raises:
             RuntimeError: no step has been made since the clipper was made or reset.
         """
-        total = None if self._pipeline is None else self._pipeline.total_norm
+        total = None if self._last is None else self._last.total_norm
         if total is None:
             raise RuntimeError("There is no total norm yet: the clipper has not made a step.")
         return total
-
-    @property
-    def _report(self) -> Report[tf.Tensor] | None:
-        return None if self._pipeline is None else self._pipeline.report
 
     @property
     def thresholds(self) -> tf.Tensor:
@@ -396,18 +400,26 @@ class Clipper(KerasSaving):
         Raises:
             RuntimeError: the clipper does not know its variables yet.
         """
-        if self._pipeline is None:
+        if not self.built:
             raise RuntimeError(
                 f"This {type(self).__name__} has no rows yet: it does not know its variables. "
                 "Call build(variables) first, or take a step."
             )
-        return self._pipeline.rows.thresholds()
+        parts = [thresholds for _, thresholds in self._histories.thresholds()]
+        found = self._histories.in_order(parts)[:, 0]
+        if tf.executing_eagerly():
+            # Outside of TensorFlow: under tf.debugging.enable_check_numerics no operation may
+            # return an infinity.
+            on_host = found.numpy()
+            return tf.constant(np.where(on_host < OPS.unlimited, on_host, np.inf))
+        return tf.where(found < OPS.unlimited, found, tf.constant(np.inf, tf.float64))
 
     def reset(self) -> None:
         """Forget all norms, and a loaded state that still waits for the variables."""
         self._pending = None
-        if self._pipeline is not None:
-            self._pipeline.reset()
+        if self._last is not None:
+            self._histories.reset()
+            self._last.clear()
 
     # -- optimizers --------------------------------------------------------------------------
 
@@ -420,11 +432,11 @@ class Clipper(KerasSaving):
         Args:
             optimizer: a Keras optimizer; of a `LossScaleOptimizer` the inner one is meant. It keeps
                 its state, its hyperparameters and its identity. Its class becomes a subclass of
-                what it was.
+                its own.
 
         Returns:
             A handle; its `remove()`, or the end of a `with` block, detaches the clipper. The
-            optimizer's class is then what it was, and the clipper keeps its history. Models trace
+            optimizer has its own class again, and the clipper keeps its history. Models trace
             their training step again after both. A `tf.function` of your own stays as it was
             traced, with or without the clipper.
 
@@ -434,32 +446,280 @@ class Clipper(KerasSaving):
             RuntimeError: it has a clipper already, the clipper is attached already, or the
                 optimizer's `tf.distribute` strategy is not supported.
         """
-        handle = attach(self, optimizer)
-        policies = [self._settings.default, *(each.settings for each in self._patterns)]
-        raises = any(each.on_nonfinite == "raise" for each in policies)
+        optimizer = check_optimizer(optimizer)
+        if self._attachment is not None:
+            raise RuntimeError(attached_message(self))
+        if optimizer.built:
+            self.build(optimizer._trainable_variables)
+        attachment = Attachment(self, optimizer)
+        attachment.begin()
+        raises = any(each.on_nonfinite == "raise" for each in self._groups.all_settings())
         if raises and tf.config.list_physical_devices("GPU"):
             warn_user(
                 "On a GPU, Keras compiles fit with XLA by default, and XLA cannot stop a step: "
                 'with on_nonfinite="raise" such a gradient is set to zero. Add AutoClipCallback '
                 "to fit, which raises after the batch, or compile with jit_compile=False."
             )
-        return handle
+        return attachment.handle
 
     def detach(self) -> None:
         """Detach the clipper from its optimizer, as the handle that `attach` returned does.
 
         Does nothing if the clipper is not attached.
         """
-        if self._handle is not None:
-            self._handle.remove()
+        if self._attachment is not None:
+            self._attachment.handle.remove()
 
-    def __repr__(self) -> str:
-        groups = [] if self._pipeline is None else self._pipeline.groups
-        return self._settings.describe(
-            (
-                len(group.variables),
-                group.settings,
-                "" if group.match is None else f", match={group.match!r}",
-            )
-            for group in groups
+    # -- state -------------------------------------------------------------------------------
+
+    @property
+    def saved_state(self) -> SavedState:
+        """The part of the clipper that Keras and TensorFlow save.
+
+        They find it in the clipper's optimizer. If a Keras model calls a clipper itself, assign
+        `self.clipper_state = clipper.saved_state` for it to be saved with the model.
+        """
+        return self._saved_state
+
+    @property
+    def _has_state(self) -> bool:
+        return self.built or self._pending is not None
+
+    @property
+    def has_history(self) -> bool:
+        """True if some row has recorded a norm, here or in a state that waits for the variables."""
+        return self._has_state and super().has_history
+
+    def export_state(self) -> State:
+        """See `Saveable.export_state`; before `build`, a state that was loaded.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if self.built:
+            return super().export_state()
+        if self._pending is not None:
+            return self._pending.state
+        raise ValueError(
+            f"This {type(self).__name__} has no state yet: it does not know its variables. Call "
+            "build(variables) first, or take a step."
         )
+
+    def describe_state(self) -> State:
+        """See `Saveable.describe_state`."""
+        return super().describe_state() if self.built else self.export_state()
+
+    def _adopt_state(self, state: State, source: str, is_partial: bool = False) -> None:
+        pending = PendingState(state, source, is_partial)
+        if self.built:
+            self.commit_state(pending.matched(self._groups))
+        else:
+            # Without variables only the mode can be checked. The rest waits for them.
+            state.match(replace(state, mode=self._groups.mode), source)
+            self._pending = pending
+        if self._attachment is not None:
+            self._attachment.may_lack_history = False
+
+    # -- configurations, copies and pickles --------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings, from which `from_config` makes such a clipper without a history."""
+        default = self._settings.default
+        settings = dict(default.settings)
+        rule = {name: settings.pop(name) for name in default.rule.setting_names()}
+        groups = [
+            {"match": each.match, **_differences(each.settings, default)}
+            for each in self._groups.patterns
+        ]
+        return {
+            **(rule if self._rule_class else {"rule": {"name": default.rule.name, **rule}}),
+            **settings,
+            **self._groups.mode.arguments,
+            "group_settings": groups or None,
+        }
+
+    @classmethod
+    def from_config(cls: type[ClipperT], config: Mapping[str, Any]) -> ClipperT:
+        """Make a clipper from the result of `get_config`.
+
+        Raises:
+            ValueError: the rule is not registered in this process, or a setting is wrong.
+        """
+        config = dict(config)
+        if "rule" in config:
+            config["rule"] = _rule_from_config(config["rule"])
+        return cls(**config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy belongs to no variables yet. It has the history that its variables will get.
+        return _copied, (type(self), self._groups.unbuilt(), self._saved_state.to_bytes())
+
+
+@keras.saving.register_keras_serializable("autoclip")
+class QuantileClip(Clipper):
+    """Clip each gradient to a quantile of the history of its norms (AutoClip).
+
+    At each step the gradient's L2 norm is appended to its history, and the gradient is multiplied
+    by `min(1, threshold / norm)`, the threshold being the quantile of the history with linear
+    interpolation. Seetharaman, Wichern, Pardo, Le Roux: "AutoClip: Adaptive Gradient Clipping for
+    Source Separation Networks", MLSP 2020, arXiv:2007.14469, Algorithm 1.
+
+    Args:
+        quantile: a real number in [0, 1]; 1 never clips, lower values clip more often.
+        history_length: how many norms each row keeps, the newest ones.
+        global_clipping: one history of the norm of all gradients together.
+        group_settings: settings for some of the variables, such as
+            `[{"match": "embedding", "quantile": 0.5}]`; see `Clipper`.
+        group_clipping: one history of the norm of all gradients of a group together.
+        max_norm: a ceiling on every threshold.
+        warmup_steps: how many norms a row records before its rule counts; None for 0.
+        include_current: True if a norm is part of the window that it is compared with; None for
+            True.
+        record: `"raw"` or `"clipped"`.
+        on_spike: `"clip"` or `"zero"`.
+        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
+        factor: multiplies the quantile; a finite real number > 0.
+
+    Raises:
+        TypeError, ValueError: as `Clipper`.
+
+    >>> import tensorflow as tf
+    >>> from autoclip.tf import QuantileClip
+    >>> weight = tf.Variable(tf.zeros(4))
+    >>> clipper = QuantileClip(quantile=0.5)
+    >>> for size in (1.0, 2.0, 9.0):
+    ...     gradient = tf.fill([4], size / 2)  # a norm of 1, 2, 9
+    ...     [(clipped, _)] = clipper([(gradient, weight)])
+    >>> float(tf.norm(clipped))
+    2.0
+    """
+
+    _rule_class = Quantile
+
+    def __init__(
+        self,
+        quantile: float = 0.9,
+        history_length: int = 1000,
+        global_clipping: bool = False,
+        *,
+        group_settings: Sequence[Mapping[str, Any]] | None = None,
+        group_clipping: bool = False,
+        max_norm: float | None = None,
+        warmup_steps: int | None = None,
+        include_current: bool | None = None,
+        record: Record = "raw",
+        on_spike: OnSpike = "clip",
+        on_nonfinite: OnNonfinite = "keep",
+        factor: float = 1.0,
+    ) -> None:
+        self._set_up(Quantile, group_settings, **given(locals(), "group_settings"))
+
+
+@keras.saving.register_keras_serializable("autoclip")
+class StandardClip(Clipper):
+    """Clip each gradient to some standard deviations above the mean of its earlier norms.
+
+    Like `QuantileClip`, with the threshold `factor * (mean + deviations * std)` of the norms of
+    the steps before; the first 25 steps are not clipped (`warmup_steps`).
+
+    Args:
+        deviations: a finite real number ≥ 0.
+        history_length: how many norms each row keeps, the newest ones.
+        global_clipping: one history of the norm of all gradients together.
+        group_settings: settings for some of the variables, such as
+            `[{"match": "embedding", "deviations": 3.0}]`; see `Clipper`.
+        group_clipping: one history of the norm of all gradients of a group together.
+        max_norm: a ceiling on every threshold.
+        warmup_steps: how many norms a row records before its rule counts; None for 25.
+        include_current: True if a norm is part of the window that it is compared with; None for
+            False.
+        record: `"raw"` or `"clipped"`.
+        on_spike: `"clip"` or `"zero"`.
+        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
+        decay: weights each norm by `decay ** age`; a real number in (0, 1), or None for equal
+            weights.
+        factor: multiplies the threshold; a finite real number > 0.
+        shrink: scales larger gradients down further; see `autoclip.core.Standard`.
+        log: takes mean and deviation of the norms' logarithms.
+
+    Raises:
+        TypeError, ValueError: as `Clipper`.
+
+    >>> import tensorflow as tf
+    >>> from autoclip.tf import StandardClip
+    >>> weight = tf.Variable(tf.zeros(4))
+    >>> clipper = StandardClip(deviations=1.0, warmup_steps=2)
+    >>> for size in (2.0, 6.0, 9.0):
+    ...     pairs = clipper([(tf.fill([4], size / 2), weight)])
+    >>> clipper.last.thresholds.numpy()  # the mean is 4, the deviation 2
+    array([6.], dtype=float32)
+    """
+
+    _rule_class = Standard
+
+    def __init__(
+        self,
+        deviations: float = 2.0,
+        history_length: int = 1000,
+        global_clipping: bool = False,
+        *,
+        group_settings: Sequence[Mapping[str, Any]] | None = None,
+        group_clipping: bool = False,
+        max_norm: float | None = None,
+        warmup_steps: int | None = None,
+        include_current: bool | None = None,
+        record: Record = "raw",
+        on_spike: OnSpike = "clip",
+        on_nonfinite: OnNonfinite = "keep",
+        decay: float | None = None,
+        factor: float = 1.0,
+        shrink: bool = False,
+        log: bool = False,
+    ) -> None:
+        self._set_up(Standard, group_settings, **given(locals(), "group_settings"))
+
+
+def _checked(gradient: Gradient | None, variable: Variable) -> Gradient | None:
+    """The gradient as a tensor or IndexedSlices.
+
+    Raises:
+        TypeError: it is of integers.
+    """
+    if gradient is None:
+        return None
+    if not isinstance(gradient, tf.IndexedSlices):
+        gradient = tf.convert_to_tensor(gradient)
+    if not (gradient.dtype.is_floating or gradient.dtype.is_complex):
+        raise TypeError(
+            f"The gradient of {name_of(variable)!r} is of {gradient.dtype.name}, and AutoClip "
+            "clips floating-point and complex ones. Leave this variable out, or cast its gradient."
+        )
+    return gradient
+
+
+def _copied(cls: type[ClipperT], groups: Groups, data: bytes) -> ClipperT:
+    clipper = cls.__new__(cls)
+    clipper._begin(groups)
+    clipper._saved_state.load_bytes(data, "the copied clipper")
+    return clipper
+
+
+def _differences(settings: GroupSettings, default: GroupSettings) -> dict[str, Any]:
+    usual = default.settings
+    return {name: value for name, value in settings.settings.items() if value != usual[name]}
+
+
+def _rule_from_config(config: Mapping[str, Any]) -> Rule:
+    """The rule that `get_config` wrote down.
+
+    Raises:
+        ValueError: no rule of this name is registered, or a setting is wrong.
+    """
+    settings = dict(config)
+    name = settings.pop("name", None)
+    if name not in RULES:
+        raise ValueError(
+            f"The configuration has the rule {name!r:.200}, which is not registered here. Import "
+            "the module that defines it, with @register_rule above its class, before loading."
+        )
+    return RULES[name].from_settings(settings)

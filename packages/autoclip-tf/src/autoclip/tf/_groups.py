@@ -1,159 +1,168 @@
-"""Parameter groups: which variables a pattern matches, and the settings that they have."""
+"""Parameter groups: the variables that each pattern matches, and their settings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import tensorflow as tf
 
-from autoclip.core.adapter import ClipperSettings, GroupSettings
-from autoclip.tf._private import check_backend, name_of, tf_variable, variable_key
+from autoclip.core import adapter as core
+from autoclip.core.adapter import ClipperSettings, Group, GroupSettings
+from autoclip.tf._private import (
+    check_backend,
+    name_of,
+    overwritten_by_gradient,
+    tf_variable,
+    variable_key,
+)
 
-__all__ = [
-    "Group",
-    "GroupPattern",
-    "Variable",
-    "assign_variables",
-    "check_variables",
-    "patterns",
-    "usable",
-]
+__all__ = ["Groups", "Variable"]
 
 Variable: TypeAlias = Any
 """A `tf.Variable` or a `keras.Variable`."""
 
 
-@dataclass(frozen=True)
-class GroupPattern:
-    """An entry of `group_settings`: a regular expression, and the settings of what it matches."""
-
-    match: str
-    settings: GroupSettings
-
-
-@dataclass
-class Group:
-    """A parameter group.
-
-    Attributes:
-        settings: what all of its rows have.
-        match: the regular expression that its variables' names matched; None for the variables
-            that no pattern matched.
-        variables: in the order in which the clipper got them.
-    """
-
-    settings: GroupSettings
-    match: str | None
-    variables: list[Variable] = field(default_factory=list)
-
-    @property
-    def names(self) -> list[str]:
-        """What its variables are called."""
-        return [name_of(variable) for variable in self.variables]
-
-
-def patterns(given: object, settings: ClipperSettings) -> list[GroupPattern]:
-    """Check the argument `group_settings` of a clipper.
-
-    Raises:
-        TypeError: it is not a list of dicts, or a value has the wrong type.
-        ValueError: a dict has no regular expression under `"match"`, or a wrong or unknown setting.
-    """
-    if given is None:
-        return []
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(
-            'group_settings takes a list of dicts such as {"match": "embedding", ...}, but got '
-            f"{type(given).__name__}."
-        )
-    return [_pattern(group, settings) for group in given]
-
-
-def _pattern(group: object, settings: ClipperSettings) -> GroupPattern:
-    if not isinstance(group, Mapping):
-        raise TypeError(f"An entry of group_settings takes a dict, but got {type(group).__name__}.")
-    if "match" not in group:
-        raise ValueError('An entry of group_settings takes a dict with the key "match".')
-    match = group["match"]
-    if not isinstance(match, str):
-        raise TypeError(
-            f"match takes a regular expression as a string, but got {match!r:.200} of type "
-            f"{type(match).__name__}."
-        )
-    try:
-        re.compile(match)
-    except re.error as error:
-        raise ValueError(
-            f"match takes a regular expression, but got {match!r:.200}: {error}."
-        ) from None
-    overrides = {name: value for name, value in group.items() if name != "match"}
-    return GroupPattern(match, usable(settings.for_group(overrides)))
-
-
-def usable(settings: GroupSettings) -> GroupSettings:
-    """Return the settings of a group if TensorFlow can follow them.
-
-    Raises:
-        ValueError: `on_spike` is `"skip"`.
-    """
-    if settings.on_spike == "skip":
-        raise ValueError(
-            'on_spike="skip" is for PyTorch. A Keras optimizer updates all variables at once: '
-            "without its gradient a variable would still move by momentum and weight decay. Use "
-            'on_spike="zero".'
-        )
-    return settings
-
-
-def check_variables(variables: Iterable[Variable], owner: str) -> list[Variable]:
-    """The variables that a clipper is given, as a list.
-
-    Raises:
-        TypeError: an entry is not a variable.
-        ValueError: there are none, or one is a duplicate.
-    """
-    variables = list(variables)
-    for variable in variables:
-        if not isinstance(tf_variable(variable), tf.Variable):
-            check_backend()
-            raise TypeError(
-                f"build takes tf.Variables or Keras variables, but got {variable!r:.200}."
-            )
-    if not variables:
-        raise ValueError(f"{owner} got an empty list of variables.")
-    if len({variable_key(variable) for variable in variables}) != len(variables):
-        raise ValueError(f"{owner} got the same variable twice.")
-    return variables
-
-
-def assign_variables(
-    variables: Sequence[Variable], overrides: Sequence[GroupPattern], default: GroupSettings
-) -> list[Group]:
-    """Put each variable in the first group whose pattern its name matches, or else in a last one.
+class Groups(core.Groups[Variable]):
+    """The parameter groups of a clipper. There are none before `build`, only patterns.
 
     Args:
-        variables: of the clipper.
-        overrides: the groups with patterns.
-        default: the settings of the last group.
+        settings: of the clipper.
+        group_settings: see `Clipper`.
+
+    Attributes:
+        patterns: the groups with a pattern; after `build` the first ones of all groups.
+        index: the position of each variable among all variables, by its `variable_key`.
 
     Raises:
-        ValueError: a group has no variable.
+        TypeError: `group_settings` is not a list of dicts, or a value has the wrong type.
+        ValueError: a dict has no regular expression under `"match"`, or a wrong or unknown setting.
     """
-    groups = [Group(each.settings, each.match) for each in overrides]
-    rest = Group(default, None)
-    for variable in variables:
-        name = name_of(variable)
-        matching = (g for g in groups if g.match is not None and re.search(g.match, name))
-        next(matching, rest).variables.append(variable)
-    for group in groups:
-        if not group.variables:
-            names = ", ".join(repr(name_of(variable)) for variable in variables)
-            raise ValueError(
-                f"The parameter group with match={group.match!r:.200} has no variable: the "
-                "pattern matches no name, or earlier groups have them all. The names are "
-                f"{names:.1000}."
+
+    def __init__(self, settings: ClipperSettings, group_settings: object = None) -> None:
+        super().__init__("tensorflow", settings)
+        self.checked(settings.default)
+        self.patterns = [self._pattern(each) for each in _list_of(group_settings)]
+        self.index: dict[str, int] = {}
+
+    def _pattern(self, entry: object) -> Group[Variable]:
+        if not isinstance(entry, Mapping):
+            raise TypeError(
+                f"An entry of group_settings takes a dict, but got {type(entry).__name__}."
             )
-    return [*groups, rest] if rest.variables else groups
+        if "match" not in entry:
+            raise ValueError('An entry of group_settings takes a dict with the key "match".')
+        match = entry["match"]
+        if not isinstance(match, str):
+            raise TypeError(
+                f"match takes a regular expression as a string, but got {match!r:.200} of type "
+                f"{type(match).__name__}."
+            )
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(
+                f"match takes a regular expression, but got {match!r:.200}: {error}."
+            ) from None
+        overrides = {name: value for name, value in entry.items() if name != "match"}
+        return Group(self.checked(self.settings.for_group(overrides)), match=match)
+
+    def all_settings(self) -> list[GroupSettings]:
+        """The settings of all groups that there are or can be."""
+        return [self.settings.default, *(group.settings for group in self.patterns)]
+
+    def unbuilt(self) -> Groups:
+        """The same patterns and settings, without variables."""
+        groups = Groups(self.settings)
+        groups.patterns = [Group(each.settings, match=each.match) for each in self.patterns]
+        return groups
+
+    def build(self, variables: Iterable[Variable]) -> None:
+        """Assign each variable to the first group whose pattern its name matches, or to a last one.
+
+        Raises:
+            TypeError, ValueError: see `Clipper.build`. Nothing has changed.
+        """
+        owner = self.settings.owner
+        variables = [
+            v for v in self._checked_variables(variables) if not overwritten_by_gradient(v)
+        ]
+        if len(self):
+            new = [each for each in variables if variable_key(each) not in self.index]
+            if new:
+                raise ValueError(
+                    f"This {owner} was built with {len(self.index)} variables and now gets "
+                    f"{len(new)} others, such as {name_of(new[0])!r}. A history belongs to its "
+                    "variable: make a new clipper for new variables."
+                )
+            return
+        patterns, rest = self.unbuilt().patterns, Group[Variable](self.settings.default)
+        for variable in variables:
+            name = name_of(variable)
+            matching = (g for g in patterns if g.match is not None and re.search(g.match, name))
+            group = next(matching, rest)
+            group.parameters.append(variable)
+            group.names.append(name)
+        for group in patterns:
+            if not group.parameters:
+                names = ", ".join(repr(name_of(variable)) for variable in variables)
+                raise ValueError(
+                    f"The parameter group with match={group.match!r:.200} has no variable: the "
+                    "pattern matches no name, or earlier groups have them all. The names are "
+                    f"{names:.1000}."
+                )
+        self.patterns = patterns
+        self._groups = [*patterns, rest] if rest.parameters else patterns
+        self.index = {variable_key(each): i for i, each in enumerate(self.parameters())}
+        self.version += 1
+
+    def _checked_variables(self, variables: Iterable[Variable]) -> Sequence[Variable]:
+        variables, owner = list(variables), self.settings.owner
+        for variable in variables:
+            if not isinstance(tf_variable(variable), tf.Variable):
+                check_backend()
+                raise TypeError(
+                    f"build takes tf.Variables or Keras variables, but got {variable!r:.200}."
+                )
+        if not variables:
+            raise ValueError(f"{owner} got an empty list of variables.")
+        if len({variable_key(variable) for variable in variables}) != len(variables):
+            raise ValueError(f"{owner} got the same variable twice.")
+        return variables
+
+    def shape_of(self, parameter: Variable) -> tuple[int, ...]:
+        """See `autoclip.core.adapter.Groups`, as for what follows."""
+        return tuple(tf_variable(parameter).shape.as_list())
+
+    def checked(self, settings: GroupSettings) -> GroupSettings:
+        """Return settings that TensorFlow can follow.
+
+        Raises:
+            ValueError: `on_spike` is `"skip"`.
+        """
+        if settings.on_spike == "skip":
+            raise ValueError(
+                'on_spike="skip" is for PyTorch. A Keras optimizer updates all variables at once: '
+                "without its gradient a variable would still move by momentum and weight decay. "
+                'Use on_spike="zero".'
+            )
+        return settings
+
+    def labels(self, group: Group[Variable]) -> dict[str, Any]:
+        """The names of a group's variables, and its pattern."""
+        return {**super().labels(group), "match": group.match}
+
+    def _follows_default(self, group: Group[Variable]) -> bool:
+        return group.match is None
+
+
+def _list_of(group_settings: object) -> list[Any]:
+    if group_settings is None:
+        return []
+    if isinstance(group_settings, (str, Mapping)) or not isinstance(group_settings, Iterable):
+        raise TypeError(
+            'group_settings takes a list of dicts such as {"match": "embedding", ...}, but got '
+            f"{type(group_settings).__name__}."
+        )
+    return list(group_settings)

@@ -77,8 +77,8 @@ class TensorFlowOps(Ops):
 
     def put(self, x: Any, index: Any, value: Any) -> Any:
         rows = np.arange(x.shape[0])[:, None]
-        places = tf.concat([rows, index], axis=1)
-        return tf.tensor_scatter_nd_update(x, places, tf.reshape(value, [-1]))
+        indices = tf.concat([rows, index], axis=1)
+        return tf.tensor_scatter_nd_update(x, indices, tf.reshape(value, [-1]))
 
 
 OPS = TensorFlowOps()

@@ -1,6 +1,6 @@
-"""Everything that TensorFlow and Keras do not export and AutoClip needs, in one place.
+"""All names that AutoClip needs and TensorFlow and Keras do not export.
 
-When a new version of either breaks something, it is here.
+If a new version of either breaks something, look here first.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ __all__ = [
     "compiled_by_xla",
     "name_of",
     "numerics_are_checked",
+    "other_variables",
     "overwritten_by_gradient",
     "retrace_models",
-    "saved_by_keras",
     "saving_for_inference",
     "saving_for_orbax",
     "tf_variable",
     "variable_key",
-    "variables_beside",
 ]
 
-# What Keras's own saving walks through, and what TensorFlow's checkpoints do. Neither of the two
+# The base classes of objects that Keras saves, and TensorFlow's checkpoints. Neither of the two
 # tracks attributes: the clipper's variables belong to no one else's `variables`.
 Trackable = tf.__internal__.tracking.Trackable
 
@@ -123,7 +122,7 @@ def check_strategy(strategy: Any) -> None:
 
 
 def compiled_by_xla() -> bool:
-    """Whether the operations that are made now are traced for XLA: `jit_compile=True`."""
+    """True if operations are traced for XLA now: `jit_compile=True`."""
     return not tf.executing_eagerly() and bool(
         GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     )
@@ -140,7 +139,7 @@ def retrace_models(optimizer: Any) -> None:
             model.make_train_function(force=True)
 
 
-def variables_beside(variables: Sequence[Any]) -> list[Any]:
+def other_variables(variables: Sequence[Any]) -> list[Any]:
     """The other variables of the models that have some of these; those that are frozen, too."""
     own = {id(variable) for variable in variables}
     return [
@@ -157,24 +156,20 @@ def _models_with(variables: Sequence[Any]) -> list[Any]:
     return [
         found
         for found in (gc.get_objects() if wanted else ())
-        # By its type: some proxies import what they stand for when they are asked for __class__.
+        # By its type: some proxies import their target when they are asked for __class__.
         if issubclass(type(found), keras.Model)
         and any(id(variable) in wanted for variable in getattr(found, "trainable_variables", ()))
     ]
 
 
-def saved_by_keras() -> bool:
-    """Whether Keras asks for an object's attributes, to find what else there is to be saved."""
-    return sys._getframe(2).f_code.co_name == "_walk_saveable"
-
-
 def saving_for_inference() -> bool:
-    """Whether `tf.saved_model.save` is running, which traces how its objects are saved."""
+    """True while `tf.saved_model.save` runs, which traces the saving of its objects."""
     return bool(in_save_context())
 
 
 def saving_for_orbax() -> bool:
-    """Whether Keras collects files for Orbax, which gets them beside the variables Keras knows."""
+    """True while Keras collects files for Orbax, which gets them and the variables Keras knows."""
+    # Keras calls `save_assets` in the same way for its own files, which have the state already.
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
@@ -204,17 +199,17 @@ def variable_key(variable: Any) -> str:
 
 
 def name_of(variable: Any) -> str:
-    """What a variable is called: its path in the model where it has one."""
+    """The path of a variable in its model, or else its name."""
     return str(getattr(variable, "path", None) or variable.name.removesuffix(":0"))
 
 
 def overwritten_by_gradient(variable: Any) -> bool:
-    """Whether Keras writes the gradient into the variable, as it does with the scales of float8."""
+    """True if Keras writes the gradient into the variable, as it does with the scales of float8."""
     return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def numerics_are_checked() -> bool:
-    """Whether the output of each operation is looked at: `tf.debugging.enable_check_numerics`."""
+    """True under `tf.debugging.enable_check_numerics`, which looks at each operation's output."""
     return bool(should_invoke_op_callbacks())
 
 

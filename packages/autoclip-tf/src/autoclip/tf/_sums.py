@@ -1,4 +1,4 @@
-"""Sums of what a callback logs, added up inside the graph and read once an epoch.
+"""Sums of the values that a callback logs, in the graph, read once an epoch.
 
 A read in every batch makes the host wait for the device, and under gradient accumulation or a loss
 scaler it finds the report of an older update again.
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from autoclip.core import SMALLEST_NORM
-from autoclip.tf._history import make_variable
+from autoclip.tf._histories import make_variable
 from autoclip.tf._ops import OPS
 
 __all__ = ["StepSums", "Sums"]
@@ -31,7 +31,7 @@ class Sums:
         self._values = np.zeros(_TOTALS)
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
-        """Add what `StepSums` has read."""
+        """Add values that `StepSums` has read."""
         self._values = self._values + values if len(self._values) == len(values) else values
 
     def clear(self) -> None:
@@ -40,12 +40,12 @@ class Sums:
 
     @property
     def steps(self) -> int:
-        """How many steps had a gradient."""
+        """The number of steps with a gradient."""
         return int(self._values[0])
 
     @property
     def recorded(self) -> int:
-        """In how many of them a row recorded a norm."""
+        """The number of those in which a row recorded a norm."""
         return int(self._values[6])
 
     @property
@@ -90,7 +90,7 @@ class StepSums:
     """The sums of a clipper, in a variable once it knows its variables.
 
     Attributes:
-        enabled: whether steps that are traced from now on add to the sums. Without a callback they
+        enabled: True if steps that are traced from now on add to the sums. Without a callback they
             cost nothing.
         models: those whose training step was traced since.
     """

@@ -1,4 +1,4 @@
-"""A Keras callback that logs what AutoClip does, and reports faults that XLA cannot."""
+"""A Keras callback that logs norms and thresholds, and reports faults that XLA cannot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autoclip.core.adapter import (
     idle_notice,
     warn_user,
 )
-from autoclip.tf._attach import optimizers_in
+from autoclip.tf._attachment import optimizers_in
 from autoclip.tf._clipper import Clipper
 from autoclip.tf._sums import Sums
 
@@ -24,7 +24,7 @@ __all__ = ["AutoClipCallback"]
 
 
 class AutoClipCallback(keras.callbacks.Callback):
-    """Log what the clipper does, at the end of each epoch or batch, and check it after each batch.
+    """Log norms and clipping after each epoch or batch, and check the clipper after each batch.
 
     The values of `autoclip.tf.logging.log_values` join Keras's own logs, so they are in `History`
     and in the logs of every callback after this one, such as `CSVLogger` and `TensorBoard`. They
@@ -42,11 +42,12 @@ class AutoClipCallback(keras.callbacks.Callback):
     Args:
         clipper: the clipper to log. None for that of the model's optimizer; give it if a model has
             several optimizers, and one callback for each.
-        prefix: what the names of the values begin with, such as `"generator/"`.
+        prefix: the beginning of the values' names, such as `"generator/"`.
         update_freq: `"epoch"`, or `"batch"` to log values after each batch as well, or an int to
-            log them after every so many batches, as in `keras.callbacks.TensorBoard`; batches
-            without an update have none. Each of these waits for the device.
-        log_parameters: whether to log values for each variable; a string is a regular expression
+            log them each time that number of batches has passed, as in
+            `keras.callbacks.TensorBoard`; batches without an update have none. Each of these waits
+            for the device.
+        log_parameters: True to log values for each variable; a string is a regular expression
             that is searched in their names. See `log_values`.
 
     Raises:
@@ -104,7 +105,7 @@ class AutoClipCallback(keras.callbacks.Callback):
         ]
         if not found:
             raise ValueError(
-                "AutoClipCallback logs what a clipper does, but the model's optimizer has none. "
+                "AutoClipCallback logs values of a clipper, but the model's optimizer has none. "
                 "Compile with optimizer=QuantileClip.as_optimizer(optimizer). If the model has "
                 "optimizers of its own, give the clipper: AutoClipCallback(clipper="
                 "model.my_optimizer.clipper)."
@@ -155,9 +156,7 @@ class AutoClipCallback(keras.callbacks.Callback):
             "autoclip/clipped_norm": sums.clipped_norm,
             "autoclip/clipped": sums.clipped,
         }
-        pipeline = self.clipper._pipeline
-        assert pipeline is not None
-        names = pipeline.row_names
+        names = self.clipper._groups.row_names()
         if len(names) == 1:
             values["autoclip/threshold"] = float(sums.thresholds[0])
         if self._parameters is not False and not self.clipper.global_clipping:
@@ -171,11 +170,11 @@ class AutoClipCallback(keras.callbacks.Callback):
     # -- faults that an epoch shows -----------------------------------------------------------
 
     def _counts(self) -> tuple[int, int]:
-        """How many updates the optimizer has made, and the clipper has seen."""
-        clipper = self.clipper
-        optimizer = None if clipper._attached_to is None else clipper._attached_to()
+        """The number of updates of the optimizer, and of steps of the clipper."""
+        attachment, last = self.clipper._attachment, self.clipper._last
+        optimizer = None if attachment is None else attachment.optimizer
         updates = 0 if optimizer is None else int(tf.convert_to_tensor(optimizer.iterations))
-        return updates, 0 if clipper._pipeline is None else clipper._pipeline.steps
+        return updates, 0 if last is None else last.steps
 
     def _look(self, sums: Sums) -> None:
         updates, seen = (now - before for now, before in zip(self._counts(), self._before))
@@ -199,7 +198,7 @@ class AutoClipCallback(keras.callbacks.Callback):
 
 
 def _batches_between(update_freq: str | int) -> int:
-    """How many batches there are from one whose values are logged to the next; 0 for none."""
+    """The number of batches from one whose values are logged to the next; 0 for none."""
     takes = f'update_freq must be "epoch", "batch" or an int ≥ 1, got {update_freq!r:.200}'
     if isinstance(update_freq, bool) or not isinstance(update_freq, (str, int)):
         raise TypeError(f"{takes} ({type(update_freq).__name__}).")

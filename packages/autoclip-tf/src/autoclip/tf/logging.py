@@ -1,4 +1,4 @@
-"""What to log about a clipper, and a summary of its history."""
+"""Values to log of a clipper, and a summary of its history."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
 
     Args:
         clipper: a clipper, `optimizer.clipper` if it is attached.
-        parameters: whether to add values for each variable; under group clipping, for each group.
+        parameters: True to add values for each variable; under group clipping, for each group.
             A string is a regular expression that is searched in their names.
 
     Returns:
@@ -83,4 +83,4 @@ def summarize(clipper: Clipper) -> inspect.Summary:
 
 
 def _report(clipper: Clipper) -> Report[Any] | None:
-    return None if clipper._pipeline is None else clipper._pipeline.read_report()
+    return None if clipper._last is None else clipper._last.read()

@@ -49,7 +49,7 @@ def read_strings(path: str, ending: str) -> Iterator[tuple[str, bytes]]:
         if not stat.S_ISREG(os.stat(shard).st_mode):
             raise ValueError(f"{shard} is not a regular file")
         size = os.path.getsize(shard)
-        # Together they are no larger than a file, whether or not they overlap.
+        # Together they are no larger than a file, even if they overlap.
         left = (size if left is None else left) - entry.size
         if min(left, entry.offset, size - entry.offset - entry.size) < 0:
             raise ValueError(f"{name!r:.200} claims more than {shard} holds")
@@ -68,8 +68,8 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = data[-_FOOTER_BYTES:]
     if len(footer) < _FOOTER_BYTES or not footer.endswith(_MAGIC_NUMBER):
         raise ValueError("the index does not end as one")
-    _, place = _handle(footer, 0)  # of the filters
-    index, _ = _handle(footer, place)
+    _, offset = _handle(footer, 0)  # of the filters
+    index, _ = _handle(footer, offset)
     end = 0
     for _, value in _block(data, *index):
         (begin, size), _ = _handle(value, 0)
@@ -83,32 +83,32 @@ def _block(data: bytes, begin: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     if begin + size >= len(data) or data[begin + size] != 0:
         raise ValueError("a block of the index ends behind it, or is compressed")
     block = data[begin : begin + size]
-    end = size - 4 - 4 * int.from_bytes(block[-4:], "little")  # places of whole keys follow
-    place, key = 0, b""
-    while place < end:
-        shared, place = _varint(block, place)
-        added, place = _varint(block, place)
-        length, place = _varint(block, place)
-        key = key[:shared] + block[place : place + added]
-        place += added
-        if len(key) != shared + added or len(key) > _MAX_KEY_BYTES or place + length > end:
+    end = size - 4 - 4 * int.from_bytes(block[-4:], "little")  # offsets of whole keys follow
+    offset, key = 0, b""
+    while offset < end:
+        shared, offset = _varint(block, offset)
+        added, offset = _varint(block, offset)
+        length, offset = _varint(block, offset)
+        key = key[:shared] + block[offset : offset + added]
+        offset += added
+        if len(key) != shared + added or len(key) > _MAX_KEY_BYTES or offset + length > end:
             raise ValueError("an entry of the index ends behind it")
-        yield key, block[place : place + length]
-        place += length
+        yield key, block[offset : offset + length]
+        offset += length
 
 
-def _handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
-    begin, place = _varint(data, place)
-    size, place = _varint(data, place)
-    return (begin, size), place
+def _handle(data: bytes, offset: int) -> tuple[tuple[int, int], int]:
+    begin, offset = _varint(data, offset)
+    size, offset = _varint(data, offset)
+    return (begin, size), offset
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """An integer of at most 64 bits, and the place after it."""
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
+    """An integer of at most 64 bits, and the offset after it."""
     value = 0
     for i in range(10):
-        byte = data[place + i]
+        byte = data[offset + i]
         value |= (byte & 0x7F) << 7 * i
         if byte < 0x80:
-            return value, place + i + 1
+            return value, offset + i + 1
     raise ValueError("an integer of the index is too long")

@@ -1,20 +1,15 @@
-"""The one file that knows Keras's optimizers: where they clip, are built, and are saved."""
+"""Clippers in Keras's optimizers: where those clip, are built, and are saved."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import keras
 
-from autoclip.core.adapter import (
-    AttachmentHandle,
-    attached_message,
-    second_clipper_message,
-    warn_user,
-)
+from autoclip.core.adapter import AttachmentHandle, second_clipper_message, warn_user
 from autoclip.tf._private import (
     REDUCE_METHOD,
     check_backend,
@@ -23,45 +18,18 @@ from autoclip.tf._private import (
     retrace_models,
 )
 
-__all__ = [
-    "AttachableClipper",
-    "attach",
-    "check_optimizer",
-    "optimizer_with_updates",
-    "optimizers_in",
-]
+if TYPE_CHECKING:
+    from autoclip.tf._clipper import Clipper
+
+__all__ = ["Attachment", "check_optimizer", "optimizer_with_updates", "optimizers_in"]
 
 CONFIG_KEY = "autoclip"
-"""Where the optimizer's own class and the clipper are in `get_config()`."""
+"""The key of the optimizer's own class and the clipper in `get_config()`."""
 
 _KERAS_CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
-
-class AttachableClipper(Protocol):
-    """What an optimizer asks of its clipper."""
-
-    _handle: AttachmentHandle | None
-    """Of the optimizer that it is attached to."""
-
-    _attached_to: weakref.ref[Any] | None
-    """The optimizer that it is attached to."""
-
-    _updates: int
-    """How many updates of its optimizer it has been called for, or was when they were traced."""
-
-    _unseen: bool
-    """Whether there was a warning of an update that it was not called for."""
-
-    _late: bool
-    """Whether its optimizer was trained before, and no history has been loaded since."""
-
-    def build(self, variables: Iterable[Any]) -> None: ...
-
-    def _has_history(self) -> bool: ...
-
-    def _warn_without_history(self, path: str) -> None: ...
-
-    def _clip(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]: ...
+# Any: mypy would not know which optimizer's methods `super()` finds.
+_Optimizer: Any = object
 
 
 def optimizer_with_updates(optimizer: Any) -> Any:
@@ -92,7 +60,7 @@ setattr(  # noqa: B010 (no attribute that type checkers know)
 
 
 def check_optimizer(optimizer: Any) -> Any:
-    """Refuse what cannot be attached to; return the optimizer that is meant.
+    """Return the optimizer that makes the updates, if a clipper can be attached to it.
 
     Raises:
         TypeError: it is not an optimizer of Keras on TensorFlow, or one with optimizers inside.
@@ -126,53 +94,107 @@ def check_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def attach(clipper: AttachableClipper, optimizer: Any) -> AttachmentHandle:
-    """Attach; see `Clipper.attach`."""
-    optimizer = check_optimizer(optimizer)
-    if clipper._handle is not None:
-        raise RuntimeError(attached_message(clipper))
-    if optimizer.built:
-        clipper.build(optimizer._trainable_variables)
-    for name in _KERAS_CLIPPING:
-        _warn_of_keras_clipping(name, getattr(optimizer, name, None))
-    clipper._late = bool(optimizer.iterations > 0) and not clipper._has_history()
-    optimizer.__class__ = _attached_class(optimizer.__class__)
-    optimizer.clipper = clipper
-    retrace_models(optimizer)
+class Attachment:
+    """A clipper in an optimizer, which calls it at each update.
 
-    def forget(_: Any = None) -> None:
-        clipper._handle = clipper._attached_to = None
+    Args:
+        clipper: the clipper.
+        optimizer: one that `check_optimizer` has returned.
 
-    # The optimizer holds the clipper already. Once it is gone, another one can have the clipper.
-    attached = clipper._attached_to = weakref.ref(optimizer, forget)
+    Attributes:
+        handle: detaches the clipper.
+        updates: the number of updates that the clipper was called for, or was traced for.
+        may_lack_history: True if the optimizer was trained before and the history is empty.
+        warned: True after the warning of an update without the clipper.
+    """
 
-    def detach() -> None:
-        forget()
-        optimizer = attached()
+    def __init__(self, clipper: Clipper, optimizer: Any) -> None:
+        self._clipper = clipper
+        # Weak: the optimizer holds the clipper. Once it is gone, another one can have the clipper.
+        self._optimizer = weakref.ref(optimizer, lambda _: self.end())
+        self.handle = AttachmentHandle(self.end)
+        self.updates = 0
+        self.may_lack_history = bool(optimizer.iterations > 0) and not clipper.has_history
+        self.warned = False
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer; None once it is gone."""
+        return self._optimizer()
+
+    def begin(self) -> None:
+        """Give the optimizer its clipper, and a class that calls it."""
+        optimizer = self.optimizer
+        for name in _KERAS_CLIPPING:
+            _warn_of_keras_clipping(name, getattr(optimizer, name, None))
+        optimizer.__class__ = _attached_class(optimizer.__class__)
+        optimizer.clipper = self._clipper
+        self._clipper._attachment = self
+        retrace_models(optimizer)
+
+    def end(self) -> None:
+        """Give the optimizer back its own class, without the clipper."""
+        self._clipper._attachment = None
+        optimizer = self.optimizer
         if optimizer is not None:
             del optimizer.clipper
             optimizer.__class__ = type(optimizer)._plain_class
             retrace_models(optimizer)
 
-    clipper._handle = AttachmentHandle(detach)
-    return clipper._handle
+    def before_step(self) -> None:
+        """Count an update, and warn if it is the first one after others without a clipper."""
+        self.updates += 1
+        if self.may_lack_history:
+            self.may_lack_history = False
+            warn_user(
+                f"This {type(self.optimizer).__name__} was trained before the clipper was "
+                "attached, and the clipper starts with an empty history: its first steps are "
+                "compared with few norms. If the training was resumed, attach the clipper before "
+                "you load the optimizer's state, or load the history with clipper.load(path)."
+            )
+
+    def after_step(self, updates: int) -> None:
+        """Warn, once, of an update that the clipper was not called for.
+
+        Args:
+            updates: their number before it.
+        """
+        optimizer = self.optimizer
+        # With gradient accumulation, only every n-th call is an update.
+        if self.updates > updates or self.warned or optimizer.gradient_accumulation_steps:
+            return
+        self.warned = True
+        warn_user(
+            f"An update of this {type(optimizer).__name__} was not clipped: it does not pass "
+            f"through {REDUCE_METHOD} of Keras's Optimizer. If an optimizer wraps another one, "
+            "attach the clipper to the inner one."
+        )
 
 
 def _warn_of_keras_clipping(name: str, value: Any) -> None:
     if value is not None:
         warn_user(
             f"The optimizer has {name}={value}, which acts before AutoClip does: the history is "
-            f"one of gradients that {name} has clipped. Leave it out unless that is what you want."
+            f"one of gradients that {name} has clipped. Leave it out unless you want that."
         )
 
 
 @keras.saving.register_keras_serializable("autoclip", "Optimizer")
-class _Attached:
-    """What an optimizer with a clipper does differently; the first base of its class."""
+class _Attached(_Optimizer):
+    """The differences of an optimizer with a clipper; the first base of its class."""
 
-    clipper: AttachableClipper
-    built: bool
+    clipper: Clipper
     _plain_class: type
+
+    @property
+    def autoclip(self) -> Any:
+        """The state of the clipper, which Keras finds among the optimizer's attributes."""
+        return self.clipper.saved_state
+
+    @property
+    def _attachment(self) -> Attachment:
+        assert self.clipper._attachment is not None
+        return self.clipper._attachment
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _KERAS_CLIPPING:
@@ -183,43 +205,35 @@ class _Attached:
         variables = list(variables)
         # First the clipper, which can refuse. With nothing to train there is nothing to clip;
         # Keras also builds with no variables where it loads its legacy HDF5 files. A second call
-        # does nothing, whatever the variables.
+        # does nothing, for any variables.
         if variables and not self.built:
             self.clipper.build(variables)
-        super().build(variables)  # type: ignore[misc]
+        super().build(variables)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.clipper._updates
-        result = super().apply(*args, **kwargs)  # type: ignore[misc]
+        updates = self._attachment.updates
+        result = super().apply(*args, **kwargs)
         if len(args[0] if args else kwargs["grads"]):  # else there is no update
-            _check_clipped(self, before)
+            self._attachment.after_step(updates)
         return result
 
     def apply_gradients(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.clipper._updates
-        result = super().apply_gradients(*args, **kwargs)  # type: ignore[misc]
-        _check_clipped(self, before)
+        updates = self._attachment.updates
+        result = super().apply_gradients(*args, **kwargs)
+        self._attachment.after_step(updates)
         return result
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
-        self.clipper._updates += 1
-        if self.clipper._late:
-            self.clipper._late = False
-            warn_user(
-                f"This {type(self).__name__} was trained before the clipper was attached, and the "
-                "clipper starts with an empty history: its first steps are compared with few "
-                "norms. If the training was resumed, attach the clipper before you load the "
-                "optimizer's state, or load the history with clipper.load(path)."
-            )
+        self._attachment.before_step()
         return self.clipper._clip(list(getattr(super(), REDUCE_METHOD)(grads_and_vars)))
 
     def _checkpoint_adapter(self, path: str) -> Any:
         # TensorFlow calls this on each object that it restores, with the checkpoint's path.
-        self.clipper._warn_without_history(path)
-        return super()._checkpoint_adapter(path)  # type: ignore[misc]
+        self.clipper.saved_state.look_into(path)
+        return super()._checkpoint_adapter(path)
 
     def get_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+        config: dict[str, Any] = super().get_config()
         config[CONFIG_KEY] = {
             # Words for the error of a plain class that gets this configuration.
             "note": "This optimizer has a clipper. Import autoclip.tf and call type(optimizer)"
@@ -244,22 +258,7 @@ class _Attached:
     @property
     def _unpickle_model(self) -> Any:
         # Pickle looks for classes by their names, and under this one's name finds the plain class.
-        return self._plain_class._unpickle_model  # type: ignore[attr-defined]
-
-
-def _check_clipped(optimizer: Any, updates: int) -> None:
-    """Warn, once, if an update went by that the clipper did not see."""
-    clipper = optimizer.clipper
-    if clipper._updates > updates or clipper._unseen:
-        return
-    if optimizer.gradient_accumulation_steps:
-        return  # only every n-th call is an update
-    clipper._unseen = True
-    warn_user(
-        f"An update of this {type(optimizer).__name__} was not clipped: it does not pass through "
-        f"{REDUCE_METHOD} of Keras's Optimizer. Where an optimizer wraps another one, attach the "
-        "clipper to the inner one."
-    )
+        return getattr(self._plain_class, "_unpickle_model")  # noqa: B009
 
 
 @cache
@@ -281,7 +280,7 @@ def _attached_class(plain: type) -> type:
 
 
 def _reference(plain: type) -> dict[str, Any]:
-    """How Keras writes down an optimizer's class: whatever it exports, and users' own."""
+    """The names under which Keras saves an optimizer's class: one that it exports, or a user's."""
     name = plain.__name__
     if getattr(keras.optimizers, name, None) is plain:
         return {"module": "keras.optimizers", "class_name": name, "registered_name": None}

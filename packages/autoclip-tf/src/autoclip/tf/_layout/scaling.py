@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 import tensorflow as tf
 
-from autoclip.tf._conditional import Conditional
-from autoclip.tf._norms import Gradient, is_small
+from autoclip.tf._layout.conditional import Conditional
+from autoclip.tf._layout.norms import Gradient, is_small
 
 __all__ = ["scale"]
 
@@ -22,9 +22,9 @@ def scale(
     Args:
         gradients: tensors and IndexedSlices; of these only the stored values are multiplied.
         factors: float64[n] in 0 … 1, or float64[] for one that all gradients share.
-        xla: whether the operations are compiled by XLA, which multiplies all gradients.
+        xla: True if the operations are compiled by XLA, which multiplies all gradients.
             Otherwise large gradients with the factor 1 are returned as they are.
-        may_be_zero: whether a factor can be 0, which turns NaN and infinity into 0 too.
+        may_be_zero: True if a factor can be 0, which turns NaN and infinity into 0 too.
     """
     values = [tf.convert_to_tensor(_values_of(gradient)) for gradient in gradients]
     if tf.executing_eagerly():

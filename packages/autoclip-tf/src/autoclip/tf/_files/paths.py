@@ -41,7 +41,7 @@ def _names(state: State) -> list[str]:
 
 
 def _ends(longer: Sequence[str], shorter: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """The places of a path in `longer` and of the one in `shorter` that it ends with.
+    """The indices of a path in `longer` and of the one in `shorter` that it ends with.
 
     Of several paths with one end, all match in order, or none if there are more on one side.
     """
@@ -55,19 +55,19 @@ def _ends(longer: Sequence[str], shorter: Sequence[str]) -> Iterator[tuple[int, 
             end = end.partition("/")[2]
         if end:
             found[end].append(i)
-    for name, places in wanted.items():
-        if len(found[name]) == len(places):
-            yield from zip(found[name], places)
+    for name, positions in wanted.items():
+        if len(found[name]) == len(positions):
+            yield from zip(found[name], positions)
 
 
 def _renamed(state: State, names: dict[int, str]) -> State:
-    places = iter(range(len(_names(state))))
+    positions = iter(range(len(_names(state))))
     groups = (
         replace(
             group,
             parameters=tuple(
-                replace(info, name=names.get(place, info.name))
-                for info, place in zip(group.parameters, places)
+                replace(info, name=names.get(i, info.name))
+                for info, i in zip(group.parameters, positions)
             ),
         )
         for group in state.groups

@@ -13,7 +13,7 @@ __all__ = ["Conditional"]
 class Conditional:
     """A choice between two functions, made each time a graph runs.
 
-    `tf.cond` traces its two functions anew at each call, for tens of milliseconds. Here they are
+    `tf.cond` traces its two functions again at each call, for tens of milliseconds. Here they are
     traced once, with shapes unknown, and a call adds one operation to the graph.
 
     Args:
@@ -41,7 +41,7 @@ class Conditional:
 
         Args:
             condition: bool[].
-            *arguments: what the function gets.
+            *arguments: of the function.
             shape: of the result, for shape inference.
         """
         [result] = tf.raw_ops.StatelessIf(

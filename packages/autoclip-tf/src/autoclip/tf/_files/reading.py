@@ -18,8 +18,8 @@ import numpy as np
 
 from autoclip.core import State, StateError
 from autoclip.core.inspect import printable
-from autoclip.tf._checkpoint_file import read_strings
-from autoclip.tf._keras_saving import CHECKPOINT_KEY, STATE
+from autoclip.tf._files.checkpoint_file import read_strings
+from autoclip.tf._saving import CHECKPOINT_KEY, CHILD, STATE
 
 __all__ = ["read_checkpoint", "read_h5", "read_keras", "read_shards"]
 
@@ -28,7 +28,7 @@ _MAX_INDEX_BYTES = 2**24
 
 
 def read_keras(path: str) -> dict[str, State]:
-    """Read every history in a `.keras` file, by the clipper's place in it: `"optimizer/clipper"`.
+    """Read every history in a `.keras` file, by its path in it: `"optimizer/autoclip"`.
 
     Raises:
         StateError: the file or a history in it is damaged, or claims more than the file holds.
@@ -81,7 +81,7 @@ def read_shards(path: str) -> dict[str, State]:
     for name in sorted(names):
         shard = Path(path).with_name(name)
         if not shard.is_file():
-            raise StateError(f"{path} names the shard {name!r:.200}, which is not beside it.")
+            raise StateError(f"{path} names the shard {name!r:.200}, which is not in its folder.")
         states.update(read_h5(str(shard)))
     return states
 
@@ -96,9 +96,9 @@ def read_checkpoint(path: str) -> dict[str, State]:
     states = {}
     try:
         for name, data in read_strings(path, CHECKPOINT_KEY):
-            place = printable(name)
+            where = printable(name.removesuffix(f"/{CHILD}"))
             if data:  # empty, if a clipper had taken no step
-                states[place] = State.from_bytes(data, f"{path} at {place}")
+                states[where] = State.from_bytes(data, f"{path} at {where}")
     except (StateError, OSError):
         raise
     except Exception as error:  # damage raises all kinds
@@ -119,10 +119,10 @@ def _read_weights(file: Any, path: str, size: int) -> dict[str, State]:
             return
         if found.dtype != np.uint8:
             return
-        place = printable(name.removesuffix(f"/vars/{STATE}"))
+        where = printable(name.removesuffix(f"/vars/{STATE}"))
         if not _is_plain(found):
             raise StateError(
-                f"{path} has at {place} a dataset that is compressed, in chunks, virtual or in "
+                f"{path} has at {where} a dataset that is compressed, in chunks, virtual or in "
                 "another file, as Keras does not write it. Load it in your program and write the "
                 "history with clipper.save(path)."
             )
@@ -130,7 +130,7 @@ def _read_weights(file: Any, path: str, size: int) -> dict[str, State]:
         if left < 0:
             raise StateError(_too_large(path))
         if found.size:
-            states[place] = State.from_bytes(found[()].tobytes(), f"{path} at {place}")
+            states[where] = State.from_bytes(found[()].tobytes(), f"{path} at {where}")
 
     try:
         with h5py.File(file, "r") as weights:
@@ -143,7 +143,7 @@ def _read_weights(file: Any, path: str, size: int) -> dict[str, State]:
 
 
 def _is_plain(dataset: Any) -> bool:
-    """Whether the numbers stand in the file one after the other, as they are."""
+    """True if the numbers are in the file one after the other, uncompressed."""
     properties = dataset.id.get_create_plist()
     layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT)
     return properties.get_layout() in layouts and not properties.get_external_count()

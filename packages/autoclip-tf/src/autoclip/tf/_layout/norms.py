@@ -10,6 +10,7 @@ finite, so that a norm which is not finite means a gradient which is not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeAlias
@@ -17,68 +18,30 @@ from typing import Any, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from autoclip.tf._conditional import Conditional
+from autoclip.tf._layout.conditional import Conditional
 from autoclip.tf._private import numerics_are_checked
 
-__all__ = ["Gradient", "gradient_norms", "is_small", "root_of_squares"]
+__all__ = [
+    "Gradient",
+    "dense_values",
+    "is_small",
+    "is_stacked",
+    "large_norms",
+    "root_of_squares",
+    "small_norms",
+    "stacked_norms",
+]
 
 Gradient: TypeAlias = Any
 """A `tf.Tensor` or `tf.IndexedSlices` of any floating or complex dtype."""
 
-# With fewer elements than this, starting an operation costs more than what it does.
+# Up to this many elements, starting an operation costs more than its work.
 _SMALL = 2**12
-# So many arrays of one shape take fewer operations stacked than one by one.
-_MANY = 3
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
 # XLA sums long vectors slowly on the CPU, and rows of this length, as a product, fast.
 _BLOCK = 512
 _LARGEST = np.finfo(np.float64).max  # a NumPy float64: TensorFlow takes a Python float for float32
-
-
-def gradient_norms(gradients: Sequence[Gradient | None], xla: bool) -> tf.Tensor:
-    """The norms of gradients.
-
-    Args:
-        gradients: None for none. Slices of `tf.IndexedSlices` with equal indices are summed.
-        xla: whether the operations are compiled by XLA.
-
-    Returns:
-        float64[n]: within 1e-6 of the exact norm for float32 and float64, and within 1e-5 for
-        16-bit and complex dtypes. 0 for None, and not finite exactly if the gradient holds a NaN
-        or an infinity. TensorFlow takes float32 elements below 1.2e-38 for zero, so these bounds
-        hold for norms above 4e-35 times the square root of the number of elements, and for zero.
-
-    Raises:
-        TypeError: a gradient is neither floating point nor complex.
-    """
-    large: dict[int, tf.Tensor] = {}
-    stacks: dict[tuple[Any, ...], dict[int, tf.Tensor]] = {}
-    for i, gradient in enumerate(gradients):
-        if gradient is None:
-            continue
-        values = _dense_values(gradient, i)
-        if is_small(values) and values.dtype not in (tf.float64, tf.complex128):
-            stacks.setdefault((values.dtype, *values.shape), {})[i] = values
-        else:
-            large[i] = _real(values)
-    many = [stack for stack in stacks.values() if len(stack) >= _MANY]
-    rest = [stack for stack in stacks.values() if len(stack) < _MANY]
-    few = dict(sorted((i, values) for stack in rest for i, values in stack.items()))
-    parts = [_stacked_norms(list(stack.values())) for stack in many]
-    if few:
-        parts.append(_small_norms(list(few.values())))
-    if large:
-        # A sum of squares in float32 may be infinite until it is looked at more closely.
-        is_careful = xla or numerics_are_checked()
-        parts.append((_careful_norms if is_careful else _graph_norms)(list(large.values())))
-    order = [i for arrays in (*many, few, large) for i in arrays]
-    none = [i for i, gradient in enumerate(gradients) if gradient is None]
-    if none:
-        parts.append(tf.zeros([len(none)], tf.float64))
-    norms = parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
-    order += none
-    return norms if order == sorted(order) else tf.gather(norms, np.argsort(order))
 
 
 def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
@@ -91,21 +54,23 @@ def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
 
 
 def is_small(values: tf.Tensor) -> bool:
-    """Whether the work on a tensor costs less than a condition that avoids it."""
+    """True if the work on a tensor costs less than a condition that avoids it."""
     size = values.shape.num_elements()
     return size is not None and 0 < size <= _SMALL
 
 
-def _dense_values(gradient: Gradient, i: int) -> tf.Tensor:
+def is_stacked(dtype: tf.DType, shape: Sequence[Any] | None) -> bool:
+    """True if a gradient is summed in float64, with others of its shape if there are many."""
+    if shape is None or None in shape or dtype in (tf.float64, tf.complex128):
+        return False
+    return 0 < math.prod(shape) <= _SMALL
+
+
+def dense_values(gradient: Gradient) -> tf.Tensor:
     """The elements of the dense gradient; of `IndexedSlices` only rows that are not zero."""
-    sparse = isinstance(gradient, tf.IndexedSlices)
-    values = tf.convert_to_tensor(gradient.values if sparse else gradient)
-    if not (values.dtype.is_floating or values.dtype.is_complex):
-        raise TypeError(
-            f"Gradient {i} has dtype {values.dtype.name}, but only floating point and complex "
-            "gradients can be clipped. Pass None for a variable without a gradient."
-        )
-    return _sum_duplicates(_real(values), gradient.indices) if sparse else values
+    if isinstance(gradient, tf.IndexedSlices):
+        return _sum_duplicates(_real(gradient.values), gradient.indices)
+    return gradient
 
 
 def _real(values: tf.Tensor) -> tf.Tensor:
@@ -127,17 +92,30 @@ def _sum_duplicates(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _stacked_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+def stacked_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
     """The norms of arrays of one shape and dtype, of at most 32 bits for each real number."""
     # In float64 the squares of float32 elements neither overflow nor underflow.
     wide = tf.cast(_real(tf.stack(arrays)), tf.float64)
     return tf.sqrt(tf.reduce_sum(tf.square(wide), list(range(1, wide.shape.rank))))
 
 
-def _small_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The same for arrays of any shapes and dtypes."""
+def small_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The same for arrays of any shapes and dtypes, of at most 32 bits for each real number."""
     halves = [tf.nn.l2_loss(tf.cast(_real(array), tf.float64)) for array in arrays]
     return tf.sqrt(2.0 * tf.stack(halves))
+
+
+def large_norms(arrays: Sequence[tf.Tensor], xla: bool) -> tf.Tensor:
+    """The norms of arrays of any shapes and dtypes, each of which is read once.
+
+    Args:
+        arrays: the elements of the gradients.
+        xla: True if the operations are compiled by XLA.
+    """
+    reals = [_real(array) for array in arrays]
+    # A sum of squares in float32 may be infinite until it is looked at more closely.
+    is_careful = xla or numerics_are_checked()
+    return _careful_norms(reals) if is_careful else _graph_norms(reals)
 
 
 def _graph_norms(arrays: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -1,0 +1,1 @@
+"""Files of Keras and TensorFlow: readers for the command, and the names in them."""

@@ -1,0 +1,283 @@
+"""The histories of norms, in variables, with steps that run inside of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from autoclip.core import Report
+from autoclip.core import adapter as core
+from autoclip.core.adapter import (
+    GroupSettings,
+    Windows,
+    needs_order,
+    numbers_of,
+    pack,
+    record,
+    thresholds_of,
+    unpack,
+)
+from autoclip.tf._ops import OPS
+
+__all__ = ["Histories", "TensorHistory", "check_memory", "make_variable"]
+
+_MOST_BYTES = 2**36
+
+
+def check_memory(settings: Sequence[GroupSettings]) -> None:
+    """Refuse histories that no memory holds; TensorFlow allocates windows in full.
+
+    Args:
+        settings: of each row.
+
+    Raises:
+        ValueError: all windows together take more than 64 GiB.
+    """
+    # Two copies, one of them sorted, of 4 bytes a norm.
+    nbytes = 8 * sum(each.history_length for each in settings)
+    if nbytes > _MOST_BYTES:
+        longest = max(each.history_length for each in settings)
+        rows = "one history" if len(settings) == 1 else f"{len(settings)} histories"
+        raise ValueError(
+            f"history_length={longest} takes {nbytes / 2**30:,.0f} GiB for {rows}: TensorFlow "
+            "allocates windows in full, 8 bytes a norm. Choose a shorter one, or "
+            "global_clipping=True, which keeps a single history."
+        )
+
+
+def make_variable(value: Any, name: str) -> tf.Variable:
+    """Make a variable of a clipper: not trained, the same on every replica."""
+    return tf.Variable(
+        value,
+        trainable=False,
+        name=f"autoclip/{name}",
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+
+def _is_resumable() -> bool:
+    """True if an interrupted step can be completed by a later call: eagerly, and on one replica.
+
+    Replicas run in threads of their own, and each would complete the others' step.
+    """
+    return tf.executing_eagerly() and tf.distribute.get_strategy().num_replicas_in_sync == 1
+
+
+class TensorHistory:
+    """The windows of many rows in variables; a step is made of tensor operations alone.
+
+    Windows are allocated in full: a graph cannot let a variable grow. For rules that ask for
+    quantiles of the norms, sorted windows are kept as well.
+
+    Args:
+        settings: of each row, with equal `structure`.
+    """
+
+    changes_at_once = True  # graphs that are traced already read the numbers
+
+    def __init__(self, settings: Sequence[GroupSettings]) -> None:
+        self._settings = tuple(settings)
+        self.history_length = settings[0].history_length
+        self._numbers = {
+            name: make_variable(_finite(column), name)
+            for name, column in numbers_of(settings).items()
+        }
+        unused = np.zeros((len(settings), self.history_length), np.float32)
+        is_ordered = needs_order(settings[0].rule)
+        self._values = make_variable(unused, "values")
+        self._ordered = make_variable(unused, "ordered") if is_ordered else None
+        self._counts = make_variable(np.zeros((len(settings), 1), np.int64), "counts")
+        self._before = make_variable(np.zeros((len(settings), 1), np.int64), "before")
+        # Windows that an eager step was about to assign.
+        self._unfinished: Windows | None = None
+
+    # -- settings ----------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> tuple[GroupSettings, ...]:
+        """The settings of each row. Setting them changes their numbers, in traced graphs too."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Sequence[GroupSettings]) -> None:
+        shape = (len(settings), 1)
+        unused = {
+            "max_norm": np.full(shape, np.inf),
+            "warmup_steps": np.zeros(shape, np.int64),
+            "drops": np.zeros(shape, bool),
+        }
+        columns = {**unused, **numbers_of(settings)}
+        for name, variable in self._numbers.items():
+            variable.assign(_finite(columns[name]))
+        self._settings = tuple(settings)
+
+    def fits(self, settings: Sequence[GroupSettings]) -> bool:
+        """True if there are variables for all numbers in `settings`, of each row."""
+        return numbers_of(settings).keys() <= self._numbers.keys()
+
+    def _read_numbers(self) -> dict[str, tf.Tensor]:
+        return {name: variable.read_value() for name, variable in self._numbers.items()}
+
+    # -- a step ------------------------------------------------------------------------------
+
+    @property
+    def thresholds(self) -> tf.Tensor:
+        """float64[rows, 1]: the thresholds of the windows as they are now; see `record`."""
+        return thresholds_of(self._settings[0], self._read_numbers(), self._read_windows())
+
+    def record(self, norms: tf.Tensor) -> Report[tf.Tensor]:
+        """Compare one norm a row with its threshold, and append it to the row's window.
+
+        Args:
+            norms: float64[rows, 1].
+
+        Returns:
+            A report of float64[rows, 1], without names; thresholds of rows that clip nothing are
+            `OPS.unlimited`.
+        """
+        windows, report = record(
+            self._settings[0], self._read_numbers(), self._read_windows(), norms
+        )
+        self._assign(windows)
+        return report
+
+    def once(self, norms: tf.Tensor) -> Callable[[], Any]:
+        """See `autoclip.core.History.once`."""
+        return partial(self._record_once, self._counts.numpy(), norms)
+
+    def _record_once(self, before: npt.NDArray[np.int64], norms: tf.Tensor) -> None:
+        if (self._read_windows().counts.numpy() == before).all():
+            self.record(norms)
+
+    # -- windows -----------------------------------------------------------------------------
+
+    def _read_windows(self) -> Windows:
+        if self._unfinished is not None:
+            with tf.init_scope():
+                self._assign(self._unfinished)
+        # Read first: XLA cannot gather from a variable, only from a value that was read.
+        ordered = None if self._ordered is None else self._ordered.read_value()
+        values, counts = self._values.read_value(), self._counts.read_value()
+        return Windows(OPS, self.history_length, values, ordered, counts, self._before)
+
+    def _assign(self, windows: Windows) -> None:
+        # An interrupt between the assignments: the next call makes up for the rest.
+        self._unfinished = windows if _is_resumable() else None
+        # Dense assignments, never scattered ones: those are not mirrored over replicas.
+        self._values.assign(windows.values)
+        if self._ordered is not None:
+            self._ordered.assign(windows.ordered)
+        self._counts.assign(windows.counts)
+        if windows.before is not self._before:
+            self._before.assign(windows.before)
+        self._unfinished = None
+
+    def read(
+        self, rows: Sequence[int]
+    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+        """Copy the windows of `rows`; see `autoclip.core.History.read`."""
+        held, index = self._read_windows(), list(rows)
+        values, counts, before = (
+            each.numpy()[index] for each in (held.values, held.counts, held.before)
+        )
+        return unpack(values, counts, before, self.history_length)
+
+    def write(
+        self,
+        rows: Sequence[int],
+        windows: Sequence[npt.NDArray[np.float32]],
+        recorded: Sequence[int] | npt.NDArray[np.int64],
+    ) -> None:
+        """Replace all windows; see `stage`."""
+        self.stage(rows, windows, recorded)()
+
+    def stage(
+        self,
+        rows: Sequence[int],
+        windows: Sequence[npt.NDArray[np.float32]],
+        recorded: Sequence[int] | npt.NDArray[np.int64],
+    ) -> Callable[[], None]:
+        """See `autoclip.core.History.stage`. `rows` must be all rows, in order."""
+        length = self.history_length
+        values, counts, before = pack(windows, recorded, length, length)
+        ordered = None if self._ordered is None else np.sort(values, axis=1)
+        packed = Windows(OPS, length, values, ordered, counts, before)
+        return partial(self._assign, packed)
+
+
+class Histories(core.Histories[TensorHistory]):
+    """The histories of all rows of a clipper; none before it is built.
+
+    Args:
+        settings: of each row.
+
+    Raises:
+        ValueError: the histories are larger than memory.
+    """
+
+    def __init__(self, settings: Sequence[GroupSettings] = ()) -> None:
+        check_memory(settings)
+        super().__init__(lambda settings, device: TensorHistory(settings))
+        for row, each in enumerate(settings):
+            self.insert(row, each, 1)
+        self.arrange([None] * len(settings))
+        # The position of each row if storages are put one after the other.
+        self._order = np.argsort([row for storage in self.storages for row in storage.rows])
+
+    def in_order(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """[rows, 1] in the order of the rows, from the parts of the storages."""
+        return parts[0] if len(parts) == 1 else tf.gather(tf.concat(parts, 0), self._order)
+
+    def joined(self, reports: Sequence[Report[tf.Tensor]]) -> Report[tf.Tensor]:
+        """One report of all rows, from those of the storages."""
+        names = ("norms", "thresholds", "coefficients")
+        return Report(*(self.in_order([getattr(each, name) for each in reports]) for name in names))
+
+    def change(self, rows: Iterable[int], settings: GroupSettings) -> None:
+        """Give `rows` other settings; graphs that are traced already follow.
+
+        Raises:
+            ValueError: the settings differ in something that a traced graph cannot change. Nothing
+                has changed.
+        """
+        changed = set(rows)
+        for row in changed:
+            if self.settings[row].on_nonfinite != settings.on_nonfinite:
+                raise ValueError(
+                    "on_nonfinite cannot change once the clipper knows its variables: graphs that "
+                    "are traced already would not follow. Make a new clipper."
+                )
+            if self.settings[row].structure != settings.structure:
+                raise ValueError(_CANNOT_CHANGE)
+        for storage in self.storages:
+            new = [settings if row in changed else self.settings[row] for row in storage.rows]
+            if not changed.isdisjoint(storage.rows) and not storage.history.fits(new):
+                raise ValueError(_CANNOT_CHANGE)
+        super().change(changed, settings)
+
+    @property
+    def _is_resumable(self) -> bool:
+        return _is_resumable()
+
+    def _finish(self) -> None:
+        if self._unfinished:
+            with tf.init_scope():
+                super()._finish()
+
+
+def _finite(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Replace infinities, which `tf.debugging.enable_check_numerics` refuses."""
+    return np.where(np.isinf(column), OPS.unlimited, column).astype(column.dtype)
+
+
+_CANNOT_CHANGE = (
+    "This setting cannot change once the clipper knows its variables: graphs that are traced "
+    "already would not follow. Numbers of the rule can, and so can max_norm, warmup_steps and "
+    "on_spike where a parameter group used them from the start. Make a new clipper, or give the "
+    "setting in group_settings."
+)
