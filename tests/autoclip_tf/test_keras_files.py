@@ -764,6 +764,38 @@ def test_skip_mismatch_is_decided_when_loading(kind, tmp_path):
     assert recorded == [16, 16, 8, 8]
 
 
+class CallsItsClipper(keras.Model):
+    def __init__(self):
+        super().__init__(name="model")
+        self.dense = keras.layers.Dense(1, name="out")
+        self.clipper = QuantileClip(0.5)
+        self.clipper_state = self.clipper.saved_state
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        variables = self.trainable_variables
+        pairs = zip(tape.gradient(loss, variables), variables)
+        self.optimizer.apply_gradients(self.clipper(pairs))
+        return {"loss": loss}
+
+
+def test_a_model_that_calls_a_clipper_itself(tmp_path):
+    model, other = CallsItsClipper(), CallsItsClipper()
+    for each in (model, other):
+        each.compile("sgd", loss="mse")
+    fit(model).save_weights(tmp_path / "model.weights.h5")
+    other(np.ones((1, 4), np.float32))
+    other.load_weights(tmp_path / "model.weights.h5")
+    fit(other)
+    fit(model)
+    assert other.clipper.state_dict() == model.clipper.state_dict()
+
+
 @pytest.mark.skipif(
     not hasattr(saving_lib, "_save_assets_to_dict"), reason="this Keras saves no files with Orbax"
 )

@@ -105,7 +105,7 @@ class Attachment:
         handle: detaches the clipper.
         updates: the number of updates that the clipper was called for, or was traced for.
         may_lack_history: True if the optimizer was trained before and the history is empty.
-        warned: True after the warning of an update without the clipper.
+        has_warned: True after the warning of an update without the clipper.
     """
 
     def __init__(self, clipper: Clipper, optimizer: Any) -> None:
@@ -115,7 +115,7 @@ class Attachment:
         self.handle = AttachmentHandle(self.end)
         self.updates = 0
         self.may_lack_history = bool(optimizer.iterations > 0) and not clipper.has_history
-        self.warned = False
+        self.has_warned = False
 
     @property
     def optimizer(self) -> Any:
@@ -161,9 +161,9 @@ class Attachment:
         """
         optimizer = self.optimizer
         # With gradient accumulation, only every n-th call is an update.
-        if self.updates > updates or self.warned or optimizer.gradient_accumulation_steps:
+        if self.updates > updates or self.has_warned or optimizer.gradient_accumulation_steps:
             return
-        self.warned = True
+        self.has_warned = True
         warn_user(
             f"An update of this {type(optimizer).__name__} was not clipped: it does not pass "
             f"through {REDUCE_METHOD} of Keras's Optimizer. If an optimizer wraps another one, "

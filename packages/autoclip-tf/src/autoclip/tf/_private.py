@@ -132,7 +132,7 @@ def retrace_models(optimizer: Any) -> None:
     """Let models that `optimizer` trains trace their steps again, as `compile` does.
 
     A graph that was traced before a clipper was attached does not call it. Keras keeps the graph
-    in the model, and an optimizer does not know its models.
+    in the model, and an optimizer does not know its models: they are searched among all objects.
     """
     for model in _models_with(getattr(optimizer, "_trainable_variables", ())):
         if model.train_function is not None:
