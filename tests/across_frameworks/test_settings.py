@@ -53,8 +53,7 @@ def test_public_names():
         assert theirs - ours == {"add_param_group", "step", "check_state_dict"}
         assert ours - theirs == {
             *("build", "built", "check"),
-            *("from_config", "get_config", "load_own_variables", "save_own_variables"),
-            *("load_assets", "save_assets"),
+            *("from_config", "get_config", "saved_state"),
         }
 
 

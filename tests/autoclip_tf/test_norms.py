@@ -38,10 +38,9 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 @cache
-def _clipper(count, one_row=False):
+def _clipper(count, one_row):
     clipper = QuantileClip(history_length=1, global_clipping=one_row)
-    with tf.init_scope():
-        clipper.build([tf.Variable(0.0, name=f"variable_{i}") for i in range(count)])
+    clipper.build([tf.Variable(0.0, name=f"variable_{i}") for i in range(count)])
     return clipper
 
 
@@ -59,6 +58,7 @@ def _norms(mode):
 
 
 def norms_of(mode, gradients):
+    _clipper(len(gradients), False)  # a traced function makes no variables
     return _norms(mode)(gradients).numpy()
 
 
@@ -171,6 +171,8 @@ def test_mixed_dtypes(mode):
 def test_unknown_shapes(shape):
     signature = [tf.TensorSpec(shape, tf.float32), tf.TensorSpec([2], tf.float32)]
 
+    _clipper(2, False)
+
     @tf.function(input_signature=signature, autograph=False)
     def step(unknown, known):
         gradients = [unknown, known]
@@ -224,6 +226,7 @@ def _scale(mode, one_row):
 
 def scaled(mode, gradients, factors, zeroed=None):
     """With one factor for all gradients, or one for each."""
+    _clipper(len(gradients), np.ndim(factors) == 0)
     coefficients = tf.reshape(tf.constant(factors, tf.float64), [-1, 1])
     return _scale(mode, np.ndim(factors) == 0)(gradients, coefficients, zeroed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ from autoclip.tf._histories import Histories, TensorHistory
 from autoclip.tf._layout.norms import (
     Gradient,
     dense_values,
-    is_stacked,
+    is_small,
     large_norms,
     root_of_squares,
     small_norms,
     stacked_norms,
+    static_shape,
 )
 from autoclip.tf._layout.scaling import scale
 from autoclip.tf._private import compiled_by_xla
@@ -27,6 +29,8 @@ __all__ = ["Layout"]
 
 # From this many on, arrays of one shape take fewer operations stacked than one by one.
 _MANY = 3
+# Above this size, the copy into the stack costs more than the operations that it saves.
+_STACKED = 2**9
 
 
 class Layout:
@@ -58,13 +62,16 @@ class Layout:
         by_shape: dict[Any, list[int]] = {}
         self._large: list[int] = []
         for i in self.present:
-            kind = self._kinds[i]
-            if is_stacked(*kind[:2]):
-                by_shape.setdefault(kind, []).append(i)
+            if is_small(*self._kinds[i][:2]):
+                by_shape.setdefault(self._kinds[i], []).append(i)
             else:
                 self._large.append(i)
-        self._stacks = [each for each in by_shape.values() if len(each) >= _MANY]
-        self._small = sorted(i for each in by_shape.values() if len(each) < _MANY for i in each)
+        self._stacks, self._small = [], []
+        for (_, shape, _), same in by_shape.items():
+            if len(same) >= _MANY and math.prod(shape) <= _STACKED:
+                self._stacks.append(same)
+            else:
+                self._small += same
         absent = [i for i, kind in enumerate(self._kinds) if kind is None]
         self._absent = len(absent)
         measured = [*(i for stack in self._stacks for i in stack), *self._small, *self._large]
@@ -158,8 +165,7 @@ def _kind(gradient: Gradient | None) -> Any:
         return None
     sparse = isinstance(gradient, tf.IndexedSlices)
     values = gradient.values if sparse else gradient
-    shape = values.shape
-    return values.dtype, None if shape.rank is None else tuple(shape.as_list()), sparse
+    return values.dtype, static_shape(values), sparse
 
 
 def _index(index: Iterable[int], count: int) -> list[int] | None:

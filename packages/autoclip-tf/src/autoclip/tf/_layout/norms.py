@@ -25,11 +25,11 @@ __all__ = [
     "Gradient",
     "dense_values",
     "is_small",
-    "is_stacked",
     "large_norms",
     "root_of_squares",
     "small_norms",
     "stacked_norms",
+    "static_shape",
 ]
 
 Gradient: TypeAlias = Any
@@ -53,14 +53,13 @@ def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(tf.reduce_sum(tf.square(norms)))
 
 
-def is_small(values: tf.Tensor) -> bool:
-    """True if the work on a tensor costs less than a condition that avoids it."""
-    size = values.shape.num_elements()
-    return size is not None and 0 < size <= _SMALL
+def static_shape(values: tf.Tensor) -> tuple[int | None, ...] | None:
+    """The shape as far as it is known while a graph is traced."""
+    return None if values.shape.rank is None else tuple(values.shape.as_list())
 
 
-def is_stacked(dtype: tf.DType, shape: Sequence[Any] | None) -> bool:
-    """True if a gradient is summed in float64, with others of its shape if there are many."""
+def is_small(dtype: tf.DType, shape: Sequence[Any] | None) -> bool:
+    """True if work on a tensor, in float64 too, costs less than a condition that avoids it."""
     if shape is None or None in shape or dtype in (tf.float64, tf.complex128):
         return False
     return 0 < math.prod(shape) <= _SMALL

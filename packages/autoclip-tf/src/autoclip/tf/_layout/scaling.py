@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from autoclip.tf._layout.conditional import Conditional
-from autoclip.tf._layout.norms import Gradient, is_small
+from autoclip.tf._layout.norms import Gradient, is_small, static_shape
 
 __all__ = ["scale"]
 
@@ -76,7 +76,7 @@ def _clipped_multiplied(
     clips = _each(factors < 1.0, len(values))
     return [
         _product(value, narrow[i], may_be_zero)
-        if value.dtype == tf.float32 and is_small(value)
+        if value.dtype == tf.float32 and is_small(value.dtype, static_shape(value))
         else _product_if(value.dtype, may_be_zero)(clips[i], value, wide[i], shape=value.shape)
         for i, value in enumerate(values)
     ]
