@@ -39,7 +39,8 @@ __all__ = ["Layout", "Part"]
 _SMALLEST, _LARGEST = 1e-280, 1e300
 # At or below this many numbers, Python floats are faster than NumPy arrays.
 _FEW = 64
-_shape, _dtype, _layout, _device = map(attrgetter, ("shape", "dtype", "layout", "device"))
+_shape, _dtype, _layout = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
+_device, _is_cpu = attrgetter("device"), attrgetter("is_cpu")
 
 
 class Part(NamedTuple):
@@ -83,9 +84,10 @@ class Layout:
         self._dtypes = [*map(_dtype, present)]
         self._layouts = [*map(_layout, present)]
         self._devices = [*map(_device, present)]
+        self._is_on_cpu = all(map(_is_cpu, present))
         indices: dict[torch.device, list[int]] = {}
-        for i in compress(range(len(here)), here):
-            indices.setdefault(gradients[i].device, []).append(i)  # type: ignore[union-attr]
+        for i, device in zip(compress(range(len(here)), here), self._devices):
+            indices.setdefault(device, []).append(i)
         self.parts = {
             device: Part(CpuNorms(gradients, members), CpuScaling(gradients, members))
             if _ops.uses_numpy(device)
@@ -113,7 +115,12 @@ class Layout:
             all(map(eq, map(_shape, here), self._shapes))
             and all(map(is_, map(_dtype, here), self._dtypes))
             and all(map(is_, map(_layout, here), self._layouts))
-            and all(map(eq, map(_device, here), self._devices))
+            # A comparison of devices takes longer than all else here.
+            and (
+                all(map(_is_cpu, here))
+                if self._is_on_cpu
+                else all(map(eq, map(_device, here), self._devices))
+            )
         )
 
     # -- rows --------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Mesh:
         self._axes = range(len(groups))
         self._order = {ranks: j for j, ranks in enumerate(groups)}
         self._sizes = [dist.get_world_size(group) for group in self.groups]
-        self._places = [dist.get_rank(group) for group in self.groups]
+        self._group_ranks = [dist.get_rank(group) for group in self.groups]
         self.rows: list[int] = []
         # One a row; None as long as no process has had a gradient for it.
         self.layouts: list[Layout | None] = []
@@ -134,10 +134,10 @@ class Mesh:
     def elements(self, k: int) -> int:
         """How many real numbers of the k-th row's gradient lie here."""
         shape = list(self._shapes[k])
-        for kind, size, place in zip(self.layouts[k] or (), self._sizes, self._places):
+        for kind, size, rank in zip(self.layouts[k] or (), self._sizes, self._group_ranks):
             if kind >= _SHARDED:
                 chunk = -(-shape[kind - _SHARDED] // size)
-                rest = max(shape[kind - _SHARDED] - chunk * place, 0)
+                rest = max(shape[kind - _SHARDED] - chunk * rank, 0)
                 shape[kind - _SHARDED] = min(rest, chunk)
         return math.prod(shape) * (2 if self._dtypes[k].is_complex else 1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,8 @@ __all__ = [
     "REAL_DTYPES",
     "CpuNorms",
     "DeviceNorms",
+    "Gradients",
     "chunks",
-    "cpu_norms",
-    "device_norms",
     "values_of",
 ]
 
@@ -42,12 +41,15 @@ _SMALL = 2**12
 _LARGE = 2**18
 # torch.cat takes vectors as they are, in a fifth of the time, but is one more call.
 _MANY_VECTORS = 32
-# Up to so many gradients are quicker looked at one by one.
+# At or below this many numbers, Python floats are faster than NumPy arrays.
 _FEW = 8
 # Elements that are gathered, or widened from 16 bits, at a time: the bound of temporary memory.
 _CHUNK = 2**18
 # Below this mean square the squares of single elements may underflow in float32.
 _SMALL_MEAN_SQUARE = 2.0**-105
+
+Gradients: TypeAlias = Sequence[Any]
+"""Tensors, or None for none; the classes here know which indices hold a tensor."""
 
 _WIDE = (torch.float32, torch.float64)
 REAL_DTYPES = (*_WIDE, torch.float16, torch.bfloat16)
@@ -137,7 +139,7 @@ class _Sums(NamedTuple):
     """Gradients of one dtype whose squares are summed by one `np.add.reduceat`.
 
     Attributes:
-        places: which gradients, in the order of `starts`.
+        indices: which gradients, in the order of `starts`.
         starts: where each one's squares begin in `squares`.
         squares: one for each element that is gathered, and for each row of the others; float64.
         gathered: small gradients that one call brings together, whether they are all vectors, and
@@ -145,7 +147,7 @@ class _Sums(NamedTuple):
         in_rows: another gradient, the length of its rows, and its part of `squares`, [rows, 1, 1].
     """
 
-    places: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     squares: npt.NDArray[np.float64]
     gathered: list[tuple[list[int], bool, npt.NDArray[np.float64]]]
@@ -157,19 +159,17 @@ class CpuNorms:
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
-        places: which of them to measure; all by default.
+        indices: the ones to measure; all by default.
     """
 
-    def __init__(
-        self, gradients: Sequence[Tensor | None], places: Iterable[int] | None = None
-    ) -> None:
+    def __init__(self, gradients: Gradients, indices: Iterable[int] | None = None) -> None:
         self._sums: list[_Sums] = []
         self._others: list[int] = []
         self._smallest_squares = np.full(len(gradients), -1.0)
         # For each dtype: arrays and vectors to be gathered, gradients to be taken in rows.
         plain: dict[torch.dtype, tuple[list[int], list[int], list[int]]] = {}
         sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
-        for i in range(len(gradients)) if places is None else places:
+        for i in range(len(gradients)) if indices is None else indices:
             gradient = gradients[i]
             if gradient is None or not sizes[i] or is_fake(gradient):
                 continue
@@ -184,14 +184,11 @@ class CpuNorms:
             else:
                 self._others.append(i)
         for arrays, vectors, in_rows in plain.values():
-            small = sorted(arrays + vectors)
-            if len(small) <= _FEW and all(_goes_in_rows(gradients[i]) for i in small):  # type: ignore[arg-type]
-                arrays, vectors, in_rows = [], [], sorted(small + in_rows)
-            elif arrays and len(vectors) < _MANY_VECTORS:
-                arrays, vectors = small, []
+            if arrays and len(vectors) < _MANY_VECTORS:
+                arrays, vectors = sorted(arrays + vectors), []
             self._sums += _sums(arrays, vectors, in_rows, sizes)
 
-    def of(self, gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+    def of(self, gradients: Gradients) -> npt.NDArray[np.float64]:
         """The norms of gradients like those that the plan was made of.
 
         Returns:
@@ -200,21 +197,21 @@ class CpuNorms:
         """
         found = np.zeros(len(gradients))
         with np.errstate(over="ignore", invalid="ignore"):
-            for places, starts, squares, gathered, in_rows in self._sums:
+            for indices, starts, squares, gathered, in_rows in self._sums:
                 for members, are_vectors, part in gathered:
-                    here: list[Tensor] = [gradients[i] for i in members]  # type: ignore[misc]
+                    here = [gradients[i] for i in members]
                     flat = torch.cat(here) if are_vectors else flattened(here)
                     elements = (flat if flat.dtype in _WIDE else flat.float()).numpy()
                     np.multiply(elements, elements, out=part)
                 for i, length, part in in_rows:
-                    _sum_rows(gradients[i], length, part)  # type: ignore[arg-type]
-                found[places] = np.add.reduceat(squares, starts)
+                    _sum_rows(gradients[i], length, part)
+                found[indices] = np.add.reduceat(squares, starts)
             for i in self._others:
-                found[i] = _square(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
+                found[i] = _square(_flat(_norm_values(gradients[i])))
             norms = np.sqrt(found)
         # Zero, tiny, huge or not finite: rare enough to be looked at more closely.
         for i in self._unsure(found):
-            norms[i] = _careful_norm(_flat(_norm_values(gradients[i])))  # type: ignore[arg-type]
+            norms[i] = _careful_norm(_flat(_norm_values(gradients[i])))
         return norms
 
     def _unsure(self, squares: npt.NDArray[np.float64]) -> Sequence[int]:
@@ -295,37 +292,32 @@ def chunks(members: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator
         yield chunk
 
 
-def cpu_norms(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    """`CpuNorms.of` for gradients that are measured once."""
-    return CpuNorms(gradients).of(gradients)
-
-
 class DeviceNorms:
     """How to measure gradients on one device, by operations that never wait for it.
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
         device: where the norms go.
-        places: which of them to measure, all of them on `device`; all by default.
+        indices: the ones to measure, all of them on `device`; all by default.
     """
 
     def __init__(
         self,
-        gradients: Sequence[Tensor | None],
+        gradients: Gradients,
         device: torch.device,
-        places: Iterable[int] | None = None,
+        indices: Iterable[int] | None = None,
     ) -> None:
         self._dtype = norm_dtype(device)
         # XLA squares in the gradient's dtype before it adds up in another. It fuses the conversion.
         self._squares_narrowly = device.type == "xla"
         self._zero = torch.zeros((), dtype=self._dtype, device=device)
-        self._places: list[int] = []
-        for i in range(len(gradients)) if places is None else places:
+        self._indices: list[int] = []
+        for i in range(len(gradients)) if indices is None else indices:
             gradient = gradients[i]
             if gradient is not None and gradient.numel() and not is_fake(gradient):
-                self._places.append(i)
+                self._indices.append(i)
 
-    def of(self, gradients: Sequence[Tensor | None]) -> Tensor:
+    def of(self, gradients: Gradients) -> Tensor:
         """The norms of gradients like those that the plan was made of.
 
         Squares are summed in float64: those of float32 and 16-bit elements neither underflow nor
@@ -339,13 +331,13 @@ class DeviceNorms:
         """
         norms: list[Tensor] = [self._zero] * len(gradients)
         same: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
-        for i in self._places:
-            values = _norm_values(gradients[i])  # type: ignore[arg-type]
+        for i in self._indices:
+            values = _norm_values(gradients[i])
             if values.numel():  # a sparse gradient may have no entries
-                places, tensors = same.setdefault(values.dtype, ([], []))
-                places.append(i)
+                indices, tensors = same.setdefault(values.dtype, ([], []))
+                indices.append(i)
                 tensors.append(values)
-        for dtype, (places, tensors) in same.items():
+        for dtype, (indices, tensors) in same.items():
             if self._squares_narrowly:
                 tensors = [tensor.to(self._dtype) for tensor in tensors]
             found = foreach_norm(tensors, 2, self._dtype)
@@ -356,11 +348,6 @@ class DeviceNorms:
                 beyond = torch.finfo(self._dtype).max
                 overflowed = (largest < math.inf) & (here == math.inf)
                 found = here.masked_fill_(overflowed, beyond).unbind()
-            for i, norm in zip(places, found):
+            for i, norm in zip(indices, found):
                 norms[i] = norm
         return torch.stack(norms) if norms else self._zero.new_zeros(0)
-
-
-def device_norms(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """`DeviceNorms.of` for gradients that are measured once."""
-    return DeviceNorms(gradients, device).of(gradients)

@@ -8,14 +8,13 @@ one place. Multiplied in place, such a gradient would be multiplied twice, or no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoclip.torch._layout.norms import values_of
+from autoclip.torch._layout.norms import Gradients, values_of
 from autoclip.torch._private import is_fake, is_view
 
 __all__ = ["Overlaps", "Renew"]
@@ -35,14 +34,14 @@ class Overlaps:
 
     Args:
         gradients: tensors of any dtype, layout and device; None for none.
-        places: which of them to look at.
+        indices: the ones to look at.
     """
 
-    def __init__(self, gradients: Sequence[Tensor | None], places: Iterable[int]) -> None:
+    def __init__(self, gradients: Gradients, indices: Iterable[int]) -> None:
         self._dense: list[int] = []
         self._loose: list[int] = []
         self._opaque: list[int] = []
-        for i in places:
+        for i in indices:
             gradient = gradients[i]
             if gradient is None or is_fake(gradient) or not gradient.numel():
                 continue
@@ -52,15 +51,13 @@ class Overlaps:
                 self._dense.append(i)
             else:
                 self._loose.append(i)
-        sizes = [gradients[i].nbytes for i in self._dense]  # type: ignore[union-attr]
+        sizes = [gradients[i].nbytes for i in self._dense]
         self._sizes = np.array(sizes, np.int64)
-        # In C, one call for thousands; of a single index, itemgetter returns no tuple.
-        self._dense_of = itemgetter(*self._dense) if len(self._dense) > 1 else None
+        self._is_everything = self._dense == [*range(len(gradients))]
+        # The addresses of dense gradients that were found to share no memory.
         self._disjoint: list[int] = []
 
-    def separate(
-        self, gradients: list[Tensor | None], written: Iterable[int], renew: Renew
-    ) -> None:
+    def separate(self, gradients: list[Any], written: Iterable[int], renew: Renew) -> None:
         """Replace gradients until none that is to be written shares memory.
 
         Args:
@@ -71,20 +68,21 @@ class Overlaps:
         if self._opaque:
             found = self._found_without_addresses(gradients)
         else:
-            found = [i for i in written if not _is_injective(gradients[i])]
+            # One call for thousands: most gradients are contiguous.
+            is_plain = self._is_everything and all(
+                map(Tensor.is_contiguous, [gradients[i] for i in written])
+            )
+            found = [] if is_plain else [i for i in written if not _is_injective(gradients[i])]
             found += self._found_inside_another(gradients)
         for i in dict.fromkeys(found) if found else ():
             gradients[i] = renew(i)
 
-    def _found_inside_another(self, gradients: Sequence[Tensor | None]) -> Sequence[int]:
-        begins: list[int] = []
-        if self._dense_of is not None:
-            begins += map(Tensor.data_ptr, self._dense_of(gradients))
-        elif self._dense:
-            begins.append(gradients[self._dense[0]].data_ptr())  # type: ignore[union-attr]
+    def _found_inside_another(self, gradients: Gradients) -> Sequence[int]:
+        dense = gradients if self._is_everything else [gradients[i] for i in self._dense]
+        begins = [*map(Tensor.data_ptr, dense)]
         indices, sizes = self._dense, self._sizes
         if self._loose:
-            loose = [values_of(gradients[i]) for i in self._loose]  # type: ignore[arg-type]
+            loose = [values_of(gradients[i]) for i in self._loose]
             begins += [values.data_ptr() for values in loose]
             indices, sizes = indices + self._loose, np.append(sizes, [*map(_extent, loose)])
         elif begins == self._disjoint:  # gradients that stay where they are, step after step
@@ -98,7 +96,7 @@ class Overlaps:
             self._disjoint = begins
         return [indices[k] for k in inside]
 
-    def _found_without_addresses(self, gradients: Sequence[Tensor | None]) -> list[int]:
+    def _found_without_addresses(self, gradients: Gradients) -> list[int]:
         # A view may be of another gradient, and XLA writes to an expanded one by adding up.
         seen: set[int] = set()
         found = []

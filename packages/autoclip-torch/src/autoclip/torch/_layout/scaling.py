@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoclip.torch._layout.norms import REAL_DTYPES, chunks, values_of
+from autoclip.torch._layout.norms import REAL_DTYPES, Gradients, chunks, values_of
 from autoclip.torch._layout.overlap import Overlaps, Renew
 from autoclip.torch._private import foreach_copy_, foreach_mul_, is_fake, negated_view
 
@@ -60,23 +60,21 @@ class CpuScaling:
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
-        places: which of them to scale; all by default.
+        indices: the ones to scale; all by default.
     """
 
-    def __init__(
-        self, gradients: Sequence[Tensor | None], places: Iterable[int] | None = None
-    ) -> None:
+    def __init__(self, gradients: Gradients, indices: Iterable[int] | None = None) -> None:
         # foreach takes a fifth of the time for factors that are 0-d tensors, not numbers. So each
         # gradient has one, a view of a buffer that a step fills.
-        self._places: list[int] = []
+        self._indices: list[int] = []
         self._buffers: list[npt.NDArray[np.floating]] = []
         self._factors: list[Sequence[Tensor] | None] = [None] * len(gradients)
         views: dict[torch.dtype, Sequence[Tensor]] = {}
-        for i in range(len(gradients)) if places is None else places:
+        for i in range(len(gradients)) if indices is None else indices:
             gradient = gradients[i]
             if gradient is None or is_fake(gradient):
                 continue
-            self._places.append(i)
+            self._indices.append(i)
             if _is_plain(gradient):
                 dtype = _factor_dtype(gradient.dtype)
                 if dtype not in views:
@@ -84,14 +82,14 @@ class CpuScaling:
                     views[dtype] = buffer.unbind()
                     self._buffers.append(buffer.numpy())
                 self._factors[i] = views[dtype]
-        self._overlaps = Overlaps(gradients, self._places)
+        self._overlaps = Overlaps(gradients, self._indices)
         self._is_elsewhere = np.array([g is not None for g in gradients], np.bool_)
-        self._is_elsewhere[self._places] = False
+        self._is_elsewhere[self._indices] = False
         self._are_all_here = not self._is_elsewhere.any()
 
     def apply(
         self,
-        gradients: list[Tensor | None],
+        gradients: list[Any],
         coefficients: npt.NDArray[np.float64],
         renew: Renew,
     ) -> None:
@@ -109,7 +107,7 @@ class CpuScaling:
         clipped = below.nonzero()[0].tolist()
         if not clipped:
             return
-        clipped = self._places if is_shared else clipped
+        clipped = self._indices if is_shared else clipped
         self._overlaps.separate(gradients, clipped, renew)
         for buffer in self._buffers:
             buffer[: len(coefficients)] = coefficients
@@ -129,7 +127,7 @@ class CpuScaling:
             foreach_mul_(tensors, factors)
 
     def zero_nonfinite(
-        self, gradients: list[Tensor | None], norms: npt.NDArray[np.float64], renew: Renew
+        self, gradients: list[Any], norms: npt.NDArray[np.float64], renew: Renew
     ) -> None:
         """Zero each gradient whose norm is not finite.
 
@@ -154,7 +152,7 @@ class _Gathered(NamedTuple):
     they were, and no step waits for a copy from the host.
     """
 
-    places: list[int]
+    indices: list[int]
     order: Tensor
     sizes: Tensor
     buffer: Tensor
@@ -166,9 +164,9 @@ class _Gathered(NamedTuple):
         # Without output_size the host would wait for the sum of the sizes.
         return here.repeat_interleave(self.sizes, output_size=self.buffer.numel())
 
-    def gather(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    def gather(self, gradients: Gradients) -> list[Tensor]:
         """Copy the gradients into the buffer, and return them, to be written again."""
-        tensors = [_writable(gradients[i]) for i in self.places]  # type: ignore[arg-type]
+        tensors = [_writable(gradients[i]) for i in self.indices]
         foreach_copy_(self.views, tensors)
         return tensors
 
@@ -189,18 +187,18 @@ class DeviceScaling:
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
         device: where they are.
-        places: which of them to scale, all of them on `device`; all by default.
+        indices: the ones to scale, all of them on `device`; all by default.
     """
 
     def __init__(
         self,
-        gradients: Sequence[Tensor | None],
+        gradients: Gradients,
         device: torch.device,
-        places: Iterable[int] | None = None,
+        indices: Iterable[int] | None = None,
     ) -> None:
         self._plain: dict[torch.dtype, _SameDtype] = {}
         self._others: list[int] = []
-        for i in range(len(gradients)) if places is None else places:
+        for i in range(len(gradients)) if indices is None else indices:
             gradient = gradients[i]
             if gradient is None or is_fake(gradient) or not gradient.numel():
                 continue
@@ -221,15 +219,15 @@ class DeviceScaling:
             for part, total in zip(parts, totals):
                 here, counts = buffer[:total], [sizes[i] for i in part]
                 views = [
-                    view.view(gradients[i].shape)  # type: ignore[union-attr]
+                    view.view(gradients[i].shape)
                     for i, view in zip(part, torch.split(here, counts))
                 ]
                 order, repeats = torch.tensor([part, counts], device=device).unbind()
                 small.append(_Gathered(part, order, repeats, here, views))
-        self._places = [*self._others, *(i for same in self._plain.values() for i in same.all)]
-        self._overlaps = Overlaps(gradients, self._places)
+        self._indices = [*self._others, *(i for same in self._plain.values() for i in same.all)]
+        self._overlaps = Overlaps(gradients, self._indices)
 
-    def apply(self, gradients: list[Tensor | None], coefficients: Tensor, renew: Renew) -> None:
+    def apply(self, gradients: list[Any], coefficients: Tensor, renew: Renew) -> None:
         """Multiply every gradient by its coefficient without asking the device whether it must.
 
         Args:
@@ -237,7 +235,7 @@ class DeviceScaling:
             coefficients: float64[n] (float32 on MPS), or [1] for all of them, on the device.
             renew: for gradients that share memory with others.
         """
-        self._overlaps.separate(gradients, self._places, renew)
+        self._overlaps.separate(gradients, self._indices, renew)
         is_shared = len(coefficients) == 1
         # Below its smallest normal number a float32 factor may become zero, and the gradient too.
         # A norm is never that far above its threshold unless both are near the ends of float32.
@@ -248,7 +246,7 @@ class DeviceScaling:
         for dtype, (small, large, members) in self._plain.items():
             factor = coefficients.to(dtype) if dtype is torch.float64 else narrow
             if is_shared and dtype.itemsize >= 4:
-                foreach_mul_([_writable(gradients[i]) for i in members], factor[0])  # type: ignore[arg-type]
+                foreach_mul_([_writable(gradients[i]) for i in members], factor[0])
                 continue
             for part in small:
                 tensors = part.gather(gradients)
@@ -260,13 +258,13 @@ class DeviceScaling:
                 pieces: list[Tensor] = []
                 factors: list[Tensor] = []
                 for i in large:
-                    here = _pieces(gradients[i])  # type: ignore[arg-type]
+                    here = _pieces(gradients[i])
                     pieces += here
                     # A 0-d gradient takes no factor of one dimension, and rounds no 0-d one.
                     factors += [each[i] if here[0].dim() else each[i][0]] * len(here)
                 foreach_mul_(pieces, factors)
         for i in self._others:
-            values = values_of(gradients[i])  # type: ignore[arg-type]
+            values = values_of(gradients[i])
             one = narrow if is_shared else narrow[i : i + 1]
             if values.dtype is torch.float64:
                 one = (coefficients if is_shared else coefficients[i : i + 1]).double()
@@ -275,7 +273,7 @@ class DeviceScaling:
             else:  # torch multiplies no 8-bit floats
                 values.copy_(values.float() * one[0])
 
-    def zero_nonfinite(self, gradients: list[Tensor | None], norms: Tensor, renew: Renew) -> None:
+    def zero_nonfinite(self, gradients: list[Any], norms: Tensor, renew: Renew) -> None:
         """Zero each gradient whose norm is not finite.
 
         Args:
@@ -283,7 +281,7 @@ class DeviceScaling:
             norms: [n], finite exactly where the gradient is, on the device.
             renew: for gradients that share memory with others.
         """
-        self._overlaps.separate(gradients, self._places, renew)
+        self._overlaps.separate(gradients, self._indices, renew)
         # Masked, not multiplied: NaN times zero is NaN.
         broken = (norms < math.inf).logical_not()
         alone = list(self._others)
@@ -296,7 +294,7 @@ class DeviceScaling:
         if alone:
             each = broken.unbind()
             for i in alone:
-                values_of(gradients[i]).masked_fill_(each[i], 0)  # type: ignore[arg-type]
+                values_of(gradients[i]).masked_fill_(each[i], 0)
 
 
 def _pieces(gradient: Tensor) -> Sequence[Tensor]:
