@@ -158,7 +158,7 @@ class Attachment(Hooks):
         self._handles: list[RemovableHandle] = []
         self._attributes: list[str] = []
         self._may_be_nested = _overrides_a_step(type(optimizer))
-        # Of the present step: parameters that it leaves out, with their gradients, and whether
+        # Of the present step: parameters that it leaves out, with their gradients, and True if
         # `found_inf` on the optimizer is ours.
         self._withheld: Sequence[tuple[Tensor, Tensor]] = ()
         self._set_found_inf = False

@@ -1,4 +1,4 @@
-"""The clippers: what users construct, call, read, attach to optimizers, save and load."""
+"""The clippers, which users construct, call, attach to optimizers, read, save and load."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
         Call it after `backward()`, after `scaler.unscale_(optimizer)` if a `GradScaler` scales
         the loss, and before `optimizer.step()`. An attached clipper is called by its optimizer
-        alone; after a step, `total_norm` is what this method would have returned. Not thread-safe:
+        alone; after a step, `total_norm` is the same value. Not thread-safe:
         use one clipper from one thread at a time.
 
         Returns:
@@ -523,7 +523,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
         Args:
             state_dict: see `load_state_dict`.
-            source: what to call it in messages.
+            source: its name in messages.
 
         Raises:
             StateError: it is damaged or does not fit.

@@ -1,9 +1,9 @@
 """Copies and pickles of an optimizer with a clipper: each has a copy of the clipper.
 
-torch drops an optimizer's hooks when it is copied or pickled, and what a class copies is up to its
-own `__getstate__` and `__setstate__`. Both `copy` and `pickle` look for `__reduce_ex__` and
-`__setstate__` on the object before they look at its class. So the class copies as it always does,
-and the copy of the clipper is attached once that is done.
+torch drops an optimizer's hooks when it is copied or pickled, and each class copies with its own
+`__getstate__` and `__setstate__`. Both `copy` and `pickle` look for `__reduce_ex__` and
+`__setstate__` on the object before they look at its class. So the class copies as usual, and then
+the copy of the clipper is attached.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def reduce_with(optimizer: Optimizer, clipper: Any, protocol: Any) -> Any:
 
 def deepcopy_with(optimizer: Optimizer, clipper: Any, memo: dict[int, Any]) -> Any:
     """`optimizer.__deepcopy__(memo)` of a class that has one, with a copy of `clipper`."""
-    twin = type(optimizer).__deepcopy__(optimizer, memo)  # type: ignore[attr-defined]
+    own: Any = type(optimizer)
+    twin = own.__deepcopy__(optimizer, memo)
     if isinstance(twin, Optimizer) and twin is not optimizer:
         _attach(copy.deepcopy(clipper, memo), twin)
     return twin
@@ -66,7 +67,7 @@ def _attach(clipper: Any, twin: Optimizer) -> None:
 
 
 def _remove_traces(twin: Optimizer) -> None:
-    """Remove what a class that copies its whole `__dict__` has brought along."""
+    """Remove our attributes, which a class that copies its whole `__dict__` has copied."""
     for name, value in list(vars(twin).items()):
         if name == "clipper" or _is_ours(value):
             del twin.__dict__[name]

@@ -1,4 +1,4 @@
-"""What a clipper takes as its parameters: tensors, names and groups, checked as torch does it."""
+"""The parameters that users give to a clipper: tensors, names and groups, checked as torch does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-"""What torch's optimizers take: tensors, named tensors, or group dicts."""
+"""The parameters of torch's optimizers: tensors, named tensors, or group dicts."""
 
 
 # Every learning rate scheduler writes this into the groups.

@@ -1,4 +1,4 @@
-"""All of torch and Lightning that is used without being public.
+"""Names of torch and Lightning that are not public.
 
 If a new release of either breaks this package, it is most likely here.
 """
@@ -16,6 +16,10 @@ from torch._compile import _disable_dynamo  # torch.optim's own, imports lazily
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Of any types: torch's own are narrower than its functions.
+_multiply: Any = torch._foreach_mul_
+_copy: Any = torch._foreach_copy_
+
 __all__ = [
     "assert_async",
     "disable_dynamo",
@@ -32,7 +36,7 @@ __all__ = [
 
 
 def disable_dynamo(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep a function out of what `torch.compile` compiles: it costs one graph break.
+    """Keep a function from being compiled by `torch.compile`: it costs one graph break.
 
     Outside of compiled code the call is direct. torch's own wrapper imports hundreds of modules at
     its first call, and at each call takes as long as the norms of a small model.
@@ -55,12 +59,12 @@ def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) ->
 
 def foreach_mul_(tensors: Sequence[Tensor], factors: Sequence[Tensor] | Tensor) -> None:
     """Multiply each tensor in place by its factor, or all by one 0-d factor."""
-    torch._foreach_mul_(tensors, factors)  # type: ignore[call-overload]
+    _multiply(tensors, factors)
 
 
 def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target."""
-    torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
+    _copy(targets, sources)
 
 
 def flattened(tensors: list[Tensor]) -> Tensor:
@@ -81,7 +85,7 @@ def assert_async(condition: Tensor, message: str) -> None:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no memory: one of `FakeTensorMode`, or on the meta device."""
+    """True if a tensor has no memory: one of `FakeTensorMode`, or on the meta device."""
     return tensor.is_meta or (
         # The class is imported only where it is in use: it brings half of torch.compile along.
         type(tensor) is not Tensor and type(tensor).__name__ == "FakeTensor"
@@ -89,7 +93,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Whether a tensor was made as a view of another one."""
+    """True if a tensor was made as a view of another one."""
     return tensor._is_view()
 
 
@@ -100,5 +104,5 @@ def root_mesh(mesh: Any) -> Any:
 
 
 def is_logging_step(trainer: Any) -> bool:
-    """Whether a Lightning trainer writes logs at this step."""
+    """True if a Lightning trainer writes logs at this step."""
     return bool(trainer._logger_connector.should_update_logs)

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 from autoclip.core import Quantile, Rule
 from autoclip.core.adapter import second_clipper_message, warn_user
 from autoclip.torch._attachment import STATE_KEY
-from autoclip.torch._engine import EngineClipper
+from autoclip.torch._trainers.engine import EngineClipper
 
 __all__ = ["EngineClipper", "attach"]
 
@@ -47,15 +47,15 @@ def attach(
     state (`load_module_only=True`, `load_optimizer_states=False`) the history is not loaded either.
 
     Args:
-        engine: what `deepspeed.initialize` returned first, with ZeRO stage 0, 1, 2 or 3.
+        engine: the first result of `deepspeed.initialize`, with ZeRO stage 0, 1, 2 or 3.
         rule: how the window becomes a threshold; a class takes its settings from `settings`, as
             `attach(engine, quantile=0.9)` does.
         history_length: how many norms are kept, the newest ones.
         settings: `max_norm`, `warmup_steps` and `record`; see `CommonSettings`.
 
     Returns:
-        What holds the history, also as `engine.clipper`. Its `detach()` gives the engine back its
-        own clipping.
+        The clipper with the history, also as `engine.clipper`. Its `detach()` gives the engine
+        back its own clipping.
 
     Raises:
         TypeError: it is not a DeepSpeed engine, or a setting is unknown or has a wrong type.
@@ -128,7 +128,7 @@ class _Attachment:
 
     @property
     def _place(self) -> tuple[Any, str]:
-        """Where the constant that DeepSpeed clips to is."""
+        """The object and attribute that hold the constant DeepSpeed clips to."""
         if self._clips_itself:
             return self._engine._config, "gradient_clipping"
         return self._engine.optimizer, "clip_grad"
@@ -249,7 +249,7 @@ def _loss_scale(optimizer: Any) -> float:
 
 
 def _correction(optimizer: Any, scale: float) -> float:
-    """What makes the norm that DeepSpeed reports the one of the unscaled gradients.
+    """The factor between the norm that DeepSpeed reports and that of the unscaled gradients.
 
     Args:
         optimizer: the engine's.

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from autoclip.core import Quantile, Rule
 from autoclip.torch._attachment import Attachment, StepResult, check_optimizer
-from autoclip.torch._engine import EngineClipper
 from autoclip.torch._layout.agreement import compare, disagreement_message, fingerprints
+from autoclip.torch._trainers.engine import EngineClipper
 
 __all__ = ["EngineClipper", "attach"]
 
@@ -47,7 +47,7 @@ def attach(
         settings: `max_norm`, `warmup_steps` and `record`; see `CommonSettings`.
 
     Returns:
-        What holds the history, also as `optimizer.clipper`. Its `detach()` ends the clipping.
+        The clipper with the history, also as `optimizer.clipper`. Its `detach()` ends the clipping.
 
     Raises:
         TypeError: the model is not an FSDP1 module, the optimizer only wraps one, or a setting is

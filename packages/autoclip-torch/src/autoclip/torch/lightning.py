@@ -21,9 +21,9 @@ except ModuleNotFoundError as error:
 
 from autoclip.core import Rule
 from autoclip.core.adapter import check_parameters, warn_user
-from autoclip.torch._engine import EngineClipper
 from autoclip.torch._private import is_logging_step
-from autoclip.torch._trainers import (
+from autoclip.torch._trainers.engine import EngineClipper
+from autoclip.torch._trainers.maker import (
     ClipperClass,
     ClipperMaker,
     Clippers,
@@ -57,7 +57,7 @@ class AutoClipCallback(Callback):
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
         rule: a rule for a plain `Clipper`, instead of a class.
-        log_parameters: whether to log values for each parameter too; a string is a regular
+        log_parameters: True to log values for each parameter too; a string is a regular
             expression that is searched in their names. See `log_values`.
         settings: those of the class, such as `quantile`, `history_length`, `global_clipping`.
 
@@ -113,7 +113,7 @@ class AutoClipCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, now or when fitting starts."""
+        """Load the result of `state_dict`, now or when fitting starts."""
         self._restored = list(state_dict.get("clippers", []))
         self._restore()
 

@@ -1,4 +1,4 @@
-"""What to log about a clipper, and a summary of its history."""
+"""Values of a clipper to log, and a summary of its history."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from autoclip.core import Report, State, inspect
 from autoclip.core.adapter import log_and_watch
 from autoclip.torch._clipper import Clipper
-from autoclip.torch._engine import EngineClipper
 from autoclip.torch._parameters import names_in
+from autoclip.torch._trainers.engine import EngineClipper
 
 __all__ = ["log_values", "summarize"]
 
@@ -29,9 +29,9 @@ def log_values(
     call it on the steps that you log: it waits for the device, once.
 
     Args:
-        clipper: a clipper that has made a step, `optimizer.clipper` if it is attached, or what
-            `attach` of `autoclip.torch.deepspeed` or `autoclip.torch.fsdp` returned.
-        parameters: whether to add values for each parameter; under group clipping, for each group.
+        clipper: a clipper that has made a step, `optimizer.clipper` if it is attached, or the
+            result of `attach` of `autoclip.torch.deepspeed` or `autoclip.torch.fsdp` returned.
+        parameters: True to add values for each parameter; under group clipping, for each group.
             A string is a regular expression that is searched in their names.
         model: gives their names to parameters that the clipper got without names, as from
             `torch.optim.Adam(model.parameters())`.

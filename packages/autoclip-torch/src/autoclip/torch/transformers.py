@@ -23,9 +23,9 @@ from autoclip.core import Rule
 from autoclip.core.adapter import CHECKPOINT_FILE, check_parameters, warn_user
 from autoclip.torch._attachment import STATE_KEY
 from autoclip.torch._clipper import Clipper
-from autoclip.torch._engine import EngineClipper
 from autoclip.torch._files.reading import state_dicts
-from autoclip.torch._trainers import (
+from autoclip.torch._trainers.engine import EngineClipper
+from autoclip.torch._trainers.maker import (
     ClipperClass,
     ClipperMaker,
     Clippers,
@@ -45,8 +45,8 @@ class AutoClipCallback(TrainerCallback):
     The clipper's history is part of the optimizer's state, so it is saved in each checkpoint's
     `optimizer.pt`. The trainer loads that file before any callback can attach a clipper; on resume
     the callback therefore reads the history from there itself. Under FSDP there is no such file,
-    and what is saved instead drops the history; there the callback writes it into the checkpoint
-    as `autoclip.safetensors`.
+    and the files that are saved instead drop the history; there the callback writes it into the
+    checkpoint as `autoclip.safetensors`.
 
     At each step that the trainer logs, the values of `autoclip.torch.logging.log_values` are
     logged with the trainer's own. While a step computes its gradients, `args.max_grad_norm` is 0:
@@ -64,7 +64,7 @@ class AutoClipCallback(TrainerCallback):
     Args:
         clipper_class: `QuantileClip` (default) or `StandardClip`.
         rule: a rule for a plain `Clipper`, instead of a class.
-        log_parameters: whether to log values for each parameter too; a string is a regular
+        log_parameters: True to log values for each parameter too; a string is a regular
             expression that is searched in their names. See `log_values`.
         resume_from_checkpoint: the folder that you pass to `trainer.train`, which does not tell
             callbacks. Needed only if it is neither `args.resume_from_checkpoint` nor a checkpoint
@@ -168,14 +168,14 @@ class AutoClipCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the last step's values to what the trainer logs about training."""
+        """Add the last step's values to the trainer's own logs of training."""
         # Evaluations, and the summary at the end, are logged here too, with other names.
         if logs is None or "loss" not in logs:
             return
         for clipper in self._clippers:
             values = log_values(clipper, self._log_parameters, model=kwargs.get("model"))
             logs.update(values)
-            # What is saved with the checkpoints is a copy that was made before.
+            # Checkpoints save a copy that was made before.
             if state.log_history:
                 state.log_history[-1].update(values)
 
@@ -243,7 +243,7 @@ def _close_on_error(stack: ExitStack, trainer: Trainer) -> None:
             stack.close()
             raise
 
-    trainer.training_step = step  # type: ignore[method-assign]
+    vars(trainer)["training_step"] = step
     if own is None:
         stack.callback(delattr, trainer, "training_step")
     else:
@@ -267,12 +267,12 @@ def _load_from_optimizer_file(clipper: Clipper | EngineClipper, path: str) -> No
 
 
 def _checkpoint_folder(args: Arguments, state: TrainerState) -> str:
-    """Where the trainer saves at this step."""
+    """The folder that the trainer saves to at this step."""
     return os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")
 
 
 def _is_checkpoint_of(folder: str, state: TrainerState) -> bool:
-    """Whether `state` was loaded from this folder, as far as what it remembers can tell."""
+    """True if `state` was loaded from this folder, as far as its logs can tell."""
     path = os.path.join(folder, "trainer_state.json")
     if not os.path.isfile(path):
         return False

@@ -154,4 +154,5 @@ class _Bounded:
     def read(self, count: int, /) -> bytes:
         if count > 1000:
             count = min(count, self._size - self._file.tell())
-        return self._file.read(count)  # type: ignore[no-any-return]
+        data: bytes = self._file.read(count)
+        return data

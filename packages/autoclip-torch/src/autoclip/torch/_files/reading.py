@@ -16,7 +16,7 @@ from autoclip.torch._files.pickle import Unmade, as_bytes
 
 __all__ = ["find_file", "legacy_clippers", "read_file", "state_dicts"]
 
-# What the Hugging Face Trainer and Accelerate call the optimizer's state in a checkpoint.
+# The names of the optimizer's state in checkpoints of the Hugging Face Trainer and Accelerate.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 # Where Lightning puts checkpoints, from any of its folders.
 _LIGHTNING = (

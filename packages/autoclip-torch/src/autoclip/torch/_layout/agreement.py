@@ -1,4 +1,4 @@
-"""Whether all processes clip alike: the same mode, settings and history, compared once.
+"""The check that all processes clip alike: the same mode, settings and history, compared once.
 
 Other settings on one process give other coefficients there, and the weights drift apart without an
 error. Processes that exchange numbers anyway compare fingerprints with the first of them.
@@ -43,7 +43,7 @@ def _number(parts: Iterable[bytes]) -> int:
 
 
 def encoded(numbers: Sequence[int]) -> list[int]:
-    """Numbers for an all-reduce with MAX, after which `unequal` sees whether they were the same."""
+    """Numbers for an all-reduce with MAX, after which `unequal` finds the differing ones."""
     return [sign * number for number in numbers for sign in (1, -1)]
 
 
@@ -62,7 +62,7 @@ def compare(numbers: Sequence[int], group: Any, device: torch.device) -> list[st
 
 
 def disagreement_message(facts: Sequence[str], description: object) -> str:
-    """What is said on all processes where clippers differ in some of `FACTS`."""
+    """The error on all processes if clippers differ in some of `FACTS`."""
     remedies: Mapping[str, str] = {
         "mode": "make the clipper with the same arguments",
         "settings": "make the clipper with the same arguments",

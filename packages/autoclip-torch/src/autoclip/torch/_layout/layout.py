@@ -191,7 +191,7 @@ class Layout:
             return joint_norms_of(found[None])[0]
         if len(found) <= _FEW:
             total = math.hypot(*found.tolist())
-            if total < math.inf:  # beside an infinity, hypot overlooks a NaN
+            if total < math.inf:  # with an infinity, hypot overlooks a NaN
                 return total
         with np.errstate(over="ignore"):
             square = float(found.dot(found))

@@ -1,4 +1,4 @@
-"""One device mesh and the gradients that are spread over it: how they are placed, and their sums.
+"""One device mesh and the gradients that are spread over it: their placements, and their sums.
 
 A process that has no gradient for a parameter cannot see how the others' is placed. So processes
 tell one another the placements in a handshake, until those of each trainable parameter are known to
@@ -25,7 +25,7 @@ __all__ = ["Layout", "Mesh", "is_nonzero", "process_groups"]
 _REPLICATED, _SUMMED, _AVERAGED, _SHARDED = range(4)
 _BASE = 64
 Layout = tuple[int, ...]
-"""How a gradient is placed along each dimension of its mesh."""
+"""The placement of a gradient along each dimension of its mesh."""
 
 
 def _ranks(group: Any) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Mesh:
         self._shapes: list[tuple[int, ...]] = []
         self._dtypes: list[torch.dtype] = []
         self._by_placements: dict[Any, Layout | None] = {}
-        # What `combine` needs on the device, made anew when the layouts are.
+        # Tensors on the device for `combine`, remade with the layouts.
         self._tensors: tuple[Tensor, list[Tensor]] | None = None
 
     def add(self, row: int, parameter: Tensor, is_dtensor: bool) -> None:
@@ -75,7 +75,7 @@ class Mesh:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all parameters are sharded along the same of the mesh's dimensions."""
+        """True if all parameters are sharded along the same of the mesh's dimensions."""
         return len(self._shardings) == 1 and None not in self._shardings
 
     def layout_of(self, tensor: Any) -> Layout | None:
@@ -132,7 +132,7 @@ class Mesh:
         return found[len(codes) :]
 
     def elements(self, k: int) -> int:
-        """How many real numbers of the k-th row's gradient lie here."""
+        """The number of real numbers of the k-th row's gradient in this process."""
         shape = list(self._shapes[k])
         for kind, size, rank in zip(self.layouts[k] or (), self._sizes, self._group_ranks):
             if kind >= _SHARDED:
@@ -142,7 +142,7 @@ class Mesh:
         return math.prod(shape) * (2 if self._dtypes[k].is_complex else 1)
 
     def fault(self, k: int, gradient: Any) -> str | None:
-        """Why the k-th row's gradient, a DTensor, cannot be what the processes agreed on."""
+        """The reason that a DTensor is not the agreed gradient of the k-th row; None if it is."""
         layout = self.layout_of(gradient)
         if layout is None:
             return f"is placed {gradient.placements} on {gradient.device_mesh}"
@@ -178,10 +178,10 @@ class Mesh:
                 gradients[row] = piece
 
     def combine(self, squares: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add up what the processes have, so that all of them get the same bits.
+        """Add up the squares of all processes, so that all get the same bits.
 
         Args:
-            squares: float64[n], the squared norms of what is here, for all rows of the clipper.
+            squares: float64[n], the squared norms of the parts here, for all rows of the clipper.
             present: float64[n + 1], 1 where there is a gradient here; last, 1 if something is
                 wrong here.
 

@@ -1,4 +1,4 @@
-"""The true L2 norms of a list of gradients, whatever their dtype, layout or device.
+"""The true L2 norms of a list of gradients of any dtype, layout and device.
 
 What can be known from the gradients' shapes, dtypes and layouts alone is worked out once, in
 `CpuNorms` and `DeviceNorms`; `of` then follows it at each step. Norms are float64: wide enough that
@@ -31,7 +31,7 @@ __all__ = [
     "values_of",
 ]
 
-# A float32 sum of many squares loses what is small beside it: torch's norm of 16 M elements is off
+# A float32 sum of many squares loses the small ones: torch's norm of 16 M elements is off
 # by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Sums over rows of at most
 # 512 elements, combined in float64, are right to 3e-7 for any outlier, and as fast as memory.
 _ROW = 512
@@ -99,7 +99,7 @@ def _row_length(elements: int) -> int:
 
 
 def _row_norms(flat: Tensor) -> Iterator[Tensor]:
-    """The norms of pieces of a vector: of its rows, and of what the last row leaves over."""
+    """The norms of pieces of a vector: of its rows, and of the rest."""
     elements = flat.numel()
     row = _row_length(elements)
     whole = elements - elements % row
@@ -142,7 +142,7 @@ class _Sums(NamedTuple):
         indices: which gradients, in the order of `starts`.
         starts: where each one's squares begin in `squares`.
         squares: one for each element that is gathered, and for each row of the others; float64.
-        gathered: small gradients that one call brings together, whether they are all vectors, and
+        gathered: small gradients that one call gathers, True if they are all vectors, and
             their part of `squares`.
         in_rows: another gradient, the length of its rows, and its part of `squares`, [rows, 1, 1].
     """
@@ -155,7 +155,7 @@ class _Sums(NamedTuple):
 
 
 class CpuNorms:
-    """How to measure gradients in the CPU's memory.
+    """Measures gradients in the CPU's memory.
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
@@ -189,7 +189,7 @@ class CpuNorms:
             self._sums += _sums(arrays, vectors, in_rows, sizes)
 
     def of(self, gradients: Gradients) -> npt.NDArray[np.float64]:
-        """The norms of gradients like those that the plan was made of.
+        """The norms of gradients like those that this was made of.
 
         Returns:
             float64[n]: within 1e-6 of the exact norm for float32 and float64, 1e-3 for 16 bits. 0
@@ -215,7 +215,7 @@ class CpuNorms:
         return norms
 
     def _unsure(self, squares: npt.NDArray[np.float64]) -> Sequence[int]:
-        """Where the sum of squares may not be right."""
+        """The indices of sums that may not be right."""
         least = self._smallest_squares
         if len(least) <= _FEW:
             pairs = enumerate(zip(squares.tolist(), least.tolist()))
@@ -228,7 +228,7 @@ class CpuNorms:
 
 
 def _goes_in_rows(gradient: Tensor) -> bool:
-    """Whether the elements of a strided gradient of a real dtype divide into rows for a sum."""
+    """True if the elements of a strided gradient of a real dtype divide into rows for a sum."""
     elements = gradient.numel()
     return gradient.dtype in _WIDE and elements % _row_length(elements) == 0
 
@@ -293,7 +293,7 @@ def chunks(members: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator
 
 
 class DeviceNorms:
-    """How to measure gradients on one device, by operations that never wait for it.
+    """Measures gradients on one device, by operations that never synchronize with it.
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
@@ -318,7 +318,7 @@ class DeviceNorms:
                 self._indices.append(i)
 
     def of(self, gradients: Gradients) -> Tensor:
-        """The norms of gradients like those that the plan was made of.
+        """The norms of gradients like those that this was made of.
 
         Squares are summed in float64: those of float32 and 16-bit elements neither underflow nor
         overflow there. The reads take most of the time even where float64 is slow: a GPU with one

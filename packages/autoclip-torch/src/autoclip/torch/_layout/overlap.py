@@ -111,7 +111,7 @@ class Overlaps:
 
 
 def _is_injective(gradient: Tensor | None) -> bool:
-    """Whether each element surely has a place of its own, unlike those of an expanded tensor."""
+    """True if each element surely has its own memory, unlike those of an expanded tensor."""
     if gradient is None or (gradient.layout is torch.strided and gradient.is_contiguous()):
         return True
     reach = 0
@@ -123,7 +123,7 @@ def _is_injective(gradient: Tensor | None) -> bool:
 
 
 def _extent(values: Tensor) -> int:
-    """How many bytes lie between the beginning of the first and the end of the last element."""
+    """The number of bytes from the beginning of the first to the end of the last element."""
     if not values.numel():
         return 0
     reach = sum((size - 1) * stride for stride, size in _strides(values))

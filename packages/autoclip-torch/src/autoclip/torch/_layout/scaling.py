@@ -1,6 +1,6 @@
 """Multiplying gradients by their coefficients, in place and in at least float32.
 
-As in `_norms`, what does not change from step to step is worked out once: `CpuScaling` and
+Everything that follows from shapes and dtypes is worked out once, as in `norms`: `CpuScaling` and
 `DeviceScaling` are made of gradients, and `apply` follows them at each step.
 """
 
@@ -30,7 +30,7 @@ _CHUNK = 2**22
 
 
 def _is_plain(gradient: Tensor) -> bool:
-    """Whether foreach operations multiply it: strided, real, and of at least 16 bits."""
+    """True if foreach operations multiply it: strided, real, and of at least 16 bits."""
     return gradient.layout is torch.strided and gradient.dtype in REAL_DTYPES
 
 
@@ -56,7 +56,7 @@ def _factor_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class CpuScaling:
-    """How to scale gradients in the CPU's memory.
+    """Scales gradients in the CPU's memory.
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
@@ -96,7 +96,7 @@ class CpuScaling:
         """Multiply the gradients whose coefficient is below 1; the others are not even read.
 
         Args:
-            gradients: like those that the plan was made of; renewed ones are put in the list.
+            gradients: like those that this was made of; renewed ones are put in the list.
             coefficients: float64[n], or float64[1] for all of them.
             renew: for gradients that share memory with others.
         """
@@ -132,7 +132,7 @@ class CpuScaling:
         """Zero each gradient whose norm is not finite.
 
         Args:
-            gradients: like those that the plan was made of; renewed ones are put in the list.
+            gradients: like those that this was made of; renewed ones are put in the list.
             norms: float64[n], finite exactly where the gradient is.
             renew: for gradients that share memory with others.
         """
@@ -180,7 +180,7 @@ class _SameDtype(NamedTuple):
 
 
 class DeviceScaling:
-    """How to scale gradients on one device, by operations that never wait for it.
+    """Scales gradients on one device, by operations that never synchronize with it.
 
     Their number grows with the number of large gradients, not with that of small ones.
 
@@ -228,10 +228,10 @@ class DeviceScaling:
         self._overlaps = Overlaps(gradients, self._indices)
 
     def apply(self, gradients: list[Any], coefficients: Tensor, renew: Renew) -> None:
-        """Multiply every gradient by its coefficient without asking the device whether it must.
+        """Multiply every gradient by its coefficient, also by 1: the host does not know which.
 
         Args:
-            gradients: like those that the plan was made of; renewed ones are put in the list.
+            gradients: like those that this was made of; renewed ones are put in the list.
             coefficients: float64[n] (float32 on MPS), or [1] for all of them, on the device.
             renew: for gradients that share memory with others.
         """
@@ -277,7 +277,7 @@ class DeviceScaling:
         """Zero each gradient whose norm is not finite.
 
         Args:
-            gradients: like those that the plan was made of; renewed ones are put in the list.
+            gradients: like those that this was made of; renewed ones are put in the list.
             norms: [n], finite exactly where the gradient is, on the device.
             renew: for gradients that share memory with others.
         """
@@ -300,8 +300,8 @@ class DeviceScaling:
 def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     """Views of a large gradient, small enough to be widened from 16 bits one by one.
 
-    CUDA and XLA widen and round element by element; other devices make a float32 copy of what they
-    multiply.
+    CUDA and XLA widen and round element by element; other devices make a float32 copy of
+    the gradient.
     """
     gradient = _writable(gradient)
     is_narrow = gradient.dtype.itemsize < 4

@@ -2,8 +2,8 @@
 
 Every process holds a part of the gradients, and all must come to the same norms, bit for bit, or
 their weights drift apart. So each puts the squares of its parts into a vector over all parameters,
-of the same length everywhere whatever gradient is missing here, and the processes add these up: one
-all-reduce for each dimension of a device mesh. Where a gradient is a partial sum, the sum is made
+of the same length everywhere, even if a gradient is missing here, and the processes add these up:
+one all-reduce for each dimension of a device mesh. If a gradient is a partial sum, the sum is made
 first: the square of a sum is not the sum of squares.
 """
 
@@ -122,9 +122,9 @@ class ShardedLayout(Layout):
         self.devices = [parameter.device for parameter in parameters]
         self._meshes = self._find_meshes(parameters)
         self._device = self._meshes[0].device
-        # What is on the device already, so that a step copies nothing that has not changed.
+        # The copy on the device, so a step copies only changes.
         self._present: tuple[list[bool], Tensor] | None = None
-        # Whether the processes have been found to clip alike.
+        # True after the processes have been found to clip alike.
         self._is_compared = False
         self._are_at: dict[torch.device, Tensor] = {}
         if groups.mode.joins:
@@ -164,7 +164,7 @@ class ShardedLayout(Layout):
             ours() is theirs for ours, theirs in zip(self._parameters, parameters)
         )
 
-    # -- what is refused ---------------------------------------------------------------------
+    # -- refusals ----------------------------------------------------------------------------
 
     def _refuse_parts_of_a_model(self, mode: Mode) -> None:
         """Refuse one norm of many gradients if other processes are seen to have more of them."""
@@ -280,7 +280,7 @@ class ShardedLayout(Layout):
         self._is_compared = True
 
     def _is_handshake_due(self) -> bool:
-        # The same everywhere: the layouts are agreed on, and so is what is trained.
+        # The same on all processes: they agree on layouts and on trained parameters.
         return not self._is_compared or any(
             layout is None and getattr(self._parameters[row](), "requires_grad", False)
             for mesh in self._meshes

@@ -1,11 +1,11 @@
-"""What the trainers' callbacks share: the clipper that an optimizer gets from their settings."""
+"""The clippers that the trainers' callbacks make from their settings."""
 
 from __future__ import annotations
 
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch._attachment import check_optimizer
 from autoclip.torch._clipper import Clipper, QuantileClip, StandardClip
-from autoclip.torch._engine import EngineClipper
 from autoclip.torch._parameters import names_in
+from autoclip.torch._trainers.engine import EngineClipper
 
 __all__ = [
     "ClipperClass",
@@ -33,7 +33,7 @@ class Clippers:
     """Clippers that live as long as their optimizers or engines.
 
     A callback may be used for several models in turn, and a clipper holds its parameters. Copies
-    of a callback, and what other processes get of it, have no clippers.
+    of a callback, also in other processes, have no clippers.
 
     Args:
         clippers: the first ones.
@@ -90,7 +90,7 @@ class ClipperMaker:
         """The clippers of a trainer's optimizers.
 
         An optimizer without a clipper gets one now. Without settings, and if any optimizer came
-        with a clipper, that is the user's choice of what is clipped, and none is added.
+        with a clipper, the user has chosen those that are clipped, and none is added.
 
         Args:
             optimizers: all that the trainer has.
@@ -120,8 +120,9 @@ class ClipperMaker:
     def _attached(self, optimizer: Optimizer) -> Clipper:
         present = self._present(optimizer)
         if present is not None:
-            return present  # type: ignore[no-any-return]
-        clipper: Clipper = self._class.as_optimizer(optimizer, **self._settings).clipper  # type: ignore[attr-defined]
+            return cast("Clipper", present)
+        clipped: Any = self._class.as_optimizer(optimizer, **self._settings)
+        clipper: Clipper = clipped.clipper
         self._made.append(clipper)
         return clipper
 
@@ -156,7 +157,7 @@ class ClipperMaker:
         return present if self._is_default or not self._is_foreign(owner) else None
 
     def _is_foreign(self, owner: Any) -> bool:
-        """Whether it came with a clipper."""
+        """True if it came with a clipper."""
         present = vars(owner).get("clipper")
         return present is not None and all(present is not clipper for clipper in self._made)
 
@@ -165,7 +166,7 @@ class ClipperMaker:
     ) -> EngineClipper:
         present = self._present(owner)
         if present is not None:
-            return present  # type: ignore[no-any-return]
+            return cast("EngineClipper", present)
         settings = {"global_clipping": False, **self._settings}
         if issubclass(self._class, (QuantileClip, StandardClip)):
             settings["rule"] = Quantile if issubclass(self._class, QuantileClip) else Standard

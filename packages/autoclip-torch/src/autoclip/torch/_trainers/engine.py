@@ -1,4 +1,4 @@
-"""What clippers of engines share: one history of the norm that the engine itself measures."""
+"""The clipper of an engine: one history of the norm that the engine itself measures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autoclip.core.adapter import ClipperSettings
 
 __all__ = ["EngineClipper"]
 
-# What an engine that clips all gradients together to a constant can do, of each setting.
+# The values of settings that an engine which clips all gradients to a constant can follow.
 _ONLY = {
     "group_clipping": (False,),
     "include_current": (None, False),
@@ -28,7 +28,7 @@ class EngineClipper(MaxNorm):
         is_saved_alone: True if trainers' checkpoints of the engine drop the history.
 
     Args:
-        engine: what the engine is called, for messages.
+        engine: the engine's name in messages.
         rule: how the window becomes a threshold, or the class of such a rule.
         settings: the rule's, if `rule` is a class, and those of a clipper.
 
