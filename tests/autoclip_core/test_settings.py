@@ -15,16 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoclip.core import History, ParameterInfo, Quantile, Standard
+from autoclip.core import History, ParameterInfo, Quantile, Standard, State
 from autoclip.core._settings.fields import check_flag, check_known_settings
 from autoclip.core.adapter import (
     ClipperSettings,
     GroupSettings,
+    Mode,
     ParamGroup,
-    batches,
-    make_state,
-    row_names,
-    split_state,
+    rows_by_storage,
 )
 
 NO_NUMBERS = [
@@ -461,28 +459,26 @@ def test_a_copy_of_a_group_is_a_plain_dict() -> None:
 def test_rows_that_can_be_recorded_together() -> None:
     a, b = GroupSettings(Quantile(0.5), 10), GroupSettings(Quantile(0.9), 10, max_norm=1.0)
     c = GroupSettings(Quantile(0.5), 11)
-    assert list(batches([a, c, b, a]).values()) == [[0, 2, 3], [1]]
-    assert list(batches([a, c, b, a], "xxxy").values()) == [[0, 2], [1], [3]]
+    assert rows_by_storage([a, c, b, a]) == [[0, 2, 3], [1]]
+    assert rows_by_storage([a, c, b, a], "xxxy") == [[0, 2], [1], [3]]
 
 
 def test_what_rows_are_called() -> None:
-    assert row_names("parameter", ["w", "b"], 1) == ("w", "b")
-    assert row_names("group", ["w", "b"], 2) == ("group 0", "group 1")
-    assert row_names("global", ["w", "b"], 2) == ("all parameters",)
+    assert Mode.PARAMETER.row_names(["w", "b"], 1) == ("w", "b")
+    assert Mode.GROUP.row_names(["w", "b"], 2) == ("group 0", "group 1")
+    assert Mode.GLOBAL.row_names(["w", "b"], 2) == ("all parameters",)
 
 
-@pytest.mark.parametrize(
-    ("mode", "rows", "count"),
-    [("parameter", [[2, 0], [1]], 3), ("group", [[1], [0]], 2), ("global", [[0], [0]], 1)],
-)
-def test_a_state_splits_into_the_rows_it_was_made_of(mode: Any, rows: Any, count: int) -> None:
+@pytest.mark.parametrize(("mode", "count"), [("parameter", 3), ("group", 2), ("global", 1)])
+def test_a_state_splits_into_the_rows_it_was_made_of(mode: Any, count: int) -> None:
     each = [GroupSettings(Quantile(q), 4) for q in (0.5, 0.9)]
     each = each[:1] * 2 if mode == "global" else each
     infos = [[ParameterInfo("a", (2,)), ParameterInfo("b", (3,))], [ParameterInfo("c", ())]]
     windows = [np.arange(1, row + 2, dtype=np.float32) for row in range(count)]
     recorded = np.arange(7, 7 + count)
-    state = make_state("jax", "quantile", mode, each, infos, rows, windows, recorded)
+    state = State.of("jax", Mode(mode), each, infos, windows, recorded)
+    assert state.rule == "quantile"
     assert [len(g.parameters) for g in state.groups] == ([3] if mode == "global" else [2, 1])
-    again, counts = split_state(state, rows, count)
+    again, counts = state.by_row()
     assert [window.tolist() for window in again] == [window.tolist() for window in windows]
     assert counts.tolist() == recorded.tolist()

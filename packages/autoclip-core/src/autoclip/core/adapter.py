@@ -14,7 +14,6 @@ from autoclip.core._clipper.logging import check_parameters
 from autoclip.core._clipper.notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
-from autoclip.core._rows import batches, make_state, parameter_names, row_names, split_state
 from autoclip.core._rules.rule import RULES, rule_instance
 from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import (
@@ -27,7 +26,7 @@ from autoclip.core._settings.settings import (
     given,
 )
 from autoclip.core._state.files import CHECKPOINT_FILE, write_file
-from autoclip.core._state.state import GroupState, ParameterInfo, State
+from autoclip.core._state.state import GroupState, ParameterInfo, State, parameter_names
 from autoclip.core._step import numbers_of, record, thresholds_of
 from autoclip.core._warnings import warn_user
 from autoclip.core._window import Windows, needs_order, pack, unpack
@@ -58,7 +57,6 @@ __all__ = [
     "Storage",
     "Windows",
     "attached_message",
-    "batches",
     "check_parameters",
     "constant_notice",
     "constructor",
@@ -67,18 +65,15 @@ __all__ = [
     "is_recorded",
     "log_and_watch",
     "make_factory",
-    "make_state",
     "needs_order",
     "nonfinite_message",
     "numbers_of",
     "pack",
     "parameter_names",
     "record",
-    "row_names",
     "rows_by_storage",
     "rule_instance",
     "second_clipper_message",
-    "split_state",
     "thresholds_of",
     "unpack",
     "warn_user",
