@@ -463,22 +463,32 @@ def test_rows_that_can_be_recorded_together() -> None:
     assert rows_by_storage([a, c, b, a], "xxxy") == [[0, 2], [1], [3]]
 
 
-def test_what_rows_are_called() -> None:
-    assert Mode.PARAMETER.row_names(["w", "b"], 1) == ("w", "b")
-    assert Mode.GROUP.row_names(["w", "b"], 2) == ("group 0", "group 1")
-    assert Mode.GLOBAL.row_names(["w", "b"], 2) == ("all parameters",)
+@pytest.mark.parametrize(
+    ("mode", "rows", "of_parameters", "names"),
+    [
+        (Mode.PARAMETER, [[0, 1], [], [2]], [0, 1, 2], ("v", "w", "b")),
+        (Mode.GROUP, [[0], [1], [2]], [0, 0, 2], ("group 0", "group 1", "group 2")),
+        (Mode.GLOBAL, [[0], [0], [0]], [0, 0, 0], ("all parameters",)),
+    ],
+)
+def test_rows_of_each_mode(mode: Mode, rows: Any, of_parameters: Any, names: Any) -> None:
+    sizes = [2, 0, 1]
+    assert [list(each) for each in mode.rows_by_group(sizes)] == rows
+    assert mode.row_of_parameters(sizes) == of_parameters
+    assert mode.row_names(["v", "w", "b"], 3) == names
+    expected = {Mode.PARAMETER: "xxz", Mode.GROUP: "xyz", Mode.GLOBAL: "x"}
+    assert "".join(mode.by_row(["x", "y", "z"], sizes)) == expected[mode]
 
 
-@pytest.mark.parametrize(("mode", "count"), [("parameter", 3), ("group", 2), ("global", 1)])
-def test_a_state_splits_into_the_rows_it_was_made_of(mode: Any, count: int) -> None:
-    each = [GroupSettings(Quantile(q), 4) for q in (0.5, 0.9)]
-    each = each[:1] * 2 if mode == "global" else each
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_state_splits_into_the_rows_it_was_made_of(mode: Mode) -> None:
+    settings = [GroupSettings(Quantile(q), 4) for q in (0.5, 0.9)]
     infos = [[ParameterInfo("a", (2,)), ParameterInfo("b", (3,))], [ParameterInfo("c", ())]]
+    count = len(mode.row_names("abc", 2))
     windows = [np.arange(1, row + 2, dtype=np.float32) for row in range(count)]
     recorded = np.arange(7, 7 + count)
-    state = State.of("jax", Mode(mode), each, infos, windows, recorded)
-    assert state.rule == "quantile"
-    assert [len(g.parameters) for g in state.groups] == ([3] if mode == "global" else [2, 1])
+    state = State.of("jax", mode, settings, infos, windows, recorded)
+    assert state.sizes == ([3] if mode is Mode.GLOBAL else [2, 1])
     again, counts = state.by_row()
     assert [window.tolist() for window in again] == [window.tolist() for window in windows]
     assert counts.tolist() == recorded.tolist()

@@ -19,10 +19,7 @@ from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import (
     CLIPPER_SETTINGS,
     ClipperSettings,
-    CommonSettings,
     GroupSettings,
-    QuantileSettings,
-    StandardSettings,
     given,
 )
 from autoclip.core._state.files import CHECKPOINT_FILE, write_file
@@ -41,7 +38,6 @@ __all__ = [
     "AttachmentHandle",
     "BaseClipper",
     "ClipperSettings",
-    "CommonSettings",
     "Group",
     "GroupSettings",
     "GroupState",
@@ -51,8 +47,6 @@ __all__ = [
     "Ops",
     "ParamGroup",
     "ParameterInfo",
-    "QuantileSettings",
-    "StandardSettings",
     "State",
     "Storage",
     "Windows",
@@ -69,7 +63,6 @@ __all__ = [
     "nonfinite_message",
     "numbers_of",
     "pack",
-    "parameter_names",
     "record",
     "rows_by_storage",
     "rule_instance",

@@ -44,7 +44,7 @@ def attach(
         rule: how the window becomes a threshold; a class takes its settings from `settings`, as
             `attach(model, optimizer, quantile=0.9)` does.
         history_length: how many norms are kept, the newest ones.
-        settings: `max_norm`, `warmup_steps` and `record`; see `CommonSettings`.
+        settings: `max_norm`, `warmup_steps` and `record`; see `Clipper`.
 
     Returns:
         The clipper with the history, also as `optimizer.clipper`. Its `detach()` ends the clipping.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias
 
 from autoclip.core._rules.rule import Rule, structure_of
 from autoclip.core._settings.fields import check_fields, check_flag, check_known_settings, setting
@@ -18,13 +18,10 @@ from autoclip.core._settings.mode import Mode
 __all__ = [
     "CLIPPER_SETTINGS",
     "ClipperSettings",
-    "CommonSettings",
     "GroupSettings",
     "OnNonfinite",
     "OnSpike",
-    "QuantileSettings",
     "Record",
-    "StandardSettings",
     "given",
 ]
 
@@ -33,59 +30,25 @@ OnSpike: TypeAlias = Literal["clip", "zero", "skip"]
 Record: TypeAlias = Literal["raw", "clipped"]
 
 
-class CommonSettings(TypedDict, total=False):
-    """The settings that every clipper takes by keyword, for editors and type checkers.
-
-    * `group_clipping`: one history of the norm of all gradients of a parameter group together,
-      instead of one for each parameter.
-    * `max_norm`: a ceiling on every threshold, and the only threshold during warm-up.
-    * `warmup_steps`: how many norms a row records before its rule counts.
-    * `include_current`: whether a norm is part of the window that it is compared with.
-    * `record`: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
-    * `on_spike`: the treatment of a gradient above its threshold: `"clip"` scales it down to the
-      threshold, `"zero"` sets it to zero, `"skip"` (PyTorch) leaves the parameter untouched.
-    * `on_nonfinite`: the treatment of a gradient that holds a NaN or an infinity: `"keep"` leaves
-      it as it is, `"zero"` sets it to zero, `"raise"` raises FloatingPointError. Its norm is
-      never recorded.
-    """
-
-    group_clipping: bool
-    max_norm: float | None
-    warmup_steps: int | None
-    include_current: bool | None
-    record: Record
-    on_spike: OnSpike
-    on_nonfinite: OnNonfinite
-
-
-class QuantileSettings(CommonSettings, total=False):
-    """The keyword arguments of `QuantileClip`; see `Quantile` and `CommonSettings`."""
-
-    factor: float
-
-
-class StandardSettings(CommonSettings, total=False):
-    """The keyword arguments of `StandardClip`; see `Standard` and `CommonSettings`."""
-
-    decay: float | None
-    factor: float
-    shrink: bool
-    log: bool
-
-
 @dataclass(frozen=True)
 class GroupSettings:
     """All settings of one parameter group, and so of its rows.
 
     Args:
-        rule: how a window becomes a threshold.
-        history_length: how many norms a row keeps, the newest ones; an int ≥ 1.
-        max_norm: see `CommonSettings`, as for all that follow; None for no ceiling.
-        warmup_steps: None for the rule's default.
-        include_current: None for the rule's default.
-        record: `"raw"` or `"clipped"`.
-        on_spike: `"clip"`, `"zero"` or `"skip"`.
-        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
+        rule: computes the threshold from the window.
+        history_length: the number of norms that a row keeps, the newest ones; an int ≥ 1.
+        max_norm: a ceiling on every threshold, and the only threshold during warm-up; None for no
+            ceiling.
+        warmup_steps: the number of norms that a row records before its rule counts; None for the
+            rule's default.
+        include_current: True if a norm is part of the window that it is compared with; None for the
+            rule's default.
+        record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
+        on_spike: the treatment of a gradient above its threshold: `"clip"` scales it down to the
+            threshold, `"zero"` sets it to zero, `"skip"` (PyTorch) leaves the parameter untouched.
+        on_nonfinite: the treatment of a gradient that holds a NaN or an infinity: `"keep"` leaves
+            it as it is, `"zero"` sets it to zero, `"raise"` raises FloatingPointError. Its norm is
+            never recorded.
 
     Raises:
         TypeError: a setting has a wrong type.

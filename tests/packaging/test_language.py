@@ -1,0 +1,43 @@
+"""The language of sources and pages, as far as it can be counted."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "packages").glob("*/src/**/*.py"))
+FIRST_WORDS = re.compile(r"(What|Which|Where|How|Whether)\b")
+UNUSUAL = re.compile(r"\b(so many|anew|as yet|for ever|beside|whatever)\b", re.IGNORECASE)
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and texts of all docstrings, those of attributes included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for each in node.body if hasattr(node, "body") and isinstance(node.body, list) else []:
+            match each:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield each.lineno, text.strip()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_a_docstring_begins_with_a_noun_or_a_verb(path: Path) -> None:
+    found = [f"{path}:{line}: {text}" for line, text in docstrings(path) if FIRST_WORDS.match(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_sources_use_common_words(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [f"{path}:{i}: {line}" for i, line in enumerate(lines, 1) if UNUSUAL.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_relative_clauses_have_a_noun() -> None:
+    """At most 0.5 times `what` in 1000 words: the thing's name stands in its place."""
+    words = re.findall(r"[a-z']+", " ".join(p.read_text(encoding="utf-8") for p in SOURCES).lower())
+    assert words.count("what") <= 0.0005 * len(words)
