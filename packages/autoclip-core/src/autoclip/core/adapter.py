@@ -23,7 +23,7 @@ from autoclip.core._settings.settings import (
     given,
 )
 from autoclip.core._state.files import CHECKPOINT_FILE, write_file
-from autoclip.core._state.state import GroupState, ParameterInfo, State, parameter_names
+from autoclip.core._state.state import GroupState, ParameterInfo, State
 from autoclip.core._step import numbers_of, record, thresholds_of
 from autoclip.core._warnings import warn_user
 from autoclip.core._window import Windows, needs_order, pack, unpack
