@@ -27,6 +27,8 @@ CLIPPERS = {
     "groups": lambda optimizer: QuantileClip.as_optimizer(
         optimizer, 0.9, 10, group_settings=[{"match": "bias", "quantile": 0.3, "history_length": 4}]
     ),
+    # So long that a graph compiles the insertion into sorted windows.
+    "long histories": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, 30_000),
 }
 
 

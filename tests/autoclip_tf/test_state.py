@@ -127,6 +127,18 @@ class TestGoingOn:
         )
 
 
+def test_long_histories_are_the_same_in_a_graph(steps, mode):
+    """There the insertion into sorted windows is compiled."""
+    eager, other = (
+        steps(QuantileClip(0.5, 40_000), [(1,), (2,)], each) for each in ("eager", mode)
+    )
+    for norms in [(1.0, 9.0), (4.0, 0.0), (2.0, np.nan), (8.0, 5.0), (3.0, 7.0)]:
+        for each in (eager, other):
+            each(*gradients_of(norms))
+        np.testing.assert_array_equal(other.clipper.thresholds, eager.clipper.thresholds)
+    assert data_of(other.clipper) == data_of(eager.clipper)
+
+
 class TestBuild:
     def test_a_state_that_is_loaded_before_becomes_the_first_value(self, make, tmp_path):
         clipper, variables = trained(make)
