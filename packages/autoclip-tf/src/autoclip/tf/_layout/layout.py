@@ -42,13 +42,17 @@ class Layout:
         gradients: of each variable; None for no gradient.
         groups: the variables.
         histories: the rows.
+
+    Attributes:
+        storages: the histories of the rows.
+        present: the indices of the gradients that there are.
     """
 
     def __init__(
         self, gradients: Sequence[Gradient | None], groups: Groups, histories: Histories
     ) -> None:
         self._kinds = [_kind(gradient) for gradient in gradients]
-        self._storages = histories.storages
+        self.storages = histories.storages
         self._count, self._joins = len(histories), groups.mode.joins
         row_of = np.array(groups.row_of_parameters())
         self._members = [np.flatnonzero(row_of == row) for row in range(self._count)]
@@ -118,9 +122,9 @@ class Layout:
         else:
             by_row = tf.stack([self.total(tf.gather(norms, each)) for each in self._members])
         column = tf.reshape(by_row, [-1, 1])
-        if len(self._storages) == 1:
-            return [(self._storages[0], column)]
-        return [(storage, tf.gather(column, storage.rows)) for storage in self._storages]
+        if len(self.storages) == 1:
+            return [(self.storages[0], column)]
+        return [(storage, tf.gather(column, storage.rows)) for storage in self.storages]
 
     @staticmethod
     def total(norms: tf.Tensor) -> tf.Tensor:
