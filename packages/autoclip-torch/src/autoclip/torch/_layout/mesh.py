@@ -18,13 +18,13 @@ from torch import Tensor
 from autoclip.torch._layout.norms import values_of
 from autoclip.torch._private import root_mesh
 
-__all__ = ["Layout", "Mesh", "is_nonzero", "process_groups"]
+__all__ = ["Mesh", "Placement", "is_nonzero", "process_groups"]
 
 # How a gradient is placed along one dimension of a mesh, as a number that a handshake can carry;
 # from _SHARDED on, one for each dimension of the tensor.
 _REPLICATED, _SUMMED, _AVERAGED, _SHARDED = range(4)
 _BASE = 64
-Layout = tuple[int, ...]
+Placement = tuple[int, ...]
 """The placement of a gradient along each dimension of its mesh."""
 
 
@@ -57,19 +57,19 @@ class Mesh:
         self._group_ranks = [dist.get_rank(group) for group in self.groups]
         self.rows: list[int] = []
         # One a row; None as long as no process has had a gradient for it.
-        self.layouts: list[Layout | None] = []
+        self.agreed: list[Placement | None] = []
         self._shapes: list[tuple[int, ...]] = []
         self._dtypes: list[torch.dtype] = []
-        self._by_placements: dict[Any, Layout | None] = {}
-        # Tensors on the device for `combine`, remade with the layouts.
+        self._by_placements: dict[Any, Placement | None] = {}
+        # Tensors on the device for `combine`, remade with the placements.
         self._tensors: tuple[Tensor, list[Tensor]] | None = None
 
     def add(self, row: int, parameter: Tensor, is_dtensor: bool) -> None:
         """Take up a row. A plain tensor is taken to be the same on all processes."""
         self.rows.append(row)
-        self.layouts.append(None if is_dtensor else (_REPLICATED,) * len(self.groups))
-        layout = self.layout_of(parameter) if is_dtensor else None
-        self._shardings.add(None if layout is None else tuple(k >= _SHARDED for k in layout))
+        self.agreed.append(None if is_dtensor else (_REPLICATED,) * len(self.groups))
+        placement = self.placement_of(parameter) if is_dtensor else None
+        self._shardings.add(None if placement is None else tuple(k >= _SHARDED for k in placement))
         self._shapes.append(tuple(parameter.shape))
         self._dtypes.append(parameter.dtype)
 
@@ -78,16 +78,16 @@ class Mesh:
         """True if all parameters are sharded along the same of the mesh's dimensions."""
         return len(self._shardings) == 1 and None not in self._shardings
 
-    def layout_of(self, tensor: Any) -> Layout | None:
-        """The layout of a DTensor; None on another mesh, or if it is neither a sum nor a mean."""
+    def placement_of(self, tensor: Any) -> Placement | None:
+        """A DTensor's placement; None on another mesh, or if it is neither a sum nor a mean."""
         key = (tensor.device_mesh, tensor.placements)
         if key not in self._by_placements:
             self._by_placements[key] = self._read_placements(*key)
         return self._by_placements[key]
 
-    def _read_placements(self, mesh: Any, placements: Sequence[Any]) -> Layout | None:
+    def _read_placements(self, mesh: Any, placements: Sequence[Any]) -> Placement | None:
         # A mesh of fewer dimensions is a part of this one: along the others there are replicas.
-        layout = [_REPLICATED] * len(self.groups)
+        kinds = [_REPLICATED] * len(self.groups)
         for dimension, placement in enumerate(placements):
             ranks = _ranks(mesh.get_group(dimension))
             if len(ranks) == 1 or placement.is_replicate():
@@ -100,8 +100,8 @@ class Mesh:
                 kind = _SUMMED if placement.reduce_op == "sum" else _AVERAGED
             else:
                 return None
-            layout[self._order[ranks]] = kind
-        return tuple(layout)
+            kinds[self._order[ranks]] = kind
+        return tuple(kinds)
 
     def agree(self, gradients: Sequence[Any], facts: Sequence[int]) -> list[int]:
         """Tell the other processes how the DTensors that are here are placed, and learn theirs.
@@ -114,17 +114,17 @@ class Mesh:
             The largest of each of the facts on any process.
         """
         codes = [0] * len(self.rows)
-        for k, (row, layout) in enumerate(zip(self.rows, self.layouts)):
+        for k, (row, placement) in enumerate(zip(self.rows, self.agreed)):
             gradient = gradients[row]
-            if layout is None and gradient is not None and is_nonzero(gradient):
-                layout = self.layout_of(gradient)
-            if layout is not None:
-                codes[k] = 1 + sum(kind * _BASE**j for j, kind in enumerate(layout))
+            if placement is None and gradient is not None and is_nonzero(gradient):
+                placement = self.placement_of(gradient)
+            if placement is not None:
+                codes[k] = 1 + sum(kind * _BASE**j for j, kind in enumerate(placement))
         agreed = torch.tensor([*codes, *facts], dtype=torch.int64, device=self.device)
         for group in self.groups:
             dist.all_reduce(agreed, dist.ReduceOp.MAX, group)
         found: list[int] = agreed.tolist()
-        self.layouts = [
+        self.agreed = [
             tuple((code - 1) // _BASE**j % _BASE for j in self._axes) if code else None
             for code in found[: len(codes)]
         ]
@@ -134,7 +134,7 @@ class Mesh:
     def elements(self, k: int) -> int:
         """The number of real numbers of the k-th row's gradient in this process."""
         shape = list(self._shapes[k])
-        for kind, size, rank in zip(self.layouts[k] or (), self._sizes, self._group_ranks):
+        for kind, size, rank in zip(self.agreed[k] or (), self._sizes, self._group_ranks):
             if kind >= _SHARDED:
                 chunk = -(-shape[kind - _SHARDED] // size)
                 rest = max(shape[kind - _SHARDED] - chunk * rank, 0)
@@ -143,12 +143,12 @@ class Mesh:
 
     def fault(self, k: int, gradient: Any) -> str | None:
         """The reason that a DTensor is not the agreed gradient of the k-th row; None if it is."""
-        layout = self.layout_of(gradient)
-        if layout is None:
+        placement = self.placement_of(gradient)
+        if placement is None:
             return f"is placed {gradient.placements} on {gradient.device_mesh}"
-        if layout != self.layouts[k]:
+        if placement != self.agreed[k]:
             return f"is placed {gradient.placements}, differently from earlier steps"
-        if _is_partial(layout) and values_of(gradient.to_local()).numel() != self.elements(k):
+        if _is_partial(placement) and values_of(gradient.to_local()).numel() != self.elements(k):
             return f"has {gradient.to_local().numel()} elements here, placed {gradient.placements}"
         return None
 
@@ -156,9 +156,9 @@ class Mesh:
         """Replace gradients that are partial sums by the sums: one all-reduce a dimension."""
         for j, group in enumerate(self.groups):
             partial = [
-                (k, row, layout[j] == _AVERAGED)
-                for k, (row, layout) in enumerate(zip(self.rows, self.layouts))
-                if layout is not None and layout[j] in (_SUMMED, _AVERAGED)
+                (k, row, placement[j] == _AVERAGED)
+                for k, (row, placement) in enumerate(zip(self.rows, self.agreed))
+                if placement is not None and placement[j] in (_SUMMED, _AVERAGED)
             ]
             if not partial:
                 continue
@@ -190,7 +190,7 @@ class Mesh:
             something is wrong on any process.
         """
         if self._tensors is None:
-            masks = [[x is not None and x[j] < _SHARDED for x in self.layouts] for j in self._axes]
+            masks = [[x is not None and x[j] < _SHARDED for x in self.agreed] for j in self._axes]
             self._tensors = (
                 torch.tensor([*self.rows, len(squares)], device=self.device),
                 [torch.tensor(mask, device=self.device) for mask in masks],
@@ -220,8 +220,8 @@ def _pipeline_dimension(mesh: Any) -> str | None:
     return None
 
 
-def _is_partial(layout: Layout) -> bool:
-    return _SUMMED in layout or _AVERAGED in layout
+def _is_partial(placement: Placement) -> bool:
+    return _SUMMED in placement or _AVERAGED in placement
 
 
 def is_nonzero(gradient: Any) -> bool:

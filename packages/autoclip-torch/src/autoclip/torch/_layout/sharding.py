@@ -280,11 +280,11 @@ class ShardedLayout(Layout):
         self._is_compared = True
 
     def _is_handshake_due(self) -> bool:
-        # The same on all processes: they agree on layouts and on trained parameters.
+        # The same on all processes: they agree on placements and on trained parameters.
         return not self._is_compared or any(
-            layout is None and getattr(self._parameters[row](), "requires_grad", False)
+            placement is None and getattr(self._parameters[row](), "requires_grad", False)
             for mesh in self._meshes
-            for row, layout in zip(mesh.rows, mesh.layouts)
+            for row, placement in zip(mesh.rows, mesh.agreed)
         )
 
     def _as_agreed(
