@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from torch.optim.lr_scheduler import StepLR
 from autoclip.torch import QuantileClip, StandardClip, StateError
 
 SETTINGS: dict[str, Any] = {"quantile": 0.5, "history_length": 16}
+
+
+def repickled(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
 
 
 def make_model() -> nn.Sequential:
@@ -462,6 +467,25 @@ def test_parameters_added_to_the_optimizer_get_rows(global_clipping: bool) -> No
     assert optimizer.state_dict()["autoclip"] == saved["autoclip"]
 
 
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, repickled])
+def test_a_copy_has_rows_for_parameters_added_since_the_last_step(how: Any) -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(SGD(model[0].parameters(), lr=0.1), quantile=0.0)
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["params"].append(model[2].weight)
+    optimizer.add_param_group({"params": model[2].bias})
+    twin = how(optimizer)
+    for norm in (1.0, 50.0):
+        for group in twin.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.full_like(parameter, norm / parameter.numel() ** 0.5)
+        twin.step()
+    clipped = twin.clipper.last
+    assert clipped.norms.tolist() == pytest.approx([50.0] * 4)
+    assert all(clipped.thresholds <= 1.0001)
+    twin.load_state_dict(twin.state_dict())
+
+
 def test_an_added_group_has_its_own_settings_and_a_wrong_one_raises() -> None:
     model = make_model()
     optimizer = QuantileClip.as_optimizer(SGD(model[0].parameters(), lr=0.1), **SETTINGS)
@@ -485,6 +509,12 @@ def test_parameters_that_vanish_are_an_error() -> None:
     backward(model, batches()[0])
     with pytest.raises(RuntimeError, match="by their position"):
         optimizer.step()
+    with pytest.raises(RuntimeError, match="by their position"):
+        optimizer.clipper.detach()
+    # The optimizer is free for the new clipper that the message asks for.
+    QuantileClip.as_optimizer(optimizer)
+    optimizer.step()
+    assert len(optimizer.clipper.last.norms) == 3
 
 
 # -- parameter objects that are exchanged --------------------------------------------------------

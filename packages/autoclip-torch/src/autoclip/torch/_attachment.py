@@ -205,12 +205,12 @@ class Attachment(Hooks):
     def end(self) -> None:
         """Undo `begin`."""
         self._remove_hooks()
-        if self._groups is not None:
-            self._groups.release()
         optimizer = self.optimizer
         if optimizer is not None:
             for name in self._attributes:
                 optimizer.__dict__.pop(name, None)
+        if self._groups is not None:
+            self._groups.release()  # last: it raises if parameters have vanished
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:

@@ -435,6 +435,10 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
         The optimizer is as it was before. The clipper keeps its history, and the parameters that
         the optimizer has now. Does nothing if the clipper is not attached.
+
+        Raises:
+            RuntimeError: parameters have vanished from the optimizer, so the clipper has none to
+                keep. It is detached all the same.
         """
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
@@ -532,7 +536,9 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own: it holds its parameters and is attached to nothing. A
-        # layout may hold process groups, which belong to this process.
+        # layout may hold process groups, which belong to this process. Parameters that are new in
+        # the optimizer come first: they add rows to the histories, which are copied before groups.
+        self._groups.parameters()
         return {**self.__dict__, "_attachment": None, "_layout": None}
 
 
