@@ -91,6 +91,10 @@ def further() -> dict[str, tuple[str, dict[str, Any]]]:
         "QuantileClip",
         {"quantile": 0.1, "history_length": 20, "global_clipping": True},
     )
+    arms["0.1 ×1, raw, last 1000, global, max_norm 100"] = (
+        "QuantileClip",
+        {"quantile": 0.1, "global_clipping": True, "max_norm": 100.0},
+    )
     for factor, decay in product((1.25, 1.5), (0.9, 0.97)):
         arms[f"mean of logarithms, decay {decay:g}, ×{factor:g}, clipped, global"] = (
             "StandardClip",

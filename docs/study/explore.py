@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from design import TASKS as FIRST
 from run import Job, run_all
 from tqdm import tqdm
 
-TASKS = FIRST | CONFIRMATION
+# Why a constant helps deep clustering: with beta2 0.98, Adam forgets large first gradients sooner.
+CLUSTERING = FIRST["separation"].conditions[0]
+FORGETTING = replace(CLUSTERING, name="deep clustering, beta2 0.98", variant="beta2 0.98")
+SEPARATION = replace(FIRST["separation"], conditions=(CLUSTERING, FORGETTING))
+TASKS = FIRST | CONFIRMATION | {"separation": SEPARATION}
 FOLDER = results.FOLDER / "exploration"
 # The two prices first (SGD slows down under a low quantile), then the protection.
 CONDITIONS = {
@@ -29,6 +34,7 @@ CONDITIONS = {
     "rows": ("SGD, lr ×10", "SGD, lr ×30", "Adam, lr ×10", "Adam, lr ×30"),
     "pixels": ("SGD", "SGD, lr ×3", "Adam"),
     "convolution": ("SGD, lr ×10", "Adam, lr ×10", "SGD", "Adam"),
+    "separation": (CLUSTERING.name, FORGETTING.name),
     "images": ("SGD, lr ×10", "Adam, lr ×10", "SGD", "Adam", "SGD, lr ×3", "Adam, lr ×3"),
 }
 

@@ -16,14 +16,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import results
+import summary
 from arms import ARMS, CONSTANTS, DEFAULT, DRAWN, NONE
 from design import TASKS, Condition, Task
+from measures import holm, interval, markdown, mcnemar, probability
 from scipy import stats
 
 PAGE = Path(__file__).parents[1] / "study.md"
 FIGURES = Path(__file__).parent / "figures"
 LEVEL = 0.05
-RESAMPLES = 10_000
 # What differs from the default in one setting only.
 CHANGED = {
     "quantile 0.5": "quantile 0.5",
@@ -90,32 +91,6 @@ class Study:
             for condition in task.conditions
             if len(self.shared_seeds(name, condition)) >= seeds
         ]
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean."""
-    random = np.random.default_rng(0)
-    means = random.choice(values, (RESAMPLES, len(values))).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction (1979)."""
-    order = np.argsort(p_values)
-    steps = np.array(p_values)[order] * np.arange(len(order), 0, -1)
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
-    return corrected.tolist()
-
-
-def probability(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cell(task: Task, scores: dict[int, float]) -> str:
@@ -227,29 +202,6 @@ def robustness_table(study: Study) -> str:
     return markdown(head, rows)
 
 
-def time_table(study: Study) -> str:
-    """CPU time of a whole step, and what each arm adds to it."""
-    names = [name for name in TASKS if study.runs[name]]
-
-    def step(name: str, arm: str) -> float:
-        times = [
-            run["step_ms"]
-            for condition in TASKS[name].conditions
-            for run in study.records(name, condition, arm).values()
-            if run["step_ms"] is not None
-        ]
-        return float(np.median(times)) if times else np.nan
-
-    rows = []
-    for arm in ARMS:
-        row = [arm]
-        for name in names:
-            plain, here = step(name, NONE), step(name, arm)
-            row.append(f"{here:.1f} ms" if arm == NONE else f"{here / plain - 1:+.0%}")
-        rows.append([text if "nan" not in text else "·" for text in row])
-    return markdown(["time of a step", *names], rows)
-
-
 def rank_table(study: Study) -> str:
     """Mean rank of each arm over the conditions, with tests against two arms."""
     conditions = study.comparable(seeds=1)
@@ -324,13 +276,6 @@ def divergence_table(study: Study) -> str:
     ]
     head = ["diverged runs", *groups, "p, against none", "p, against the default"]
     return markdown(head, rows)
-
-
-def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """McNemar's exact test that two ways do equally often what they do in the same pairs."""
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    discordant = only_first + only_second
-    return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
 def defaults_table(study: Study) -> str:
@@ -462,7 +407,6 @@ def parts(study: Study, figures: Path, link: str) -> dict[str, str]:
         "ranks": lambda: rank_table(study),
         "tests-none": lambda: paired_tests(study, NONE),
         "tests-default": lambda: paired_tests(study, DEFAULT),
-        "time": lambda: time_table(study),
     }
     texts = {name: table() for name, table in tables.items()}
     for name, draw, text in (
@@ -490,6 +434,8 @@ def write(folder: Path = results.FOLDER, page: Path = PAGE, output: Path = PAGE)
     """Fill in the page's tables and draw its figures beside it."""
     figures = output.parent / "study" / "figures"
     texts = parts(Study(folder), figures, "study/figures")
+    confirmation = summary.Confirmation(folder / "confirmation")
+    texts |= summary.parts(confirmation, figures, "study/figures")
     output.write_text(fill(page.read_text("utf-8"), texts), "utf-8")
 
 

@@ -42,7 +42,8 @@ class Outcome:
 def make_optimizer(model: nn.Module, condition: Condition) -> torch.optim.Optimizer:
     if condition.optimizer == "SGD":
         return torch.optim.SGD(model.parameters(), condition.learning_rate, momentum=MOMENTUM)
-    return torch.optim.Adam(model.parameters(), condition.learning_rate)
+    beta2 = 0.98 if condition.variant == "beta2 0.98" else 0.999
+    return torch.optim.Adam(model.parameters(), condition.learning_rate, betas=(0.9, beta2))
 
 
 def share_of_rate(step: int, total: int) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +31,17 @@ def report() -> Any:
         yield report
     finally:
         sys.path.remove(str(STUDY))
+
+
+@pytest.fixture(scope="module")
+def study(report: Any) -> Any:
+    """The modules of the second edition."""
+    own = ("arms", "confirm", "design", "measures", "summary", "training")
+    tasks = ("digits", "pixels", "recurrent", "rows")
+    return SimpleNamespace(
+        **{name: importlib.import_module(name) for name in own},
+        **{name: importlib.import_module(f"tasks.{name}") for name in tasks},
+    )
 
 
 def run_quickly(output: Path) -> str:
@@ -174,3 +188,134 @@ def test_mcnemar_looks_at_the_pairs_that_differ(
     assert p == report.mcnemar(first[differ], second[differ])
     if len(set(pairs) & {(True, False), (False, True)}) == 1:  # all of them in one direction
         assert p == pytest.approx(min(1.0, 2.0 ** (1 - int(differ.sum()))))
+
+
+def test_the_confirmation_uses_no_seed_that_was_used_before(study: Any) -> None:
+    used = {
+        run["seed"]
+        for folder in (study.confirm.results.FOLDER, study.confirm.results.FOLDER / "exploration")
+        for file in folder.glob("*.json")
+        for run in json.loads(file.read_text("utf-8"))["runs"]
+    }
+    assert not used & set(range(study.design.FIRST_SEED, study.design.FIRST_SEED + 10))
+    for file in study.confirm.FOLDER.glob("*.json"):
+        runs = json.loads(file.read_text("utf-8"))["runs"]
+        assert {run["seed"] for run in runs} <= set(range(10, 20))
+        assert {run["arm"] for run in runs} <= set(study.arms.CONFIRMED)
+
+
+@pytest.mark.parametrize("name", ["pixels", "rows"])
+def test_stacked_models_compute_what_their_modules_do(study: Any, name: str) -> None:
+    reading = getattr(study, name).READING
+    torch.manual_seed(0)
+    models = [study.recurrent.ImageGRU(reading) for _ in range(3)]
+    images = torch.rand(3, 5, 64)
+    logits = study.recurrent.forward(models, images)
+    for model, own, result in zip(models, images, logits):
+        states, _ = model.gru(own.unflatten(-1, (-1, reading.pixels)))
+        torch.testing.assert_close(result, model.head(states[:, -1]))
+
+
+@pytest.mark.parametrize("arm", ["none", "quantile 0.9 (default)", "candidate", "AdaGC"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_seeds_that_train_together_share_nothing(study: Any, arm: str, optimizer: str) -> None:
+    condition = study.design.condition(optimizer, 0.03)
+    reading = study.rows.READING
+
+    def train(seeds: list[int]) -> list[list[torch.Tensor]]:
+        models = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            models.append(study.recurrent.ImageGRU(reading))
+        data = study.recurrent.load_parts()["train"]
+        streams = [study.recurrent.batches(reading, *data, seed, False) for seed in seeds]
+        study.recurrent.fit(models, condition, arm, None, streams, 30)
+        return [[p.detach() for p in model.parameters()] for model in models]
+
+    together = train([3, 4])
+    for weights, (alone,) in zip(together, (train([3]), train([4]))):
+        for here, there in zip(weights, alone):
+            torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["none", "quantile 0.1, global", "percentile 5"])
+def test_pixels_are_the_first_editions_digits(study: Any, arm: str) -> None:
+    condition = study.design.condition("SGD", 0.2)
+    one_epoch = study.recurrent.replace(study.pixels.READING, steps=17)
+    (new,) = study.recurrent.run(one_epoch, condition, condition, arm, None, [1])
+    old = study.digits.run(condition, arm, None, 1, quick=True)
+    assert new.test == pytest.approx(old.test, abs=1.5)  # points; an image is 0.28
+
+
+def test_a_confirmation_goes_on_where_it_stopped(study: Any, tmp_path: Path) -> None:
+    condition = study.design.condition("SGD", 0.03, variant="fine-tuning")
+
+    def complete(seeds: range) -> dict[int, float]:
+        study.confirm.complete("convolution", condition, "candidate", None, seeds, tmp_path)
+        runs = study.confirm.results.load("convolution", tmp_path)
+        return {key[3]: run["test"] for key, run in runs.items()}
+
+    first = complete(range(20, 21))
+    file = tmp_path / "convolution.json"
+    # A run that is repeated would not give this.
+    file.write_text(file.read_text("utf-8").replace(f'"test": {first[20]}', '"test": 1.25'))
+    assert complete(range(20, 22)) == {20: 1.25, 21: pytest.approx(90, abs=10)}
+
+
+def test_a_schedule_warms_up_and_decays(study: Any) -> None:
+    shares = [study.training.share_of_rate(step, 200) for step in range(200)]
+    assert shares[:20] == sorted(shares[:20])
+    assert shares[19] == 1.0
+    assert shares[20:] == sorted(shares[20:], reverse=True)
+    assert 0 < shares[0] <= 0.05
+    assert 0 <= shares[-1] < 0.01
+
+
+@given(
+    st.lists(st.floats(1, 100), min_size=2, max_size=8, unique=True), st.data(), st.floats(1, 100)
+)
+def test_half_of_the_runs_diverge_between_the_rates_around_it(
+    study: Any, rates: list[float], data: Any, scale: float
+) -> None:
+    rates = sorted(rates)
+    shares = data.draw(st.lists(st.sampled_from([0, 0.2, 0.7, 1]), min_size=len(rates),
+                                max_size=len(rates)))  # fmt: skip
+    smooth = study.measures.monotone(np.array(shares))
+    assert (np.diff(smooth) >= 0).all()
+    assert smooth.mean() == pytest.approx(np.mean(shares))
+    half = study.measures.half_rate(rates, np.array(shares))
+    below, above = np.array(rates)[smooth < 0.5], np.array(rates)[smooth >= 0.5]
+    if not len(above):
+        assert half == math.inf
+    else:
+        assert max([rates[0], *below]) * (1 - 1e-9) <= half <= above[0] * (1 + 1e-9)
+        scaled = study.measures.half_rate([scale * rate for rate in rates], np.array(shares))
+        assert scaled == pytest.approx(scale * half)
+
+
+def test_the_summary_finds_the_arm_that_protects(study: Any, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, task in study.design.CONFIRMATION.items():
+        runs = {}
+        for condition in task.conditions:
+            for arm in study.arms.CONFIRMED:
+                for seed in range(10, 10 + task.seeds):
+                    record = {
+                        "condition": condition.name,
+                        "arm": arm,
+                        "constant": None,
+                        "seed": seed,
+                        "test": 90 + random.normal(),
+                        "finite": arm == "candidate" or condition.factor < 10,
+                        "seconds": 1.0,
+                    }
+                    runs[study.confirm.results.key_of(record)] = record
+        study.confirm.results.save(name, runs, tmp_path)
+    texts = study.summary.parts(study.summary.Confirmation(tmp_path), tmp_path, "figures")
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in texts["summary"].splitlines()}
+    assert rows["| candidate"][3].startswith("**0%")
+    assert rows["| candidate"][4:6] == ["**> ×30**"] * 2
+    # All runs end well at ×5 and none at ×10.
+    assert rows["| none"][4:6] == ["×7"] * 2
+    assert texts["plan"].count("0 of 30 against 20 | < 0.001") == 2
+    assert (tmp_path / "divergence.png").exists()

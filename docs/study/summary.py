@@ -1,0 +1,293 @@
+"""Tables and the figure of the second edition, for `report.py`. The plan is `confirmation.md`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import results
+from arms import CANDIDATE, CHOSEN, CLIPPERS, CONFIRMED, DEFAULT, NONE, TUNED
+from confirm import HARDER, SEEDS, SWEEP
+from design import CONFIRMATION, RATES, Task
+from measures import (
+    half_rate,
+    holm,
+    interval,
+    markdown,
+    mcnemar,
+    probability,
+    share_interval,
+    t_interval,
+)
+from scipy import stats
+
+LOW = "quantile 0.1, global"
+MARGIN = 3.0  # points, of the plan
+MISSING = "The runs are not there yet."
+Cell = tuple[str, str]  # a task and a condition
+PROTECTION: tuple[Cell, ...] = (
+    ("convolution", "SGD, lr ×10"),
+    ("convolution", "Adam, lr ×10"),
+    ("pixels", "SGD, lr ×3"),
+)
+PRICE: tuple[Cell, ...] = (
+    ("pixels", "SGD"),
+    ("rows", "SGD"),
+    ("convolution", "SGD"),
+    ("rows", "Adam"),
+    ("convolution", "Adam"),
+)
+
+
+class Confirmation:
+    """Scores by task, condition, arm and seed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runs = {name: results.load(name, folder) for name in CONFIRMATION}
+        self.environments = results.environments(folder)
+        self._scores: dict[tuple[str, str, str], dict[int, float]] = {}
+        for name, runs in self.runs.items():
+            for run in runs.values():
+                score = CONFIRMATION[name].score(run["finite"], run["test"])
+                key = name, run["condition"], run["arm"]
+                self._scores.setdefault(key, {})[run["seed"]] = score
+
+    def scores(self, cell: Cell, arm: str) -> np.ndarray:
+        """By seed; empty unless all of the task's seeds have been run."""
+        scores = self._scores.get((*cell, arm), {})
+        if len(scores) < CONFIRMATION[cell[0]].seeds:
+            return np.empty(0)
+        return np.array([scores[seed] for seed in sorted(scores)])
+
+    def diverged(self, cell: Cell, arm: str) -> np.ndarray:
+        task = CONFIRMATION[cell[0]]
+        return np.array([task.diverged(score) for score in self.scores(cell, arm)], bool)
+
+    def difference(self, cell: Cell, arm: str, reference: str) -> np.ndarray:
+        """Better is positive; empty if one of the two is missing."""
+        here, there = self.scores(cell, arm), self.scores(cell, reference)
+        sign = 1 if CONFIRMATION[cell[0]].higher_is_better else -1
+        return sign * (here - there) if len(here) and len(there) else np.empty(0)
+
+    def has(self, cells: tuple[Cell, ...], arm: str) -> bool:
+        return all(len(self.scores(cell, arm)) for cell in cells)
+
+
+def bracketed(mean: float, low: float, high: float, form: str) -> str:
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def mean_difference(study: Confirmation, cells: tuple[Cell, ...], arm: str) -> tuple[float, ...]:
+    """Mean over the conditions of the difference to none; bootstrap of seeds in each of them."""
+    parts = [study.difference(cell, arm, NONE) for cell in cells]
+    random = np.random.default_rng(0)
+    draws = np.mean([random.choice(part, (10_000, len(part))).mean(1) for part in parts], 0)
+    return float(np.mean([part.mean() for part in parts])), *np.quantile(draws, [0.025, 0.975])
+
+
+def sweep(optimizer: str) -> tuple[Cell, ...]:
+    names = [name for name in SWEEP if name.partition(",")[0] == optimizer]
+    return tuple(("rows", name) for name in names)
+
+
+def half_rates(study: Confirmation, optimizer: str, arm: str) -> np.ndarray:
+    """The rate at which half of the runs diverge, then its bootstrap over the seeds."""
+    table = np.array([study.diverged(cell, arm) for cell in sweep(optimizer)], float)
+    random = np.random.default_rng(0)
+    draws = [table[:, random.integers(SEEDS, size=SEEDS)].mean(1) for _ in range(1000)]
+    return np.array([half_rate(RATES, shares) for shares in (table.mean(1), *draws)])
+
+
+def rate_text(rates: np.ndarray) -> str:
+    # Order statistics: interpolating with infinity gives NaN.
+    low, high = np.quantile(rates[1:], [0.025, 0.975], method="nearest")
+    texts = [f"×{r:.0f}" if np.isfinite(r) else f"> ×{RATES[-1]}" for r in (rates[0], low, high)]
+    return texts[0] if len(set(texts)) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def settings_of(arm: str) -> str:
+    if arm == NONE:
+        return "no clipping"
+    if arm == TUNED:
+        return "the best of five `max_norm`"
+    name, settings = (CLIPPERS | CHOSEN)[arm]
+    line = ", ".join(
+        f"{key}=5/99" if value == 5 / 99 else f'{key}="{value}"' if value == "clipped"
+        else f"{key}={value!r}" for key, value in settings.items()
+    )  # fmt: skip
+    return f"`{name}({line})`"
+
+
+def mark_best(rows: list[list[str]], columns: list[list[float]]) -> None:
+    """Set each column's largest value in bold; columns begin behind the arm's name."""
+    for i, values in enumerate(columns, start=1):
+        best = np.nanmax(values) if not np.isnan(values).all() else np.nan
+        for row, value in zip(rows, values):
+            if value == best:
+                row[i] = f"**{row[i]}**"
+
+
+def summary_table(study: Confirmation) -> str:
+    """One line an arm: price, protection, settings."""
+    if not study.has(PRICE + PROTECTION, CANDIDATE):
+        return MISSING
+    prices = [tuple(cell for cell in PRICE if cell[1] == name) for name in ("SGD", "Adam")]
+    rows: list[list[str]] = []
+    columns: list[list[float]] = [[] for _ in range(5)]
+    for arm in CONFIRMED:
+        row = [arm]
+        for column, cells in zip(columns, prices):
+            known = study.has(cells, arm) and arm != NONE
+            price = mean_difference(study, cells, arm) if known else (np.nan,) * 3
+            row.append(bracketed(*price, "+.1f") if known else "0" if arm == NONE else "·")
+            column.append(0.0 if arm == NONE else price[0])
+        if study.has(PROTECTION, arm):
+            failures = np.concatenate([study.diverged(cell, arm) for cell in PROTECTION])
+            share = share_interval(int(failures.sum()), len(failures))
+            row.append(f"{failures.mean():.0%} [{share[0]:.0%}, {share[1]:.0%}]")
+            columns[2].append(-failures.mean())
+        else:
+            row.append("·")
+            columns[2].append(np.nan)
+        for column, optimizer in zip(columns[3:], ("SGD", "Adam")):
+            known = study.has(sweep(optimizer), arm)
+            rates = half_rates(study, optimizer, arm) if known else np.array([np.nan])
+            row.append(rate_text(rates) if known else "·")
+            column.append(float(rates[0]))
+        rows.append([*row, settings_of(arm)])
+    mark_best(rows, columns)
+    head = [
+        "arm", "good rate, SGD", "good rate, Adam", "diverged",
+        "half diverge at, SGD", "half diverge at, Adam", "settings",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def tests_table(study: Confirmation) -> str:
+    """The plan's three tests, corrected together."""
+    if not all(study.has(PROTECTION + PRICE, arm) for arm in (NONE, DEFAULT, LOW, CANDIDATE)):
+        return MISSING
+    rows, p_values = [], []
+    ours = np.concatenate([study.diverged(cell, CANDIDATE) for cell in PROTECTION])
+    for reference in (NONE, DEFAULT):
+        theirs = np.concatenate([study.diverged(cell, reference) for cell in PROTECTION])
+        p_values.append(mcnemar(theirs, ours))
+        counts = f"{ours.sum()} of {len(ours)} against {theirs.sum()}"
+        rows.append([f"diverged: the candidate against {reference}", counts])
+    cheaper = study.difference(PRICE[0], CANDIDATE, LOW)
+    p_values.append(float(stats.ttest_1samp(cheaper, 0).pvalue))
+    size = bracketed(cheaper.mean(), *t_interval(cheaper), "+.1f")
+    rows.append([f"pixels, SGD: the candidate less {LOW}, points", size])
+    rows = [[*row, probability(p)] for row, p in zip(rows, holm(p_values))]
+    return markdown(["comparison", "result", "p (Holm)"], rows)
+
+
+def price_table(study: Confirmation) -> str:
+    """Each arm less none at ×1, with the plan's t intervals."""
+    if not study.has(PRICE, CANDIDATE):
+        return MISSING
+    rows = []
+    columns: list[list[float]] = [[] for _ in PRICE]
+    for arm in CONFIRMED:
+        if arm == NONE:
+            continue
+        row = [arm]
+        for column, cell in zip(columns, PRICE):
+            values = study.difference(cell, arm, NONE)
+            known = len(values) > 0
+            row.append(bracketed(values.mean(), *t_interval(values), "+.1f") if known else "·")
+            column.append(float(values.mean()) if known else np.nan)
+        rows.append(row)
+    mark_best(rows, columns)
+    return markdown(["points against none"] + [f"{t}, {c}" for t, c in PRICE], rows)
+
+
+def cell_text(task: Task, values: np.ndarray) -> str:
+    if not len(values):
+        return "·"
+    form = ".1f" if task.unit == "%" else ".2f"
+    text = bracketed(values.mean(), *interval(values), form)
+    failed = sum(task.diverged(value) for value in values)
+    return f"{text} ({failed} of {len(values)} diverged)" if failed else text
+
+
+def scores_table(study: Confirmation, name: str, names: tuple[str, ...]) -> str:
+    """Mean scores of the arms under some of a task's conditions, intervals, diverged runs."""
+    task = CONFIRMATION[name]
+    arms = [arm for arm in CONFIRMED if any(len(study.scores((name, c), arm)) for c in names)]
+    names = tuple(c for c in names if any(len(study.scores((name, c), arm)) for arm in arms))
+    if not names:
+        return MISSING
+    rows = []
+    columns: list[list[float]] = [[] for _ in names]
+    sign = 1 if task.higher_is_better else -1
+    for arm in arms:
+        row = [arm]
+        for column, condition in zip(columns, names):
+            values = study.scores((name, condition), arm)
+            row.append(cell_text(task, values))
+            column.append(sign * float(values.mean()) if len(values) else np.nan)
+        rows.append(row)
+    mark_best(rows, columns)
+    return markdown([f"{task.metric}, {task.unit}", *names], rows)
+
+
+def conditions_of(name: str) -> tuple[str, ...]:
+    return tuple(condition.name for condition in CONFIRMATION[name].conditions)
+
+
+def progress_table(study: Confirmation) -> str:
+    rows = []
+    for name, task in CONFIRMATION.items():
+        runs = study.runs[name].values()
+        hours = sum(run["seconds"] for run in runs) / 3600
+        packages = study.environments.get(name, {})
+        versions = ", ".join(f"{package} {version}" for package, version in packages.items())
+        rows.append([f"{name}: {task.title}", str(len(runs)), f"{hours:.2f}", versions or "·"])
+    return markdown(["task", "runs", "CPU hours", "with"], rows)
+
+
+def draw_curve(study: Confirmation, path: Path) -> bool:
+    """The share of diverged runs over the learning rate."""
+    if not study.has(sweep("SGD") + sweep("Adam"), CANDIDATE):
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, optimizer in zip(axes, ("SGD", "Adam")):
+        for i, arm in enumerate(CONFIRMED):
+            if study.has(sweep(optimizer), arm):
+                shares = [100 * study.diverged(cell, arm).mean() for cell in sweep(optimizer)]
+                width = 2.5 if arm == CANDIDATE else 1.2
+                axis.plot(RATES, shares, "-" if i < 5 else "--", marker=".", lw=width, label=arm)
+        axis.set_xscale("log")
+        axis.set_xticks(RATES, [f"×{rate}" for rate in RATES])
+        axis.minorticks_off()
+        axis.set_title(f"rows, {optimizer}", fontsize=10)
+        axis.set_xlabel("learning rate")
+    axes[0].set_ylabel("diverged runs, %")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return True
+
+
+def parts(study: Confirmation, figures: Path, link: str) -> dict[str, str]:
+    """The second edition's texts, by the names of the page's markers."""
+    drawn = draw_curve(study, figures / "divergence.png")
+    picture = f"![Share of diverged runs over the learning rate]({link}/divergence.png)"
+    return {
+        "summary": summary_table(study),
+        "plan": tests_table(study),
+        "price": price_table(study),
+        "second-pixels": scores_table(study, "pixels", conditions_of("pixels")),
+        "second-convolution": scores_table(study, "convolution", conditions_of("convolution")),
+        "second-sgd": scores_table(study, "rows", tuple(c for _, c in sweep("SGD"))),
+        "second-adam": scores_table(study, "rows", tuple(c for _, c in sweep("Adam"))),
+        "curve": picture if drawn else MISSING,
+        "harder-sgd": scores_table(study, "rows", tuple(c for c in HARDER if c[0] == "S")),
+        "harder-adam": scores_table(study, "rows", tuple(c for c in HARDER if c[0] == "A")),
+        "second-characters": scores_table(study, "characters", conditions_of("characters")),
+        "second-progress": progress_table(study),
+    }
