@@ -165,6 +165,11 @@ CONFIRMATION = {
         title="Digits with wrong labels, convolutional network (PyTorch)",
         seeds=SEEDS,
         seconds=1.4,
+        conditions=(
+            *TASKS["images"].conditions,
+            condition("SGD", 0.03, variant="bad inputs"),
+            condition("Adam", 3e-3, variant="bad inputs"),
+        ),
     ),
     "characters": replace(
         TASKS["characters"],
