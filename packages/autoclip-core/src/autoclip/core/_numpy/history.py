@@ -88,8 +88,7 @@ class _Windows:
             if isinstance(self.tracker, Tracker):
                 found = self.tracker.thresholds.copy()
             else:
-                rows = range(self.ring.rows)
-                found = np.array([self.tracker.threshold(self.ring, row) for row in rows])
+                found = np.array(self.tracker.thresholds(self.ring))
             column = found[:, None]
             return column, column
         thresholds = np.empty((self.ring.rows, 1))
@@ -118,14 +117,16 @@ class _Windows:
         cold = warmups and (self.ring.recorded < warmups).tolist()
         if settings.include_current:
             self._push_each(tracker, entered)
-        limits, coefficients = [], []
+        limits, coefficients = tracker.thresholds(self.ring), []
         for row, norm in enumerate(entered):
-            limit = math.inf if cold and cold[row] else tracker.threshold(self.ring, row)
+            limit = limits[row]
+            if cold and cold[row]:
+                limit = math.inf
             if ceilings:
                 limit = min(limit, ceilings[row])
                 if norms[row] > LARGEST_NORM and listed[row] < math.inf:
                     norm, limit = listed[row], ceilings[row]
-            limits.append(limit)
+            limits[row] = limit
             coefficients.append(limit / norm if limit < norm else 1.0)
         if not settings.include_current:
             if settings.record == "clipped":
@@ -140,7 +141,7 @@ class _Windows:
         self.is_stale = True
         if not self.ring.is_full:
             self.ring = self.ring.reserved(np.flatnonzero(entered))
-        self.ring.push_each(entered, tracker.update)
+        tracker.update(entered, self.ring.push_each(entered))
         self.is_stale = False
 
 

@@ -35,24 +35,27 @@ class _SortedRows(FewRows):
         self._rules = [(rule.quantile, rule.factor) for rule in rules]
         self._ordered = [array("f") for _ in rules]
 
-    def update(self, row: int, came: float, left: float) -> None:
-        ordered = self._ordered[row]
-        if left:
-            del ordered[bisect_left(ordered, left)]
-        insort(ordered, came)
+    def update(self, entered: Sequence[float], left: Sequence[float]) -> None:
+        for ordered, norm, old in zip(self._ordered, entered, left):
+            if old:
+                del ordered[bisect_left(ordered, old)]
+            if norm:
+                insort(ordered, norm)
 
-    def threshold(self, ring: RingBuffer, row: int) -> float:
-        ordered = self._ordered[row]
-        if not ordered:
-            return math.inf
-        quantile, factor = self._rules[row]
-        position = quantile * (len(ordered) - 1)
-        lower = int(position)
-        a, t = ordered[lower], position - lower
-        if t:  # then there is a next one
-            b = ordered[lower + 1]
-            a = a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
-        return factor * a
+    def thresholds(self, ring: RingBuffer) -> list[float]:
+        found = []
+        for ordered, (quantile, factor) in zip(self._ordered, self._rules):
+            if not ordered:
+                found.append(math.inf)
+                continue
+            position = quantile * (len(ordered) - 1)
+            lower = int(position)
+            a, t = ordered[lower], position - lower
+            if t:  # then there is a next one
+                b = ordered[lower + 1]
+                a = a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
+            found.append(factor * a)
+        return found
 
     def rebuild(self, ring: RingBuffer) -> None:
         self._ordered = [

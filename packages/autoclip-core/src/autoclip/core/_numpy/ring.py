@@ -140,24 +140,27 @@ class RingBuffer:
         self._unfinished = None
         return left
 
-    def push_each(self, entered: Sequence[float], note: Any) -> None:
+    def push_each(self, entered: Sequence[float]) -> list[float]:
         """Append a norm to each row for which there is room, in Python's numbers.
 
         Args:
             entered: one norm a row, 0 for a row that records nothing.
-            note: called with the row, its norm, and the norm that fell out of the window or 0.
+
+        Returns:
+            The norm that fell out of each row's window, 0 if none did.
         """
+        fallen = [0.0] * len(entered)
         values, counts, length = self._values_view, self._counts_view, self.history_length
         self._unfinished = entered, counts.tolist()
         for row, norm in enumerate(entered):
             if norm:
                 count = counts[row]
                 slot = self._row_starts[row] + count % length
-                left = values[slot]
+                fallen[row] = values[slot]
                 values[slot] = norm
                 counts[row] = count + 1
-                note(row, norm, left)
         self._unfinished = None
+        return fallen
 
     def finish(self) -> None:
         """Complete a step that an interrupt has cut short."""

@@ -33,18 +33,21 @@ class _Moments(FewRows):
     def __init__(self, rules: Sequence[Standard]) -> None:
         self._rules = [(rule.deviations, rule.factor) for rule in rules]
 
-    def update(self, row: int, came: float, left: float) -> None: ...
+    def update(self, entered: Sequence[float], left: Sequence[float]) -> None: ...
 
     def rebuild(self, ring: RingBuffer) -> None: ...
 
-    def threshold(self, ring: RingBuffer, row: int) -> float:
-        norms = ring.norms(row)
+    def thresholds(self, ring: RingBuffer) -> list[float]:
+        return [self._threshold(ring.norms(row), rule) for row, rule in enumerate(self._rules)]
+
+    @staticmethod
+    def _threshold(norms: npt.NDArray[np.float64], rule: tuple[float, float]) -> float:
         if not len(norms):
             return math.inf
         mean = float(np.add.reduce(norms)) / len(norms)
         norms -= mean
         norms *= norms
-        deviations, factor = self._rules[row]
+        deviations, factor = rule
         return factor * (mean + deviations * math.sqrt(float(np.add.reduce(norms)) / len(norms)))
 
 

@@ -52,15 +52,15 @@ class Tracker(ABC):
 
 
 class FewRows(ABC):
-    """The thresholds of a few rows, one at a time in Python's numbers, which are faster there."""
+    """The thresholds of a few rows in Python's numbers, which are faster there."""
 
     @abstractmethod
-    def threshold(self, ring: RingBuffer, row: int) -> float:
-        """The threshold of one row; infinite if it has recorded nothing."""
+    def thresholds(self, ring: RingBuffer) -> list[float]:
+        """The threshold of each row; infinite if it has recorded nothing."""
 
     @abstractmethod
-    def update(self, row: int, came: float, left: float) -> None:
-        """Take in a norm; `left` is the one that fell out of the window, 0 if none did."""
+    def update(self, entered: Sequence[float], left: Sequence[float]) -> None:
+        """Take in a norm of each row, and drop the one that fell out of its window; 0 for none."""
 
     @abstractmethod
     def rebuild(self, ring: RingBuffer) -> None:
