@@ -121,12 +121,11 @@ class _Windows:
         for row, norm in enumerate(entered):
             limit = limits[row]
             if cold and cold[row]:
-                limit = math.inf
+                limit = limits[row] = math.inf
             if ceilings:
-                limit = min(limit, ceilings[row])
                 if norms[row] > LARGEST_NORM and listed[row] < math.inf:
                     norm, limit = listed[row], ceilings[row]
-            limits[row] = limit
+                limits[row] = limit = min(limit, ceilings[row])
             coefficients.append(limit / norm if limit < norm else 1.0)
         if not settings.include_current:
             if settings.record == "clipped":
