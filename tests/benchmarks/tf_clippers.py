@@ -51,8 +51,9 @@ class Gradients:
     def renew(self) -> None:
         """Give each gradient another size."""
         sizes = factors(self._generator, len(self.shapes))
-        for gradient, source, size in zip(self.current, self._source, sizes):
-            gradient.assign(source * size)
+        self.tensors = [source * size for source, size in zip(self._source, sizes)]
+        for gradient, tensor in zip(self.current, self.tensors):
+            gradient.assign(tensor)
 
     def clipper(
         self, global_clipping: bool, history_length: int
@@ -66,9 +67,18 @@ class Gradients:
         return lambda g: [gradient for gradient, _ in clipper(zip(g, self.variables))]
 
     def finished(
-        self, function: Callable[[Sequence[tf.Tensor]], Any], xla: bool
+        self, function: Callable[[Sequence[tf.Tensor]], Any], xla: bool, alone: bool
     ) -> Callable[[], Any]:
-        """A step with gradients that `function` clips, compiled, and waited for."""
+        """A step with gradients that `function` clips, compiled, and waited for.
+
+        Args:
+            function: clips gradients.
+            xla: compile with XLA.
+            alone: measure `function` without the rest of the step.
+        """
+        if alone:
+            clip = tf.function(function, jit_compile=xla, autograph=False)
+            return lambda: clip(self.tensors)[-1].numpy()
 
         def step() -> None:
             clipped = function([gradient.read_value() for gradient in self.current])
@@ -89,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--history-length", type=int, default=1000)
     parser.add_argument("--repetitions", type=int, default=60)
+    parser.add_argument("--alone", action="store_true", help="clipping without the rest of a step")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--compiler", choices=("graph", "XLA"), action="append", help="both")
     add_output_options(parser)
@@ -105,7 +116,10 @@ def main() -> None:
                 functions = {rival: clip, f"QuantileClip, {mode}": ours}
                 timings += compare(
                     rival,
-                    {name: data.finished(f, compiler == "XLA") for name, f in functions.items()},
+                    {
+                        name: data.finished(f, compiler == "XLA", options.alone)
+                        for name, f in functions.items()
+                    },
                     data.renew,
                     f"{case}, {compiler}, {mode}",
                     options.repetitions,
@@ -116,7 +130,7 @@ def main() -> None:
             "history_length=1,000",
             {
                 f"history_length={length:,}": data.finished(
-                    data.clipper(False, length), compiler == "XLA"
+                    data.clipper(False, length), compiler == "XLA", options.alone
                 )
                 for length in HISTORY_LENGTHS
             },
@@ -139,11 +153,10 @@ def print_tracing(xla: bool) -> None:
         if xla and name == RIVALS[False][0]:
             continue  # takes minutes
         compiled = tf.function(function, jit_compile=xla, autograph=False)
-        gradients = [gradient.read_value() for gradient in data.current]
         start = time.perf_counter()
-        compiled.get_concrete_function(gradients)
+        compiled.get_concrete_function(data.tensors)
         traced = time.perf_counter()
-        compiled(gradients)[-1].numpy()
+        compiled(data.tensors)[-1].numpy()
         finished = time.perf_counter()
         print(f"  {name:<44}{traced - start:8.2f}{finished - traced:8.2f}", flush=True)
 
