@@ -25,7 +25,7 @@ from training import (
     own_part,
 )
 
-from autoclip.core import Quantile, Standard, StateError, log_values
+from autoclip.core import Quantile, Standard, log_values
 
 deepspeed = pytest.importorskip("deepspeed")
 FP16_UnfusedOptimizer = pytest.importorskip(
@@ -224,9 +224,9 @@ def test_a_checkpoint_without_or_with_another_history(tmp_path):
     from autoclip.torch.deepspeed import attach as attach_rule
 
     other = attach_rule(engine, Standard(2.0))
-    with pytest.raises(StateError, match="rule"):
+    with pytest.warns(UserWarning, match="rule"):
         engine.load_checkpoint(str(tmp_path), tag="ours")
-    assert other.max_norm == math.inf
+    assert other.export_state().by_row()[1].tolist() == [1]
 
 
 @pytest.mark.processes(1)
