@@ -257,22 +257,23 @@ def progress_table(study: Confirmation) -> str:
 
 
 def draw_curve(study: Confirmation, path: Path) -> bool:
-    """The share of diverged runs over the learning rate."""
-    if not study.has(sweep("SGD") + sweep("Adam"), CANDIDATE):
+    """The share of diverged runs and the mean score over SGD's learning rate."""
+    cells = sweep("SGD")
+    if not study.has(cells, CANDIDATE):
         return False
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, optimizer in zip(axes, ("SGD", "Adam")):
-        for i, arm in enumerate(CONFIRMED):
-            if study.has(sweep(optimizer), arm):
-                shares = [100 * study.diverged(cell, arm).mean() for cell in sweep(optimizer)]
-                width = 2.5 if arm == CANDIDATE else 1.2
-                axis.plot(RATES, shares, "-" if i < 5 else "--", marker=".", lw=width, label=arm)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for i, arm in enumerate(CONFIRMED):
+        if study.has(cells, arm):
+            style = {"lw": 2.5 if arm == CANDIDATE else 1.2, "marker": ".", "label": arm}
+            style["linestyle"] = "-" if i < 5 else "--"
+            axes[0].plot(RATES, [100 * study.diverged(c, arm).mean() for c in cells], **style)
+            axes[1].plot(RATES, [study.scores(c, arm).mean() for c in cells], **style)
+    for axis, label in zip(axes, ("diverged runs, %", "mean test accuracy, %")):
         axis.set_xscale("log")
         axis.set_xticks(RATES, [f"×{rate}" for rate in RATES])
         axis.minorticks_off()
-        axis.set_title(f"rows, {optimizer}", fontsize=10)
-        axis.set_xlabel("learning rate")
-    axes[0].set_ylabel("diverged runs, %")
+        axis.set_xlabel("learning rate of SGD")
+        axis.set_ylabel(label)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
@@ -284,7 +285,8 @@ def draw_curve(study: Confirmation, path: Path) -> bool:
 def parts(study: Confirmation, figures: Path, link: str) -> dict[str, str]:
     """The second edition's texts, by the names of the page's markers."""
     drawn = draw_curve(study, figures / "divergence.png")
-    picture = f"![Share of diverged runs over the learning rate]({link}/divergence.png)"
+    label = "Share of diverged runs and test accuracy over the learning rate of SGD"
+    picture = f"![{label}]({link}/divergence.png)"
     return {
         "summary": summary_table(study),
         "plan": tests_table(study),
