@@ -301,6 +301,50 @@ def test_one_group_that_is_written_leaves_the_others_alone(path: str) -> None:
     assert [norm_of(mine) for mine in ours] == [2.0, 1.0]
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    writes=st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.sampled_from(
+                [
+                    ("quantile", 0.0),
+                    ("quantile", 0.5),
+                    ("max_norm", 2.0),
+                    ("max_norm", None),
+                    ("warmup_steps", 5),
+                    ("warmup_steps", 0),
+                    ("on_spike", "zero"),
+                    ("on_spike", "clip"),
+                ]
+            ),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_written_settings_are_those_of_a_clipper_made_with_them(
+    path: str, writes: list[tuple[int, tuple[str, Any]]]
+) -> None:
+    ours, own = parameters(4), [dict[str, Any]() for _ in range(4)]
+    clipper = QuantileClip([{"params": [mine]} for mine in ours])
+    for sizes in ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [5.0, 1.0, 5.0, 1.0]):
+        give(ours, sizes)
+        clipper.step()
+    groups = clipper.param_groups
+    for i, (name, value) in writes:
+        groups[i][name] = own[i][name] = value
+        other = QuantileClip([{"params": [p], **chosen} for p, chosen in zip(ours, own)])
+        other.load_state_dict(clipper.state_dict())
+        assert torch.equal(clipper.thresholds, other.thresholds)
+    found = []
+    for each in (clipper, other):
+        give(ours, [9.0, 0.5, 7.0, 6.0])
+        each.step()
+        found.append([norm_of(mine) for mine in ours])
+    assert found[0] == found[1]
+
+
 def test_a_rule_is_an_instance() -> None:
     for make in (
         lambda: Clipper(parameters(), Quantile),  # type: ignore[arg-type]

@@ -176,11 +176,11 @@ class Groups(adapter.Groups[Tensor]):
         grown = [i for i, (count, before) in enumerate(zip(counts, known)) if count > before]
         # All new groups before any is added: a wrong setting must leave the clipper as it was.
         new = {i: self._settings_in(self._theirs[i]) for i in grown if i not in owners}
-        for i, settings in new.items():
-            owners[i] = len(self)
-            self._append(settings)
-            self._positions.append([])
         for i in grown:
+            if i in new:
+                owners[i] = len(self)
+                self._append(new[i])
+                self._positions.append([])
             before, count = known[i], counts[i]
             names = list(self._theirs[i].get("param_names", []))
             names += [None] * (count - len(names))

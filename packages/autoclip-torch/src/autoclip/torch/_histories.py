@@ -117,7 +117,7 @@ class TensorHistory:
         self._ops = _ops.TorchOps(device)
         self._settings = list(settings)
         self._numbers: dict[str, Tensor] = {}
-        self._read_numbers()
+        self._numbers = self._numbers_of(settings)
         # Upper bound on the longest window, tracked on the host to avoid a device sync.
         self._used = 0
         whole = self.rows * self.history_length * 4 <= _ALLOCATE_AT_ONCE
@@ -151,24 +151,32 @@ class TensorHistory:
 
     @settings.setter
     def settings(self, settings: Sequence[GroupSettings]) -> None:
-        structure = self._settings[0].structure
-        if len(settings) != self.rows or any(each.structure != structure for each in settings):
+        present, structure = self._settings, self._settings[0].structure
+        # A schedule writes thousands of groups one by one: a write must not look at all of them.
+        changed = [k for k, (new, old) in enumerate(zip(settings, present)) if new is not old]
+        if len(settings) != self.rows or any(settings[k].structure != structure for k in changed):
             raise ValueError(
                 "settings must be one GroupSettings a row that differs from the present one in "
                 "numbers only."
             )
-        self._settings = list(settings)
-        self._read_numbers()
+        columns = numbers_of([settings[k] for k in changed])
+        if columns.keys() == self._numbers.keys():
+            for name, column in columns.items():
+                self._numbers[name][changed] = self._as_numbers(column).to(self.device)
+        elif changed:
+            self._numbers = self._numbers_of(settings)
+        self._settings = list(settings)  # last: after an interrupt, the same change counts again
 
-    def _read_numbers(self) -> None:
-        present, self._numbers = self._numbers, {}
-        for name, column in numbers_of(self._settings).items():
-            tensor = torch.from_numpy(column)
-            if tensor.is_floating_point():
-                tensor = self._ops.wide(tensor)
-            self._numbers[name] = (
-                present[name].copy_(tensor) if name in present else tensor.to(self.device)
-            )
+    def _numbers_of(self, settings: Sequence[GroupSettings]) -> dict[str, Tensor]:
+        numbers = {}
+        for name, column in numbers_of(settings).items():
+            tensor, present = self._as_numbers(column), self._numbers.get(name)
+            numbers[name] = tensor.to(self.device) if present is None else present.copy_(tensor)
+        return numbers
+
+    def _as_numbers(self, column: npt.NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(column)
+        return self._ops.wide(tensor) if tensor.is_floating_point() else tensor
 
     # -- a step ------------------------------------------------------------------------------
 
