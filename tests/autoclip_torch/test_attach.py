@@ -486,6 +486,22 @@ def test_a_copy_has_rows_for_parameters_added_since_the_last_step(how: Any) -> N
     twin.load_state_dict(twin.state_dict())
 
 
+def test_the_last_step_stays_readable_after_other_settings_and_new_parameters() -> None:
+    model = make_model()
+    optimizer = QuantileClip.as_optimizer(
+        SGD([{"params": layer.parameters()} for layer in (model[0], model[2])], lr=0.1)
+    )
+    train(model, optimizer, 2)
+    clipper = optimizer.clipper
+    before = clipper.last.norms.tolist()
+    clipper.param_groups[1]["history_length"] = 7
+    assert len(clipper.thresholds) == 4
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
+    assert len(clipper.param_groups[0]["params"]) == 3
+    for each in (clipper, copy.deepcopy(optimizer).clipper):
+        assert each.last.norms.tolist() == [*before[:2], 0.0, *before[2:]]
+
+
 def test_an_added_group_has_its_own_settings_and_a_wrong_one_raises() -> None:
     model = make_model()
     optimizer = QuantileClip.as_optimizer(SGD(model[0].parameters(), lr=0.1), **SETTINGS)

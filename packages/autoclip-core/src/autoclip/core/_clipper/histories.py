@@ -95,6 +95,8 @@ class Histories(Generic[HistoryT]):
         self._make = make
         self._devices: list[Any] = []
         self._is_arranged = True
+        # Storages that others took over from since the last step, whose report needs their rows.
+        self._former: list[Storage[HistoryT]] = []
         # The parts of a step or load of several storages, while one is at work.
         self._unfinished: Sequence[Callable[[], Any]] = ()
 
@@ -106,7 +108,7 @@ class Histories(Generic[HistoryT]):
     def insert(self, row: int, settings: GroupSettings, count: int) -> None:
         """Insert `count` empty rows before `row`; at the end if there is no such row."""
         if row < len(self):
-            for storage in self.storages:
+            for storage in (*self.storages, *self._former):
                 storage.rows = [each + count if each >= row else each for each in storage.rows]
         self.settings[row:row] = [settings] * count
         self._is_arranged = False
@@ -160,9 +162,11 @@ class Histories(Generic[HistoryT]):
                     history.write(range(len(rows)), [windows[row] for row in rows], recorded[rows])
             arranged.append(Storage(device, rows, history))
         self.version += 1  # first: an interrupt must not leave others with the old storages
+        replaced = set(self.storages).difference(arranged)
         self.storages = arranged
         self._devices = list(devices)
         self._is_arranged = True
+        self._former += replaced
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -177,6 +181,7 @@ class Histories(Generic[HistoryT]):
         """
         if self._unfinished:
             self._finish()
+        self._former = []
         if len(norms) == 1:
             [(storage, only)] = norms
             return [storage.history.record(only)]
