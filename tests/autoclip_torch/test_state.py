@@ -404,7 +404,7 @@ def test_two_clippers_of_a_gan_that_are_exchanged_are_named(path: str, attached:
 
     def made(name: str) -> tuple[SGD, QuantileClip]:
         parameters = named((3,), (4, 7), prefix=name)
-        optimizer = SGD(parameters, lr=0.1)
+        optimizer = SGD([parameter for _, parameter in parameters], lr=0.1)
         clipper = QuantileClip(parameters)
         if attached:
             clipper.attach(optimizer)
