@@ -126,14 +126,14 @@ def test_numpy_scalars_are_numbers(check: Callable[[Any], float], value: Any) ->
     | st.just(math.nan)
 )
 def test_a_quantile_outside_0_to_1_is_a_wrong_value(value: float) -> None:
-    says = f"quantile takes a real number in [0, 1], but got {value!r}."
+    says = f"quantile must be a real number in [0, 1], but got {value!r}."
     with pytest.raises(ValueError, match=exactly(says)):
         check_quantile(value)
 
 
 @given(st.floats(max_value=0, exclude_max=True) | st.sampled_from([math.nan, math.inf]))
 def test_deviations_below_0_or_not_finite_are_a_wrong_value(value: float) -> None:
-    says = f"deviations takes a finite real number ≥ 0, but got {value!r}."
+    says = f"deviations must be a finite real number ≥ 0, but got {value!r}."
     with pytest.raises(ValueError, match=exactly(says)):
         check_deviations(value)
 
@@ -150,14 +150,16 @@ def test_deviations_below_0_or_not_finite_are_a_wrong_value(value: float) -> Non
 def test_a_ceiling_or_a_factor_is_above_0(
     name: str, make: Callable[[Any], Any], value: Any
 ) -> None:
-    says = f"{name} takes a finite real number > 0"
+    says = f"{name} must be a finite real number > 0"
     with pytest.raises(ValueError, match=rf"^{re.escape(says)}.* but got {value!r}\.$"):
         make(value)
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.5, 1.5, math.nan])
 def test_a_decay_lies_between_0_and_1(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"decay takes a real number in \(0, 1\) or None, but got"):
+    with pytest.raises(
+        ValueError, match=r"decay must be a real number in \(0, 1\) or None, but got"
+    ):
         Standard(decay=value)
 
 
@@ -167,7 +169,7 @@ def test_a_number_beyond_float64_is_a_wrong_value(
     check: Callable[[Any], float], value: Any
 ) -> None:
     """Not Python's OverflowError, which a hostile file could raise otherwise."""
-    with pytest.raises(ValueError, match=r"^(quantile|deviations|max_norm) takes .* but got "):
+    with pytest.raises(ValueError, match=r"^(quantile|deviations|max_norm) must be .* but got "):
         check(value)
 
 
@@ -175,11 +177,11 @@ def test_a_number_beyond_float64_is_a_wrong_value(
 @pytest.mark.parametrize(
     ("check", "says"),
     [
-        (check_quantile, "quantile takes a real number in [0, 1]"),
-        (check_deviations, "deviations takes a finite real number ≥ 0"),
-        (check_history_length, "history_length takes an int ≥ 1 and < 2**63"),
-        (check_max_norm, "max_norm takes a finite real number > 0 or None"),
-        (check_warmup_steps, "warmup_steps takes an int ≥ 0 and < 2**63 or None"),
+        (check_quantile, "quantile must be a real number in [0, 1]"),
+        (check_deviations, "deviations must be a finite real number ≥ 0"),
+        (check_history_length, "history_length must be an int ≥ 1 and < 2**63"),
+        (check_max_norm, "max_norm must be a finite real number > 0 or None"),
+        (check_warmup_steps, "warmup_steps must be an int ≥ 0 and < 2**63 or None"),
     ],
 )
 def test_what_is_not_a_number_is_a_wrong_type(
@@ -215,7 +217,7 @@ def test_numpy_integers_are_history_lengths(value: Any) -> None:
 
 @given(st.integers(max_value=0) | st.integers(min_value=2**63))
 def test_a_history_length_below_1_or_beyond_int64_is_a_wrong_value(value: int) -> None:
-    says = f"history_length takes an int ≥ 1 and < 2**63, but got {value!r}."
+    says = f"history_length must be an int ≥ 1 and < 2**63, but got {value!r}."
     with pytest.raises(ValueError, match=exactly(says)):
         check_history_length(value)
 
@@ -223,7 +225,7 @@ def test_a_history_length_below_1_or_beyond_int64_is_a_wrong_value(value: int) -
 @pytest.mark.parametrize("value", [1000.0, np.float64(3), Fraction(3), math.nan, math.inf])
 @pytest.mark.parametrize("check", [check_history_length, check_warmup_steps])
 def test_a_float_is_not_an_int_even_a_whole_one(check: Callable[[Any], Any], value: Any) -> None:
-    with pytest.raises(TypeError, match=r"(history_length|warmup_steps) takes an int ≥ "):
+    with pytest.raises(TypeError, match=r"(history_length|warmup_steps) must be an int ≥ "):
         check(value)
 
 
@@ -247,7 +249,7 @@ def test_words(name: str, word: str) -> None:
 def test_another_word_is_a_wrong_value(name: str, word: str) -> None:
     known = ", ".join(f'"{each}"' for each in WORDS[name])
     with pytest.raises(
-        ValueError, match=exactly(f"{name} takes one of {known}, but got {word!r}.")
+        ValueError, match=exactly(f"{name} must be one of {known}, but got {word!r}.")
     ):
         GroupSettings(Standard(), **{name: word})  # type: ignore[arg-type]
 
@@ -259,7 +261,7 @@ def test_what_is_not_a_word_is_a_wrong_type(name: str, value: Any) -> None:
         GroupSettings(Standard(), **{name: value})
     known = ", ".join(f'"{each}"' for each in WORDS[name])
     assert str(caught.value) == (
-        f"{name} takes one of {known}, but got {value!r} of type {type(value).__name__}."
+        f"{name} must be one of {known}, but got {value!r} of type {type(value).__name__}."
     )
 
 
@@ -271,10 +273,10 @@ def test_a_flag_takes_true_and_false(value: bool) -> None:
 
 @pytest.mark.parametrize("value", [0, 1, 1.0, "True", np.True_])
 def test_a_flag_takes_nothing_else(value: Any) -> None:
-    says = f"takes True or False, but got {value!r} of type {type(value).__name__}."
+    says = f"must be True or False, but got {value!r} of type {type(value).__name__}."
     with pytest.raises(TypeError, match=exactly(f"global_clipping {says}")):
         check_flag("global_clipping", value)
-    with pytest.raises(TypeError, match="include_current takes True or False or None, but got"):
+    with pytest.raises(TypeError, match="include_current must be True or False or None, but got"):
         GroupSettings(Quantile(), include_current=value)
 
 
@@ -295,11 +297,13 @@ def test_unknown_settings_are_named_with_the_known_ones() -> None:
 
 
 def test_histories_check_their_settings() -> None:
-    with pytest.raises(ValueError, match=r"history_length takes .* got 0"):
+    with pytest.raises(ValueError, match=r"history_length must be .* got 0"):
         History(1, Quantile(), 0)
-    with pytest.raises(TypeError, match=r"history_length takes .* got 10.0"):
+    with pytest.raises(TypeError, match=r"history_length must be .* got 10.0"):
         History(1, Quantile(), 10.0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"rule takes a Rule such as Quantile\(0\.9\), .* got 0\.9"):
+    with pytest.raises(
+        TypeError, match=r"rule must be a Rule such as Quantile\(0\.9\), .* got 0\.9"
+    ):
         GroupSettings(0.9)  # type: ignore[arg-type]
 
 
@@ -328,7 +332,7 @@ def test_merged_replaces_settings_by_their_flat_names() -> None:
     assert after == GroupSettings(Quantile(0.75), 10, on_spike="zero")
     assert before == GroupSettings(Quantile(0.5), 10, max_norm=2.0)
     assert before.merged({}) is before
-    with pytest.raises(ValueError, match="quantile takes a real number"):
+    with pytest.raises(ValueError, match="quantile must be a real number"):
         before.merged({"quantile": 2.0})
 
 
@@ -358,8 +362,8 @@ def test_modes(mode: str) -> None:
     [
         (Quantile, {"quantil": 0.5}, TypeError, "unexpected keyword argument 'quantil'"),
         (Quantile(), {"quantile": 0.5}, TypeError, "unexpected keyword argument 'quantile'"),
-        (Quantile, {"quantile": True}, TypeError, "quantile takes a real number"),
-        (Quantile, {"global_clipping": 1}, TypeError, "global_clipping takes True or False"),
+        (Quantile, {"quantile": True}, TypeError, "quantile must be a real number"),
+        (Quantile, {"global_clipping": 1}, TypeError, "global_clipping must be True or False"),
         (
             Quantile,
             {"global_clipping": True, "group_clipping": True},
@@ -416,7 +420,7 @@ def test_writing_to_a_group_goes_through_the_clipper() -> None:
     group.update(quantile=0.25)
     assert written == [("quantile", np.float32(0.5)), ("quantile", 0.25)]
     assert group == {"params": [1], "quantile": 0.25}
-    with pytest.raises(ValueError, match="quantile takes"):
+    with pytest.raises(ValueError, match="quantile must be"):
         group["quantile"] = 2.0
     assert group["quantile"] == 0.25
 

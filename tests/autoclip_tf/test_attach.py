@@ -85,9 +85,9 @@ class TestAttaching:
     def test_a_wrong_setting_leaves_the_optimizer_alone(self):
         optimizer = keras.optimizers.Adam()
         before = snapshot(optimizer)
-        with pytest.raises(ValueError, match="quantile takes"):
+        with pytest.raises(ValueError, match="quantile must be"):
             QuantileClip.as_optimizer(optimizer, quantile=2.0)
-        with pytest.raises(TypeError, match="global_clipping takes"):
+        with pytest.raises(TypeError, match="global_clipping must be"):
             QuantileClip.as_optimizer(optimizer, 0.9, 100, 3)
         with pytest.raises(ValueError, match="'momentum'"):
             QuantileClip.as_optimizer(optimizer, group_settings=[{"match": "a", "momentum": 1}])

@@ -351,19 +351,21 @@ class TestNonfinite:
 
 class TestErrors:
     def test_settings_are_the_cores(self):
-        with pytest.raises(ValueError, match=r"quantile takes a real number in \[0, 1\], but got"):
+        with pytest.raises(
+            ValueError, match=r"quantile must be a real number in \[0, 1\], but got"
+        ):
             QuantileClip(1.5)
-        with pytest.raises(TypeError, match="quantile takes"):
+        with pytest.raises(TypeError, match="quantile must be"):
             QuantileClip("0.5")
-        with pytest.raises(TypeError, match="history_length takes an int ≥ 1"):
+        with pytest.raises(TypeError, match="history_length must be an int ≥ 1"):
             QuantileClip(history_length=10.0)
-        with pytest.raises(ValueError, match="history_length takes an int ≥ 1"):
+        with pytest.raises(ValueError, match="history_length must be an int ≥ 1"):
             StandardClip(history_length=0)
-        with pytest.raises(ValueError, match="deviations takes a finite real number ≥ 0"):
+        with pytest.raises(ValueError, match="deviations must be a finite real number ≥ 0"):
             StandardClip(-1.0)
-        with pytest.raises(TypeError, match="global_clipping takes True or False"):
+        with pytest.raises(TypeError, match="global_clipping must be True or False"):
             QuantileClip(0.5, 10, 1)
-        with pytest.raises(ValueError, match='on_nonfinite takes one of "keep", "zero", "raise"'):
+        with pytest.raises(ValueError, match='on_nonfinite must be one of "keep", "zero", "raise"'):
             QuantileClip(on_nonfinite="ignore")
 
     def test_variables(self):

@@ -320,7 +320,7 @@ class TestMaking:
     def test_rule_classes(self):
         with pytest.raises(TypeError, match=r"got the class Quantile. Make an instance: Quantile"):
             Clipper(Quantile)
-        with pytest.raises(TypeError, match="rule takes a Rule"):
+        with pytest.raises(TypeError, match="rule must be a Rule"):
             Clipper(0.9)
 
     def test_histories_beyond_memory(self):

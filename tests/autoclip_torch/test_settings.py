@@ -352,7 +352,7 @@ def test_a_rule_is_an_instance() -> None:
     ):
         with pytest.raises(TypeError, match=r"got the class Quantile. Make an instance: Quantile"):
             make()
-    with pytest.raises(TypeError, match="rule takes a Rule"):
+    with pytest.raises(TypeError, match="rule must be a Rule"):
         Clipper(parameters(), 0.9)  # type: ignore[arg-type]
 
 

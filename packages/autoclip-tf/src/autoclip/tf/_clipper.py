@@ -63,7 +63,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
 
     Args:
         rule: how a window of norms becomes a threshold, such as `Quantile(0.9)`, or an instance of
-            a rule of your own.
+            a custom rule.
         history_length: how many norms each row keeps, the newest ones; an int ≥ 1. TensorFlow
             allocates windows in full: 4 bytes a norm, 8 if the rule asks for quantiles.
         global_clipping: one history of the norm of all gradients together, as in the paper,
@@ -155,7 +155,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
         clipper is `optimizer.clipper`; its state is saved wherever the optimizer's is.
 
         Models that the optimizer has trained already trace their training step again at the next
-        `fit`. A `tf.function` of your own that was traced before does not clip: attach first.
+        `fit`. A custom `tf.function` that was traced before does not clip: attach first.
 
         Args:
             optimizer: a Keras optimizer. Of a `LossScaleOptimizer` the inner one gets the clipper.
@@ -258,7 +258,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
     def __call__(self, grads_and_vars: GradsAndVars) -> list[tuple[Gradient | None, Variable]]:
         """Record the norms of gradients and return them clipped.
 
-        For training loops of your own, and for `gradient_transformers=[clipper]` of the legacy
+        For custom training loops, and for `gradient_transformers=[clipper]` of the legacy
         optimizers of Keras 2. Works eagerly, in a `tf.function`, and with `jit_compile=True`. To a
         `tf.GradientTape` the coefficients are constants, as everything that the clipper remembers:
         the derivative of a clipped gradient is that of the gradient times its coefficient.
@@ -437,7 +437,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
         Returns:
             A handle; its `remove()`, or the end of a `with` block, detaches the clipper. The
             optimizer has its own class again, and the clipper keeps its history. Models trace
-            their training step again after both. A `tf.function` of your own stays as it was
+            their training step again after both. A custom `tf.function` stays as it was
             traced, with or without the clipper.
 
         Raises:

@@ -49,21 +49,21 @@ class Groups(core.Groups[Variable]):
     def _pattern(self, entry: object) -> Group[Variable]:
         if not isinstance(entry, Mapping):
             raise TypeError(
-                f"An entry of group_settings takes a dict, but got {type(entry).__name__}."
+                f"An entry of group_settings must be a dict, but got {type(entry).__name__}."
             )
         if "match" not in entry:
-            raise ValueError('An entry of group_settings takes a dict with the key "match".')
+            raise ValueError('An entry of group_settings must be a dict with the key "match".')
         match = entry["match"]
         if not isinstance(match, str):
             raise TypeError(
-                f"match takes a regular expression as a string, but got {match!r:.200} of type "
+                f"match must be a regular expression as a string, but got {match!r:.200} of type "
                 f"{type(match).__name__}."
             )
         try:
             re.compile(match)
         except re.error as error:
             raise ValueError(
-                f"match takes a regular expression, but got {match!r:.200}: {error}."
+                f"match must be a regular expression, but got {match!r:.200}: {error}."
             ) from None
         overrides = {name: value for name, value in entry.items() if name != "match"}
         return Group(self.checked(self.settings.for_group(overrides)), match=match)
@@ -162,7 +162,7 @@ def _list_of(group_settings: object) -> list[Any]:
         return []
     if isinstance(group_settings, (str, Mapping)) or not isinstance(group_settings, Iterable):
         raise TypeError(
-            'group_settings takes a list of dicts such as {"match": "embedding", ...}, but got '
+            'group_settings must be a list of dicts such as {"match": "embedding", ...}, but got '
             f"{type(group_settings).__name__}."
         )
     return list(group_settings)

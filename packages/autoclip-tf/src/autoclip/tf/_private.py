@@ -60,7 +60,7 @@ def check_reduce_method(optimizer_class: type) -> None:
             return
     raise RuntimeError(
         f"{optimizer_class.__name__} of Keras {keras.__version__} does not call {REDUCE_METHOD}, "
-        "where AutoClip clips. Clip in a training loop of your own, with clipper(grads_and_vars), "
+        "where AutoClip clips. Clip in a custom training loop, with clipper(grads_and_vars), "
         "or use a version of Keras that autoclip-tf was tested with; its documentation lists them."
     )
 
@@ -76,13 +76,13 @@ def check_backend() -> None:
         return
     without = {
         "torch": (
-            "On this backend clip in a train_step of your own: clipper = "
+            "On this backend clip in a custom train_step: clipper = "
             "autoclip.torch.QuantileClip([v.value for v in model.trainable_variables]) once, and "
             "clipper.step() between loss.backward() and optimizer.apply(gradients, variables)."
         ),
         "jax": (
             "For JAX there is no adapter yet; the documentation builds one on autoclip.core, in "
-            '"A backend of your own".'
+            '"Custom backends".'
         ),
     }
     raise TypeError(

@@ -14,7 +14,7 @@ __all__ = ["log_values", "summarize"]
 def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, float]:
     """Values of the last step and, on request, two for each variable.
 
-    `AutoClipCallback` logs these in `fit`. In a loop of your own, call it outside of any
+    `AutoClipCallback` logs these in `fit`. In a custom loop, call it outside of any
     `tf.function`, on the steps that you log: it waits for the device.
 
     Args:

@@ -25,7 +25,7 @@ def log_values(
 ) -> dict[str, float]:
     """Values of the last step and, on request, two for each parameter.
 
-    The callbacks for Lightning and for the Hugging Face Trainer log these. In a loop of your own,
+    The callbacks for Lightning and for the Hugging Face Trainer log these. In a custom loop,
     call it on the steps that you log: it waits for the device, once.
 
     Args:

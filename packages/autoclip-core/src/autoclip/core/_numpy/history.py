@@ -198,12 +198,12 @@ class History(Saveable):
     ) -> None:
         if not isinstance(rule, (Rule, Sequence)):
             raise TypeError(
-                "rule takes a Rule such as Quantile(0.9), or a sequence with one a row, but got "
+                "rule must be a Rule such as Quantile(0.9), or a sequence with one a row, but got "
                 f"{rule!r:.200} of type {type(rule).__name__}."
             )
         rules = [rule] * rows if isinstance(rule, Rule) else list(rule)
         if len(rules) != rows:
-            raise ValueError(f"rule takes one rule, or one a row: {rows}, but got {len(rules)}.")
+            raise ValueError(f"rule must be one rule, or one a row: {rows}, but got {len(rules)}.")
         made = {
             each: GroupSettings(
                 each, history_length, max_norm, warmup_steps, include_current, record

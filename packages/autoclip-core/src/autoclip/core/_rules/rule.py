@@ -208,7 +208,7 @@ def rule_instance(rule: Rule) -> Rule:
     """
     if isinstance(rule, type):
         raise TypeError(
-            f"rule takes a rule such as Quantile(0.9), but got the class {rule.__name__}. "
+            f"rule must be a rule such as Quantile(0.9), but got the class {rule.__name__}. "
             f"Make an instance: {rule.__name__}()."
         )
     return rule

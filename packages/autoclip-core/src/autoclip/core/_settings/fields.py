@@ -72,7 +72,8 @@ class _Limits:
         is_flag = self.kind is not bool and isinstance(value, bool)
         if is_flag or not isinstance(value, expected):
             raise TypeError(
-                f"{name} takes {self.takes}, but got {value!r:.200} of type {type(value).__name__}."
+                f"{name} must be {self.takes}, but got {value!r:.200} of type "
+                f"{type(value).__name__}."
             )
         if self.kind is float:
             try:
@@ -84,7 +85,7 @@ class _Limits:
             number = self.kind(value)
             fits = value in self.choices if self.choices else self.fits(number)
         if not fits:
-            raise ValueError(f"{name} takes {self.takes}, but got {value!r:.200}.")
+            raise ValueError(f"{name} must be {self.takes}, but got {value!r:.200}.")
         return number
 
 
@@ -142,7 +143,7 @@ def setting(
     >>> Median(factor=-1)
     Traceback (most recent call last):
     ...
-    ValueError: factor takes a finite real number > 0, but got -1.
+    ValueError: factor must be a finite real number > 0, but got -1.
     """
     of = kind or (float if default is None else type(default))
     limits = _Limits(of, default is None, gt, ge, lt, le, tuple(choices))
@@ -170,7 +171,7 @@ def check_flag(name: str, value: Any) -> bool:
     """
     if not isinstance(value, bool):
         raise TypeError(
-            f"{name} takes True or False, but got {value!r:.200} of type {type(value).__name__}."
+            f"{name} must be True or False, but got {value!r:.200} of type {type(value).__name__}."
         )
     return value
 

@@ -68,7 +68,7 @@ class GroupSettings:
         """Check the settings and fill in the rule's defaults."""
         if not isinstance(self.rule, Rule):
             raise TypeError(
-                f"rule takes a Rule such as Quantile(0.9), but got {self.rule!r:.200} of type "
+                f"rule must be a Rule such as Quantile(0.9), but got {self.rule!r:.200} of type "
                 f"{type(self.rule).__name__}."
             )
         check_fields(self)

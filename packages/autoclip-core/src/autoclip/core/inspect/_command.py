@@ -138,8 +138,8 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="print JSON")
     show.add_argument("--all", action="store_true", help="print all rows, not only 30")
 
-    plot = _add(commands, "plot", "draw a picture (needs autoclip-core[plot])", _plot)
-    plot.add_argument("-o", "--output", required=True, help="the picture: .png, .pdf or .svg")
+    plot = _add(commands, "plot", "draw a plot (needs autoclip-core[plot])", _plot)
+    plot.add_argument("-o", "--output", required=True, help="the plot: .png, .pdf or .svg")
     plot.add_argument("--kind", choices=_KINDS, default="overview", help="default: %(default)s")
     plot.add_argument(
         "--row",

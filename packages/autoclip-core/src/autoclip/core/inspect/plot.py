@@ -1,4 +1,4 @@
-"""Pictures of a history: norms over time, their distribution, and the parameters clipped most.
+"""Plots of a history: norms over time, their distribution, and the parameters clipped most.
 
 They need matplotlib: `pip install "autoclip-core[plot]"`. Each function takes a clipper of any
 framework, a `State`, a `Summary`, or the path of a file that `read_states` reads, and returns a
