@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from training import (
+from engine_training import (
     LEARNING_RATE,
     QUANTILE,
     STEPS,
@@ -24,6 +23,7 @@ from training import (
     make_model,
     own_part,
 )
+from torch import Tensor
 
 from autoclip.core import Quantile, Standard, log_values
 

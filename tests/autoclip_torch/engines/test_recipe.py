@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from training import LEARNING_RATE, QUANTILE, WEIGHTS, Reference, batches, make_model
+from engine_training import LEARNING_RATE, QUANTILE, WEIGHTS, Reference, batches, make_model
 
 from autoclip.core import MaxNorm, Quantile
 

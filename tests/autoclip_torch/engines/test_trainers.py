@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from training import (
+from engine_training import (
     LEARNING_RATE,
     NEEDS_DEEPSPEED,
     QUANTILE,
@@ -26,6 +24,8 @@ from training import (
     make_model,
     own_part,
 )
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 STEPS = 6
 ZERO = [pytest.param(f"ZeRO {stage}", marks=NEEDS_DEEPSPEED) for stage in range(4)]
