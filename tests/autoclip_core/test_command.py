@@ -120,6 +120,8 @@ class TestAsAProcess:
         """While it reads."""
         code = (
             "import signal, sys\n"
+            # A program in the background begins with it ignored.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "from autoclip.core import State\n"
             "from autoclip.core.__main__ import main\n"
             "State.from_bytes = lambda data, source: signal.raise_signal(signal.SIGINT)\n"

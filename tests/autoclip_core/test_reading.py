@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import struct
+import sys
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -650,7 +651,10 @@ def test_small_values_by_the_thousand_take_memory_in_proportion() -> None:
         what = metadata()
         text = json.dumps({**what, "more": None}).replace("null", "[" + kind * 10**4 + "0]", 1)
         data = with_metadata(text)
-        assert peak_of(lambda data=data: refuse(data, "")) < 20 * len(data)  # type: ignore[misc]
+        # An object takes 184 bytes, and 232 in Python 3.10.
+        objects = 10**4 * (sys.getsizeof({"a": ""}) - 184) if "{" in kind else 0
+        peak = peak_of(lambda data=data: refuse(data, ""))  # type: ignore[misc]
+        assert peak < 20 * len(data) + objects
 
 
 @pytest.mark.parametrize("settings_of_groups", [SETTINGS, {}])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 
 import keras
 import numpy as np
@@ -247,6 +248,7 @@ class TestWhatIsRefused:
             QuantileClip.as_optimizer(optimizer)
         assert type(optimizer) is Later and not hasattr(optimizer, "clipper")
 
+    @pytest.mark.skipif(find_spec("torch") is None, reason="Keras on PyTorch needs PyTorch")
     def test_another_backend(self):
         """The message names a way to clip there, which works."""
         program = """

@@ -66,10 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # Python would try to write the rest when it exits.
+        return _CLOSED_PIPE
+    finally:
+        _discard_unwritten()
+
+
+def _discard_unwritten() -> None:
+    """Discard output that cannot be written: a closed pipe, a full disk.
+
+    Python would try to write it again at exit, report the failure, and exit with 120.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
         with suppress(OSError, AttributeError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _CLOSED_PIPE
 
 
 def _run(given: Sequence[str]) -> int:
