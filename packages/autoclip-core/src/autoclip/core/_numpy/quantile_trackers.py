@@ -77,7 +77,7 @@ class _Bands(Tracker):
     band, by one sort of a few dozen values. The thresholds are exact throughout, and the cost of
     a step depends on the band's width, which is about `2 * sqrt(history_length)`.
 
-    The order statistics move by at most one place a step. Long before they leave a band, a new
+    The order statistics move by at most one slot a step. Long before they leave a band, a new
     one is cut from the window, a few rows at a time: no single step has to do it for all rows.
 
     Ends: a band that has nothing below (above) it takes in all norms on that side.
@@ -135,9 +135,9 @@ class _Bands(Tracker):
     ) -> None:
         band, sizes = self._band[rows], self._sizes[rows]
         index = np.arange(len(rows))
-        # The value that comes takes the place of the one that goes; the sort does the rest.
-        place = np.where(goes, (band < left[:, None]).sum(axis=1), sizes)
-        band[index, place] = np.where(comes, entered, np.float32(np.inf))
+        # The value that comes replaces the one that goes; the sort does the rest.
+        slot = np.where(goes, (band < left[:, None]).sum(axis=1), sizes)
+        band[index, slot] = np.where(comes, entered, np.float32(np.inf))
         sizes = sizes + comes - goes
         band.sort(axis=1)
 

@@ -191,7 +191,7 @@ def _parameters(state: State) -> list[ParameterInfo]:
 
 
 def _by_name(parameters: Sequence[ParameterInfo]) -> dict[str | None, list[int]]:
-    """The places of each name's parameters."""
+    """The indices of each name's parameters."""
     found: dict[str | None, list[int]] = {}
     for row, parameter in enumerate(parameters):
         found.setdefault(parameter.name, []).append(row)
@@ -217,7 +217,7 @@ def _shared_names(theirs: Sequence[GroupState], mine: Sequence[GroupState]) -> s
 
 
 def _first_row(state: State, group: int) -> int:
-    """The place of a group's first parameter among all parameters."""
+    """The index of a group's first parameter among all parameters."""
     return sum(len(each.parameters) for each in state.groups[:group])
 
 

@@ -209,7 +209,7 @@ def check_size(size: int, source: str) -> None:
 
 
 def header_end(first: bytes) -> int:
-    """The place where a file's header ends, from its first 8 bytes."""
+    """The offset at which a file's header ends, from its first 8 bytes."""
     return 8 + int.from_bytes(first[:8], "little")
 
 

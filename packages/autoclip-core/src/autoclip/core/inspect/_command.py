@@ -207,7 +207,7 @@ def _add(commands: Any, name: str, text: str, run: object) -> argparse.ArgumentP
     parser.add_argument("file", nargs=many, metavar="FILE", help="a file or folder with a history")
     if name != "check":
         parser.add_argument(
-            "--history", metavar="PLACE", help="which one, if the file holds several"
+            "--history", metavar="PATH", help="its path in the file, if that holds several"
         )
     parser.set_defaults(run=run)
     return parser
@@ -258,14 +258,14 @@ def _chosen_states(arguments: argparse.Namespace) -> tuple[str, dict[str, State]
 
 def _show(arguments: argparse.Namespace) -> int:
     file, states = _chosen_states(arguments)
-    summaries = {place: summarize(state) for place, state in states.items()}
+    summaries = {path: summarize(state) for path, state in states.items()}
     if arguments.json:
-        found = {place: {"file": file, **each.to_dict()} for place, each in summaries.items()}
+        found = {path: {"file": file, **each.to_dict()} for path, each in summaries.items()}
         print(json.dumps(found, indent=2))
         return 0
     width = shutil.get_terminal_size().columns
-    for i, (place, summary) in enumerate(summaries.items()):
-        print("\n" * (i > 0) + printable(file + (f" at {place}" if place else "")))
+    for i, (path, summary) in enumerate(summaries.items()):
+        print("\n" * (i > 0) + printable(file + (f" at {path}" if path else "")))
         print(summary.describe(None if arguments.all else 30, width))
     return 0
 

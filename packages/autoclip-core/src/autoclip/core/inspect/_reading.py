@@ -19,7 +19,7 @@ __all__ = ["READERS", "find_states", "read_states"]
 READERS = "autoclip.readers"
 """The entry point group of functions that find histories in a framework's files.
 
-A reader takes a path as a string and returns `dict[str, State]`: each history by its place in the
+A reader takes a path as a string and returns `dict[str, State]`: each history by its path in the
 file, an empty dict if there is none. It raises `StateError` for a damaged file. Its entry point is
 named after the suffix of the files that it reads, without the first dot.
 
@@ -49,7 +49,7 @@ def read_states(path: PathLike) -> dict[str, State]:
         path: of the file or folder.
 
     Returns:
-        Each state by its place in the file; `""` for a state file.
+        Each state by its path in the file; `""` for a state file.
 
     Raises:
         StateError: it is damaged, or no history is found.
@@ -69,7 +69,7 @@ def find_states(path: PathLike) -> tuple[str, dict[str, State]]:
     """Read every history in a file or folder; see `read_states`.
 
     Returns:
-        The path of the file that was read, and each state by its place in it.
+        The path of the file that was read, and each state by its path in it.
     """
     name = os.fspath(path)
     if os.path.isdir(name):

@@ -330,12 +330,12 @@ def _label_marks(ax: Axes, texts: Sequence[str], marks: npt.NDArray[np.float64])
     space = _CHARACTER * (max(map(len, texts)) + 1)
     order = order[:: int(np.ceil(len(order) * space))]  # as many as there is space for
     shares = (scale(marks[order]) - left) / (right - left)
-    for index, share, place in zip(order, shares, _spread(shares, space)):
+    for index, share, position in zip(order, shares, _spread(shares, space)):
         ax.annotate(
             texts[index],
             (float(share), 1.0),
             xycoords="axes fraction",
-            xytext=(float(place), 1.045),
+            xytext=(float(position), 1.045),
             textcoords="axes fraction",
             ha="center",
             va="bottom",
@@ -352,12 +352,12 @@ def _label_marks(ax: Axes, texts: Sequence[str], marks: npt.NDArray[np.float64])
         )
 
 
-def _spread(places: npt.NDArray[np.float64], space: float) -> npt.NDArray[np.float64]:
-    """Increasing places between 0 and 1, moved until there is so much space between them."""
-    spread = places.copy()
+def _spread(positions: npt.NDArray[np.float64], space: float) -> npt.NDArray[np.float64]:
+    """Move increasing positions between 0 and 1 until each two are `space` apart."""
+    spread = positions.copy()
     for i in range(1, len(spread)):
         spread[i] = max(spread[i], spread[i - 1] + space)
-    spread -= (spread - places).mean()  # all moved to the right
+    spread -= (spread - positions).mean()  # all moved to the right
     steps = space * np.arange(len(spread))
     return np.clip(spread, steps, 1.0 - steps[::-1])
 
@@ -379,11 +379,11 @@ def _draw_clipped(rows: Rows, max_rows: int, ax: Axes) -> None:
         _say(ax, "nothing was recorded yet")
         return
     order = np.argsort(-shares, kind="stable")[: min(max_rows, len(known))]  # NaN comes last
-    places = np.arange(len(order))
-    ax.barh(places, shares[order], color=_BLUE, height=0.7)
+    positions = np.arange(len(order))
+    ax.barh(positions, shares[order], color=_BLUE, height=0.7)
     names = without_common_prefix([printable(name) for name in rows.names])
     labels = [without_middle(names[row], _LONGEST_LABEL) for row in order]
-    ax.set_yticks(places, labels, fontsize="small", parse_math=False)
+    ax.set_yticks(positions, labels, fontsize="small", parse_math=False)
     ax.set_ylim(max(len(order), _FEWEST_BARS) - 0.4, -0.6)
     ax.axvline(float(known.mean()), color=_GRAY, linestyle="--", linewidth=1.0)
     ax.set_xlim(0.0, max(1.0, 1.1 * float(known.max())))

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of torch.save: a clipper's state_dict, or a checkpoint with one in it",
     )
     parser.add_argument("new", metavar="NEW", help="the state file to write, for clipper.load")
-    parser.add_argument("--history", metavar="PLACE", help="which one, if OLD holds several")
+    parser.add_argument("--history", metavar="PATH", help="its path in OLD, if that holds several")
     parser.add_argument(
         "--group-sizes",
         type=_sizes,
@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with CheckpointFile(arguments.old) as file:
         found = legacy_clippers(file)
         if arguments.history is not None:
-            found = {place: each for place, each in found.items() if place == arguments.history}
+            found = {path: each for path, each in found.items() if path == arguments.history}
         if not found:
             where = "" if arguments.history is None else f" at {arguments.history!r}"
             raise StateError(f"{arguments.old} holds no history of autoclip 0.2.1{where}.")

@@ -24,13 +24,15 @@ _LIGHTNING = (
     "version_*/checkpoints/*.ckpt",
     "*/version_*/checkpoints/*.ckpt",
 )
-# Of a place, as it is shown.
+# Of a path, as it is shown.
 _MAX_KEYS = 20
 _MAX_KEY = 100
 
 
 def read_file(path: str) -> dict[str, State]:
-    """Read every history in a file that `torch.save` wrote, by its place: `"optimizer.autoclip"`.
+    """Read every history in a file that `torch.save` wrote, by its path there.
+
+    Such a path is `"optimizer.autoclip"`: keys of nested dicts.
 
     Raises:
         StateError: the file or a history in it is damaged, or clippers of autoclip 0.2.1 saved it.
@@ -38,13 +40,13 @@ def read_file(path: str) -> dict[str, State]:
     """
     with CheckpointFile(path) as file:
         states: dict[str, State] = {}
-        parsed: dict[int, State] = {}  # many places may have the same bytes
-        for place, entry in _state_dicts(file):
+        parsed: dict[int, State] = {}  # many paths may have the same bytes
+        for where, entry in _state_dicts(file):
             key = id(entry["data"])
             if key not in parsed:
-                source = f"{path} at {place}" if place else path
+                source = f"{path} at {where}" if where else path
                 parsed[key] = State.from_dict({**entry, "data": as_bytes(entry["data"])}, source)
-            states[place] = parsed[key]
+            states[where] = parsed[key]
         if not states and legacy_clippers(file):
             raise StateError(
                 f"{path} was saved by autoclip 0.2.1. Convert it first: autoclip convert {path} "
@@ -54,7 +56,7 @@ def read_file(path: str) -> dict[str, State]:
 
 
 def state_dicts(path: str) -> dict[str, dict[str, Any]]:
-    """Read every clipper's `state_dict()` in a file that `torch.save` wrote, by its place.
+    """Read every clipper's `state_dict()` in a file that `torch.save` wrote, by its path in it.
 
     Raises:
         StateError: the file is damaged.
@@ -62,7 +64,7 @@ def state_dicts(path: str) -> dict[str, dict[str, Any]]:
     """
     with CheckpointFile(path) as file:
         return {
-            place: {**entry, "data": as_bytes(entry["data"])} for place, entry in _state_dicts(file)
+            where: {**entry, "data": as_bytes(entry["data"])} for where, entry in _state_dicts(file)
         }
 
 
@@ -96,7 +98,7 @@ def find_file(path: str) -> str | None:
 
 
 def legacy_clippers(file: CheckpointFile) -> dict[str, Mapping[Any, Any]]:
-    """Find all that clippers of autoclip 0.2.1 saved, by its place in the checkpoint."""
+    """Find all that clippers of autoclip 0.2.1 saved, by its path in the checkpoint."""
     return dict(_find(file.contents, legacy.is_clipper))
 
 
