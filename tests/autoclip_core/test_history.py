@@ -635,7 +635,7 @@ def test_a_negative_norm_raises_and_records_nothing(
 def test_a_wrong_shape_raises_and_records_nothing(norms: Any) -> None:
     history = History(2, Quantile(0.9), 10)
     before = saved(history)
-    says = f"record takes one norm a row, shape (2,), but got shape {np.shape(norms)}."
+    says = f"norms must be one a row, shape (2,), but got shape {np.shape(norms)}."
     with pytest.raises(ValueError, match=re.escape(says)):
         history.record(norms)
     assert saved(history) == before
@@ -836,11 +836,11 @@ def test_of_a_longer_window_the_newest_norms_stay(more: int) -> None:
         ([1], [[1.0, 1e39]], [2], ValueError, "window of row 1 is not"),
         ([1], [[1e-39]], [1], ValueError, "window of row 1 is not"),
         ([1], [[[1.0]]], [1], ValueError, "window of row 1 is not"),
-        ([0], [[1.0, 2.0]], [1], ValueError, "row 0 has 2 norms, .* recorded 1: .* from 2 to 2"),
-        ([0], [[1.0]], [2**62 + 1], ValueError, r"takes a number from 1 to 2\*\*62"),
-        ([0], [[1.0]], [-1], ValueError, r"takes a number from 1 to 2\*\*62"),
-        ([0], [[1.0]], [2.7], TypeError, "Row 0 is said to have recorded 2.7 norms; .* an int"),
-        ([0], [[1.0]], [True], TypeError, "Row 0 is said to have recorded True norms"),
+        ([0], [[1.0, 2.0]], [1], ValueError, "row 0 has 2 norms, .* recorded 1; .* from 2 to 2"),
+        ([0], [[1.0]], [2**62 + 1], ValueError, r"must be from 1 to 2\*\*62"),
+        ([0], [[1.0]], [-1], ValueError, r"must be from 1 to 2\*\*62"),
+        ([0], [[1.0]], [2.7], TypeError, "recorded must be ints, but got 2.7 for row 0"),
+        ([0], [[1.0]], [True], TypeError, "recorded must be ints, but got True for row 0"),
     ],
 )
 def test_what_no_history_could_hold_is_not_written(
@@ -901,7 +901,12 @@ def test_a_history_without_rows() -> None:
         ),
         (1, [Quantile], TypeError, "must be a Rule such as"),
         (2, [Quantile(), Standard()], TypeError, r"of one class, .* got Quantile\(.* and Standard"),
-        (2, [Standard(), Standard(decay=0.9)], TypeError, "of one class, whose settings differ in"),
+        (
+            2,
+            [Standard(), Standard(decay=0.9)],
+            TypeError,
+            "of one class, with settings that differ in",
+        ),
     ],
 )
 def test_wrong_rules_are_refused(rows: int, rule: Any, error: type[Exception], says: str) -> None:

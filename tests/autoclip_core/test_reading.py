@@ -219,7 +219,7 @@ def test_arbitrary_headers_are_refused(header: bytes, payload: bytes) -> None:
 
 @pytest.mark.parametrize("data", [None, "text", 7, [1], np.zeros(100, np.uint8)])
 def test_what_is_no_bytes_is_refused(data: Any) -> None:
-    refuse(data, f"takes bytes, but got {type(data).__name__}")
+    refuse(data, f"must be bytes, but got {type(data).__name__}")
 
 
 # -- the container -----------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def test_a_state_that_would_be_too_large_to_read_is_not_written() -> None:
 @pytest.mark.parametrize(
     ("state_dict", "says"),
     [
-        (None, 'takes a dict with the keys "format", "version" and "data", .* but got None'),
+        (None, 'must be a dict with the keys "format", "version" and "data", .* but got None'),
         ([], "but got []"),
         (b"bytes", "but got b'bytes'"),
         ({}, "but got one with the keys []"),
@@ -377,8 +377,8 @@ def test_a_state_that_would_be_too_large_to_read_is_not_written() -> None:
         ({"format": "autoclip", "version": 0, "data": b""}, "has the version 0"),
         ({"format": "autoclip", "version": 2, "data": b""}, r"has version 2 .* pip install -U"),
         ({"format": "autoclip", "version": 1}, 'has no "data"'),
-        ({"format": "autoclip", "version": 1, "data": None}, "takes bytes, but got NoneType"),
-        ({"format": "autoclip", "version": 1, "data": "text"}, "takes bytes, but got str"),
+        ({"format": "autoclip", "version": 1, "data": None}, "must be bytes, but got NoneType"),
+        ({"format": "autoclip", "version": 1, "data": "text"}, "must be bytes, but got str"),
         ({"format": "autoclip", "version": 1, "data": b""}, "has only 0 bytes"),
         ({"format": "autoclip", "version": 1, "data": b"x" * 99}, "is damaged, cut off, or not"),
     ],

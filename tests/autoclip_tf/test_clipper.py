@@ -375,7 +375,7 @@ class TestErrors:
             clipper.build([])
         with pytest.raises(ValueError, match="empty list of variables"):
             clipper([])
-        with pytest.raises(TypeError, match=r"build takes tf\.Variables or Keras variables"):
+        with pytest.raises(TypeError, match=r"variables must be tf\.Variables or Keras variables"):
             clipper.build([tf.constant([1.0])])
         with pytest.raises(ValueError, match="same variable twice"):
             clipper.build([a, a])

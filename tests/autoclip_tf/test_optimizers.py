@@ -220,7 +220,7 @@ class TestWhatIsRefused:
 
     def test_what_is_no_optimizer(self):
         for wrong in (None, keras.layers.Dense(1), keras.optimizers.Adam, 1e-3):
-            with pytest.raises(TypeError, match="attach takes a Keras optimizer, but got"):
+            with pytest.raises(TypeError, match="optimizer must be a Keras optimizer, but got"):
                 QuantileClip.as_optimizer(wrong)
         with pytest.raises(TypeError, match=r"'adam'\. Make it first: keras\.optimizers\.get"):
             QuantileClip.as_optimizer("adam")

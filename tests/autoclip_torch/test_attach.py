@@ -156,9 +156,9 @@ def test_attaching_twice_is_an_error() -> None:
 
 def test_what_is_no_optimizer_is_refused() -> None:
     model = make_model()
-    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer"):
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
         QuantileClip.as_optimizer(model)
-    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer"):
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
         QuantileClip(model.parameters()).attach([])  # type: ignore[arg-type]
 
 

@@ -287,7 +287,7 @@ def test_bad_use_is_refused():
             attach(engine, **settings)
     with pytest.raises(TypeError, match="unexpected keyword argument 'quantil'"):
         attach_rule(engine, quantil=0.5)
-    with pytest.raises(TypeError, match=r"takes a DeepSpeed engine.*Linear"):
+    with pytest.raises(TypeError, match=r"must be a DeepSpeed engine.*Linear"):
         attach_rule(torch.nn.Linear(1, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -295,7 +295,7 @@ def test_bad_use_is_refused():
     with pytest.raises(RuntimeError, match="has a clipper already"):
         attach(engine)
 
-    with pytest.warns(UserWarning, match=r"gradient_clipping=0\.5.*takes its place"):
+    with pytest.warns(UserWarning, match=r"gradient_clipping=0\.5.*replaces it"):
         attach(make_engine(1, "fp32", gradient_clipping=0.5))
     blind = make_engine(
         2, "fp32", gradient_clipping=0.0, zero_optimization={"stage": 2, "compute_grad_norm": False}

@@ -162,9 +162,9 @@ def test_bad_use_is_refused():
         attach(model, optimizer, global_clipping=False)
     with pytest.raises(ValueError, match="include_current=True cannot work"):
         attach(model, optimizer, include_current=True)
-    with pytest.raises(TypeError, match="takes a FullyShardedDataParallel module"):
+    with pytest.raises(TypeError, match="must be a FullyShardedDataParallel module"):
         attach(nn.Linear(1, 1), optimizer)
-    with pytest.raises(TypeError, match="takes a FullyShardedDataParallel module"):
+    with pytest.raises(TypeError, match="must be a FullyShardedDataParallel module"):
         attach(fully_shard(nn.Linear(2, 2)), optimizer)
     stranger = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match=r"1 of the optimizer's 1 parameters"):

@@ -75,7 +75,7 @@ def check_optimizer(optimizer: Any) -> Any:
             "optimizers in it before you put them together."
         )
     if not isinstance(optimizer, optimizers.Optimizer):
-        message = f"attach takes a Keras optimizer, but got {optimizer!r:.200}"
+        message = f"optimizer must be a Keras optimizer, but got {optimizer!r:.200}"
         if isinstance(optimizer, str):
             message += ". Make it first: keras.optimizers.get(name)"
         elif type(optimizer).__module__.startswith(("tf_keras", "keras.optimizers", "keras.s")):

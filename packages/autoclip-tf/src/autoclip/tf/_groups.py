@@ -123,7 +123,7 @@ class Groups(core.Groups[Variable]):
             if not isinstance(tf_variable(variable), tf.Variable):
                 check_backend()
                 raise TypeError(
-                    f"build takes tf.Variables or Keras variables, but got {variable!r:.200}."
+                    f"variables must be tf.Variables or Keras variables, but got {variable!r:.200}."
                 )
         if not variables:
             raise ValueError(f"{owner} got an empty list of variables.")

@@ -84,13 +84,13 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
     """
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         raise TypeError(
-            f"{caller} takes an optimizer, but got the class itself. Make one first: "
+            f"optimizer must be an optimizer, but got the class itself. Make one first: "
             f"{caller}(torch.optim.{optimizer.__name__}(model.parameters()), ...)."
         )
     if not isinstance(optimizer, Optimizer):
         inside = _hint_of_inner(optimizer)
         raise TypeError(
-            f"{caller} takes a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
+            f"optimizer must be a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
             + (f" {inside}" if inside else "")
         )
     if not getattr(type(optimizer).step, "hooked", False):

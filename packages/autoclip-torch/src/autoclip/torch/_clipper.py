@@ -152,7 +152,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
                 continue
             if not isinstance(entry, dict):
                 raise TypeError(
-                    "A clipper takes groups or tensors, but after a group came "
+                    "parameters must be all groups or all tensors, but after a group came "
                     f"{torch.typename(entry)}."
                 )
             self.add_param_group(entry)

@@ -93,7 +93,7 @@ def entries_of(parameters: ParamsT | OptimizerGroups) -> list[Any]:
         return parameters.groups
     if isinstance(parameters, Tensor):
         raise TypeError(
-            "parameters takes an iterable of tensors, (name, tensor) pairs or dicts, but got "
+            "parameters must be an iterable of tensors, (name, tensor) pairs or dicts, but got "
             f"a single {torch.typename(parameters)}. Put it into a list."
         )
     _refuse_set(parameters)
@@ -133,7 +133,7 @@ def named(params: Any) -> tuple[list[str | None], list[Tensor]]:
 def _refuse_set(parameters: object) -> None:
     # Its order changes from run to run, and a saved history is matched by order.
     if isinstance(parameters, (set, frozenset)):
-        raise TypeError("Parameters take an ordered collection, but got a set. Use a list.")
+        raise TypeError("parameters must be an ordered collection, but got a set. Use a list.")
 
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -65,7 +65,7 @@ def attach(
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise TypeError(
-            "attach takes a DeepSpeed engine, the first thing that deepspeed.initialize returns, "
+            "engine must be a DeepSpeed engine, the first result of deepspeed.initialize, "
             f"but got {type(engine).__module__}.{type(engine).__qualname__}."
         )
     clipper = EngineClipper("DeepSpeed", rule, {"history_length": history_length, **settings})
@@ -73,7 +73,7 @@ def attach(
     own = engine._config._param_dict.get("gradient_clipping")
     if own:
         warn_user(
-            f"The engine's config has gradient_clipping={own}. The clipper takes its place; leave "
+            f"The engine's config has gradient_clipping={own}. The clipper replaces it; leave "
             "it out of the config to silence this."
         )
     _Attachment(engine, clipper).begin()

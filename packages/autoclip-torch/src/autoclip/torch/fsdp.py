@@ -60,7 +60,7 @@ def attach(
     """
     if not isinstance(model, FullyShardedDataParallel):
         raise TypeError(
-            "attach takes a FullyShardedDataParallel module, but got "
+            "model must be a FullyShardedDataParallel module, but got "
             f"{torch.typename(model)}. For anything else, fully_shard included, use "
             "QuantileClip.as_optimizer(optimizer, ...)."
         )

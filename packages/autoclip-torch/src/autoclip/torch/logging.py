@@ -30,7 +30,7 @@ def log_values(
 
     Args:
         clipper: a clipper that has made a step, `optimizer.clipper` if it is attached, or the
-            result of `attach` of `autoclip.torch.deepspeed` or `autoclip.torch.fsdp` returned.
+            result of `autoclip.torch.deepspeed.attach` or `autoclip.torch.fsdp.attach`.
         parameters: True to add values for each parameter; under group clipping, for each group.
             A string is a regular expression that is searched in their names.
         model: gives their names to parameters that the clipper got without names, as from

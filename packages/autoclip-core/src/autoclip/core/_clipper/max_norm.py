@@ -60,9 +60,7 @@ class MaxNorm(Saveable):
         record: Record = "raw",
     ) -> None:
         if not isinstance(rule, Rule):
-            raise TypeError(
-                f"{type(self).__name__} takes a Rule such as Quantile(0.9), but got {rule!r}."
-            )
+            raise TypeError(f"rule must be a Rule such as Quantile(0.9), but got {rule!r}.")
         self._set_up(
             ClipperSettings.make(
                 type(self).__name__,

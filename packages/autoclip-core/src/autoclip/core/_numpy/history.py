@@ -224,7 +224,7 @@ class History(Saveable):
         for each in dict.fromkeys(settings):
             if each.structure != settings[0].structure:
                 raise TypeError(
-                    "The rows of a history take rules of one class, whose settings differ in "
+                    "The rules of a history must be of one class, with settings that differ in "
                     f"numbers only, but got {settings[0].rule} and {each.rule}."
                 )
         empty = [np.empty(0, np.float32)] * len(settings)
@@ -267,7 +267,7 @@ class History(Saveable):
             each.structure != self._settings[0].structure for each in settings
         ):
             raise ValueError(
-                "settings takes one GroupSettings a row that differs from the present one in "
+                "settings must be one GroupSettings a row that differs from the present one in "
                 "numbers only. Make a new History for others, and write the windows into it."
             )
         self._windows = _Windows(list(settings), self._ring)
@@ -325,7 +325,7 @@ class History(Saveable):
         given = np.array(norms, np.float64)  # a copy: the report keeps it
         if given.shape != (len(windows.settings),):
             raise ValueError(
-                f"record takes one norm a row, shape ({self.rows},), but got shape {given.shape}."
+                f"norms must be one a row, shape ({self.rows},), but got shape {given.shape}."
             )
         if windows.is_stale:
             windows.settled()
@@ -387,7 +387,7 @@ class History(Saveable):
         index = list(rows)
         if not len(index) == len(windows) == len(recorded):
             raise ValueError(
-                "write takes one window and one number of recorded norms for each row, but got "
+                "windows and recorded must have one entry for each row, but got "
                 f"{len(index)} rows, {len(windows)} windows and {len(recorded)} numbers."
             )
         norms, numbers = _checked(index, windows, recorded)
@@ -463,9 +463,9 @@ def _check_row(row: int, norms: npt.NDArray[np.float32], count: Any) -> None:
             "negative, NaN or infinite in float32."
         )
     if isinstance(count, (bool, np.bool_)) or int(count) != count:
-        raise TypeError(f"Row {row} is said to have recorded {count!r} norms; it takes an int.")
+        raise TypeError(f"recorded must be ints, but got {count!r} for row {row}.")
     if not len(norms) <= count <= MAX_RECORDED:
         raise ValueError(
             f"The window of row {row} has {len(norms)} norms, but the row is said to have recorded "
-            f"{count}: that takes a number from {len(norms)} to 2**62."
+            f"{count}; it must be from {len(norms)} to 2**62."
         )

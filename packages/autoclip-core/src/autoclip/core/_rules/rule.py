@@ -173,7 +173,7 @@ def register_rule(rule: type[RuleT]) -> type[RuleT]:
         parameters, "frozen", False
     ):
         raise TypeError(
-            f"register_rule takes a subclass of Rule that is a frozen dataclass, but got {rule!r}. "
+            f"rule must be a subclass of Rule that is a frozen dataclass, but got {rule!r}. "
             "Put @register_rule above @dataclass(frozen=True)."
         )
     if not isinstance(getattr(rule, "name", None), str) or not rule.name:

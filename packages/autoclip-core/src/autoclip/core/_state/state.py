@@ -272,7 +272,7 @@ class State:
             StateError: anything at all is wrong with them.
         """
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise StateError(f"{source} takes bytes, but got {type(data).__name__}.")
+            raise StateError(f"{source} must be bytes, but got {type(data).__name__}.")
         sealed = SealedTensors.parse(bytes(data), source)
         metadata = sealed.metadata
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
@@ -325,7 +325,7 @@ class State:
             got = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
             kind = "one with the keys " if isinstance(state_dict, Mapping) else ""
             raise StateError(
-                f'{source} takes a dict with the keys "format", "version" and "data", as a '
+                f'{source} must be a dict with the keys "format", "version" and "data", as a '
                 f"clipper's state_dict() returns it, but got {kind}{brief_repr(got)}. If autoclip "
                 "0.2.1 saved it, convert it first: autoclip convert OLD.pt NEW.autoclip."
             )

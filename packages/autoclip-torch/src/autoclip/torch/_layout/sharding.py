@@ -171,7 +171,7 @@ class ShardedLayout(Layout):
         ranks = {mesh.ranks for mesh in self._meshes}
         if len(ranks) > 1:
             raise RuntimeError(
-                f"{mode}_clipping takes one norm of many gradients, but the parameters lie on "
+                f"{mode}_clipping needs one norm of many gradients, but the parameters lie on "
                 f"meshes of different processes, {sorted(map(sorted, ranks))}, which would each "
                 f"get another norm. Use parameter-wise clipping ({mode}_clipping=False)."
             )
@@ -179,7 +179,7 @@ class ShardedLayout(Layout):
             stages = mesh.pipeline_dimension
             if stages is not None:
                 raise RuntimeError(
-                    f"{mode}_clipping takes one norm of many gradients, but this is one stage of "
+                    f"{mode}_clipping needs one norm of many gradients, but this is one stage of "
                     f"a pipeline (its mesh is part of one with a dimension {stages!r}), and the "
                     "other stages have more. Use parameter-wise clipping "
                     f"({mode}_clipping=False)."

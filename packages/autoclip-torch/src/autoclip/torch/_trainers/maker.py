@@ -76,8 +76,7 @@ class ClipperMaker:
     ) -> None:
         if clipper_class is not None and rule is not None:
             raise TypeError(
-                "AutoClipCallback takes a clipper class with its settings, or rule=..., but got "
-                "both."
+                "AutoClipCallback needs a clipper class with its settings, or rule=..., not both."
             )
         self._class: type[Clipper] = clipper_class or QuantileClip if rule is None else Clipper
         self._settings = settings if rule is None else {"rule": rule, **settings}
