@@ -76,6 +76,7 @@ class Layout:
                 self._stacks.append(same)
             else:
                 self._small += same
+        self._small.sort()  # often all there are; then in order, which takes no gather
         absent = [i for i, kind in enumerate(self._kinds) if kind is None]
         self._absent = len(absent)
         measured = [*(i for stack in self._stacks for i in stack), *self._small, *self._large]
