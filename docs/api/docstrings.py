@@ -1,11 +1,14 @@
-"""Prepares docstrings for the API reference; mkdocstrings loads this file.
+"""Prepares docstrings and signatures for the API reference; mkdocstrings loads this file.
 
-Examples become blocks of code, and the public classes that a docstring names become links.
+Examples become blocks of code, and the public classes that a docstring names become links. Signatures
+spell out type aliases and constants.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import griffe
@@ -45,3 +48,55 @@ class Docstrings(griffe.Extension):
 
         text = re.sub(r"(?<![\w`\[])`(\w+)`(?![`\]])", link, obj.docstring.value)
         obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", text)
+
+
+def meaning_of(name: griffe.ExprName, objects: griffe.ModulesCollection) -> Any:
+    """The value of one of our type aliases or constants; None for any other name."""
+    try:
+        found = objects[name.canonical_path]
+        if found.is_alias:
+            found = found.final_target
+    except (KeyError, griffe.AliasResolutionError):  # of another library
+        return None
+    if not isinstance(found, griffe.Attribute) or not found.parent.is_module:
+        return None
+    value = found.value
+    is_opaque = isinstance(value, griffe.ExprCall) or str(value) == "Any"  # a TypeVar; Any says less
+    return None if is_opaque else value
+
+
+def spelled_out(value: Any, objects: griffe.ModulesCollection) -> Any:
+    """An annotation or a default with the meanings of our names in it."""
+    if isinstance(value, list):
+        return [spelled_out(each, objects) for each in value]
+    if isinstance(value, griffe.ExprName):
+        meaning = meaning_of(value, objects)
+        return value if meaning is None else spelled_out(meaning, objects)
+    if not isinstance(value, griffe.Expr):
+        return value
+    changes = {each.name: spelled_out(getattr(value, each.name), objects) for each in fields(value)}
+    return replace(value, **changes).modernize()
+
+
+class Aliases(griffe.Extension):
+    """Spells out type aliases and constants in signatures."""
+
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
+        """Change the annotations of all functions and attributes of a package."""
+        objects = loader.modules_collection
+        for each in members_of(pkg):
+            if isinstance(each, griffe.Function):
+                each.returns = spelled_out(each.returns, objects)
+                for parameter in each.parameters:
+                    parameter.annotation = spelled_out(parameter.annotation, objects)
+                    parameter.default = spelled_out(parameter.default, objects)
+            elif isinstance(each, griffe.Attribute):
+                each.annotation = spelled_out(each.annotation, objects)
+
+
+def members_of(parent: griffe.Object) -> Iterator[griffe.Object]:
+    """All that `parent` defines, at every depth."""
+    for each in parent.members.values():
+        if not each.is_alias:
+            yield each
+            yield from members_of(each)

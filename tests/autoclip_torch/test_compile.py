@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,7 +131,8 @@ def test_the_hook_is_one_graph_break_and_is_not_traced() -> None:
     ours = [reason for reason in attached if "before_step" in reason]
     # One break, counted again where torch compiles its wrapper around the step by itself.
     assert len(set(ours)) == 1
-    assert {r for r in attached if "autoclip" in r} <= set(ours)
+    # Not of a folder with our name, such as that of an environment.
+    assert {r for r in attached if re.search(r"autoclip[./\\]+(core|torch)\b", r)} <= set(ours)
     # The others are torch's own: at zero_grad, at backward, and without us inside of the step.
     assert len(attached) <= len(plain) + 1
 
