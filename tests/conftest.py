@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ from hypothesis.internal.conjecture import providers
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# PyTorch's builds for CUDA bring Triton, which aborts the process if TensorFlow was loaded first.
+with suppress(ImportError):
+    import triton  # noqa: F401
 
 # The default finds in each run what it finds in every other; `nightly` searches where no run has
 # been. Neither depends on how fast the machine is.

@@ -1,7 +1,7 @@
 """Prepares docstrings and signatures for the API reference; mkdocstrings loads this file.
 
-Examples become blocks of code, and the public classes that a docstring names become links. Signatures
-spell out type aliases and constants.
+Examples become blocks of code, and the public classes that a docstring names become links.
+Signatures spell out type aliases and constants.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def meaning_of(name: griffe.ExprName, objects: griffe.ModulesCollection) -> Any:
     if not isinstance(found, griffe.Attribute) or not found.parent.is_module:
         return None
     value = found.value
-    is_opaque = isinstance(value, griffe.ExprCall) or str(value) == "Any"  # a TypeVar; Any says less
+    # A TypeVar has no meaning here, and Any says less than its alias.
+    is_opaque = isinstance(value, griffe.ExprCall) or str(value) == "Any"
     return None if is_opaque else value
 
 

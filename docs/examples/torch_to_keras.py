@@ -4,6 +4,10 @@
 """
 
 import sys
+from contextlib import suppress
+
+with suppress(ImportError):
+    import triton  # noqa: F401  PyTorch's builds for CUDA need it before TensorFlow
 
 import keras
 import numpy as np

@@ -58,6 +58,7 @@ PACKAGES = {
     "kerastuner": "keras-tuner",
     "nnu-net": "nnunetv2",
     "pytorch geometric": "torch-geometric",
+    "sentence transformers": "sentence-transformers",
 }
 
 
