@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -138,21 +139,64 @@ CONFIRMED = (*COMPARED, TUNED, "ZClip", "AdaGC")
 DRAWN = (NONE, TUNED, "quantile 0.1, global", DEFAULT)
 
 
-def clipped_torch_optimizer(optimizer: Any, arm: str, constant: float | None) -> Any:
-    """The optimizer that clips as the arm does before each step."""
+# The supplement's arms. The package zclip by default also clips to 1; once with and once without.
+ZCLIP, UNBOUNDED_ZCLIP = "zclip package", "zclip package, max_norm off"
+ZCLIPS: dict[str, dict[str, Any]] = {ZCLIP: {}, UNBOUNDED_ZCLIP: {"max_grad_norm": None}}
+# A constant for the first steps of training only: its value, the number of steps.
+FIRST_STEPS = "constant 100, first 20 steps"
+STARTS = {FIRST_STEPS: (100.0, 20)}
+# The default with the constant that was tuned for SGD on the images: for the first steps.
+BOUNDED_DEFAULT = "quantile 0.9, max_norm 10"
+BOUNDED = {BOUNDED_DEFAULT: ("QuantileClip", {"max_norm": 10.0})}
+BOUNDED_LOW = "0.1 ×1, raw, last 1000, global, max_norm 100"
+
+GradientClipper = Callable[[Sequence[Any]], object]
+
+
+def other_clipper(arm: str, constant: float | None) -> GradientClipper | None:
+    """A function that clips the gradients of a model's parameters in place, once a step.
+
+    None for no clipping and for AutoClip's clippers, which are part of the optimizer.
+    """
     from torch import nn
 
+    if constant is not None:
+        return partial(nn.utils.clip_grad_norm_, max_norm=constant)
+    if arm in ZCLIPS:
+        from zclip import ZClip
+
+        clipper = ZClip(**ZCLIPS[arm])
+        return lambda parameters: clipper.step(nn.ParameterList(parameters))
+    if arm in STARTS:
+        value, steps = STARTS[arm]
+        limits = iter([value] * steps)
+
+        def clip(parameters: Sequence[Any]) -> None:
+            if (limit := next(limits, None)) is not None:
+                nn.utils.clip_grad_norm_(parameters, limit)
+
+        return clip
+    return None
+
+
+def settings_of(arm: str) -> tuple[str, dict[str, Any]]:
+    """An AutoClip arm's class and settings."""
+    return (CLIPPERS | CHOSEN | GRID | BOUNDED)[arm]
+
+
+def clipped_torch_optimizer(optimizer: Any, arm: str, constant: float | None) -> Any:
+    """The optimizer that clips as the arm does before each step."""
     from autoclip import torch as autoclip
 
-    if constant is not None:
+    if clipper := other_clipper(arm, constant):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
         def clip(*_: Any) -> None:
-            nn.utils.clip_grad_norm_(parameters, constant)
+            clipper(parameters)
 
         optimizer.register_step_pre_hook(clip)
     elif arm != NONE:
-        name, settings = (CLIPPERS | CHOSEN | GRID)[arm]
+        name, settings = settings_of(arm)
         getattr(autoclip, name).as_optimizer(optimizer, **settings)
     return optimizer
 
@@ -162,19 +206,18 @@ def clipped_by_group(optimizer: Any, arm: str, constant: float | None) -> Any:
 
     Clipping by group is the global clipping of each model.
     """
-    from torch import nn
-
     from autoclip import torch as autoclip
 
-    if constant is not None:
+    clippers = [other_clipper(arm, constant) for _ in optimizer.param_groups]
+    if clippers[0]:
 
         def clip(*_: Any) -> None:
-            for group in optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], constant)
+            for group, clipper in zip(optimizer.param_groups, clippers):
+                clipper(group["params"])
 
         optimizer.register_step_pre_hook(clip)
     elif arm != NONE:
-        name, settings = (CLIPPERS | CHOSEN | GRID)[arm]
+        name, settings = settings_of(arm)
         scope = settings.get("global_clipping", False)
         settings = settings | {"global_clipping": False, "group_clipping": scope}
         getattr(autoclip, name).as_optimizer(optimizer, **settings)
@@ -188,7 +231,7 @@ def clipped_keras_optimizer(optimizer: Any, arm: str, constant: float | None) ->
     if constant is not None:
         optimizer.global_clipnorm = constant
     elif arm != NONE:
-        name, settings = (CLIPPERS | CHOSEN | GRID)[arm]
+        name, settings = settings_of(arm)
         optimizer = getattr(autoclip, name).as_optimizer(optimizer, **settings)
     return optimizer
 

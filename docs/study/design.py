@@ -181,3 +181,40 @@ CONFIRMATION = {
         ),
     ),
 }
+
+# Runs that were added after the plan, on seeds of their own. See supplement.py.
+FIRST_EXTRA_SEED = 20
+
+CLUSTERING = TASKS["separation"].conditions[0]
+# Adam forgets large first gradients sooner.
+FORGETTING = replace(CLUSTERING, name="deep clustering, beta2 0.98", variant="beta2 0.98")
+
+SUPPLEMENT = {
+    "rows": CONFIRMATION["rows"],
+    "convolution": CONFIRMATION["convolution"],
+    "pixels": CONFIRMATION["pixels"],
+    "images": replace(TASKS["images"], seeds=3),
+    "separation": replace(TASKS["separation"], seeds=3, conditions=(CLUSTERING, FORGETTING)),
+    "gpt": replace(
+        TASKS["characters"],
+        title="Characters of Python's sources, GPT of 3.2 million parameters (PyTorch)",
+        seeds=2,
+        seconds=60.0,
+        conditions=(
+            condition("Adam", 1e-3, variant="cosine"),
+            condition("Adam", 1e-3, factor=10, variant="cosine"),
+        ),
+    ),
+    "control": Task(
+        title="CartPole, PPO of Stable-Baselines3 (PyTorch)",
+        metric="return",
+        unit="of 500",
+        higher_is_better=True,
+        # A random policy's return is about 22; one that always pushes to one side gets 9.
+        floor=9.0,
+        failed=50.0,
+        seeds=4,
+        seconds=9.0,
+        conditions=(condition("Adam", 3e-3), condition("Adam", 3e-3, factor=30)),
+    ),
+}

@@ -17,14 +17,11 @@ from pathlib import Path
 
 import results
 from arms import GRID, NONE
-from design import CONFIRMATION
+from design import CLUSTERING, CONFIRMATION, FORGETTING
 from design import TASKS as FIRST
 from run import Job, run_all
 from tqdm import tqdm
 
-# Why a constant helps deep clustering: with beta2 0.98, Adam forgets large first gradients sooner.
-CLUSTERING = FIRST["separation"].conditions[0]
-FORGETTING = replace(CLUSTERING, name="deep clustering, beta2 0.98", variant="beta2 0.98")
 SEPARATION = replace(FIRST["separation"], conditions=(CLUSTERING, FORGETTING))
 TASKS = FIRST | CONFIRMATION | {"separation": SEPARATION}
 FOLDER = results.FOLDER / "exploration"

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import results
-from arms import CANDIDATE, CHOSEN, CLIPPERS, CONFIRMED, DEFAULT, NONE, TUNED
+from arms import CANDIDATE, CONFIRMED, DEFAULT, NONE, TUNED, settings_of
 from confirm import HARDER, SEEDS, SWEEP
 from design import CONFIRMATION, RATES, Task
 from measures import (
@@ -106,12 +106,12 @@ def rate_text(rates: np.ndarray) -> str:
     return texts[0] if len(set(texts)) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
-def settings_of(arm: str) -> str:
+def settings_text(arm: str) -> str:
     if arm == NONE:
         return "no clipping"
     if arm == TUNED:
         return "the best of five `max_norm`"
-    name, settings = (CLIPPERS | CHOSEN)[arm]
+    name, settings = settings_of(arm)
     line = ", ".join(
         f"{key}=5/99" if value == 5 / 99 else f'{key}="{value}"' if value == "clipped"
         else f"{key}={value!r}" for key, value in settings.items()
@@ -155,7 +155,7 @@ def summary_table(study: Confirmation) -> str:
         rates = half_rates(study, "SGD", arm) if known else np.array([np.nan])
         row.append(rate_text(rates) if known else "·")
         columns[3].append(float(rates[0]))
-        rows.append([*row, settings_of(arm)])
+        rows.append([*row, settings_text(arm)])
     mark_best(rows, columns)
     head = [
         "arm", "good rate, SGD", "good rate, Adam", "diverged", "half diverge at", "settings",

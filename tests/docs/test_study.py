@@ -36,8 +36,10 @@ def report() -> Any:
 @pytest.fixture(scope="module")
 def study(report: Any) -> Any:
     """The modules of the second edition."""
-    own = ("arms", "confirm", "design", "measures", "summary", "training")
-    tasks = ("digits", "pixels", "recurrent", "rows")
+    own = (
+        "arms", "check", "confirm", "design", "measures", "summary", "supplement", "training",
+    )  # fmt: skip
+    tasks = ("convolution", "digits", "gpt", "pixels", "recurrent", "rows")
     return SimpleNamespace(
         **{name: importlib.import_module(name) for name in own},
         **{name: importlib.import_module(f"tasks.{name}") for name in tasks},
@@ -190,6 +192,37 @@ def test_mcnemar_looks_at_the_pairs_that_differ(
         assert p == pytest.approx(min(1.0, 2.0 ** (1 - int(differ.sum()))))
 
 
+def test_a_slice_of_the_confirmation_gives_the_stored_numbers() -> None:
+    """`hatch run study:check`. After a change that rounds differently: `… --update`."""
+    done = subprocess.run([sys.executable, str(STUDY / "check.py")], capture_output=True, text=True)
+    if "expect other rounding" in done.stdout:
+        assert "more than rounding" not in done.stderr, done.stdout + done.stderr
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("seed 10") == done.stdout.count("seed 11") == 4
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "clipped"])
+def test_the_check_finds_a_number_that_changed(study: Any, name: str) -> None:
+    results = study.confirm.results
+    runs = list(results.load(study.check.TASK, study.check.STORED.parent).values())
+    stored = {results.key_of(run): run for run in runs}
+    assert study.check.compare(runs, stored, "") == (0, 0.0)
+    changed = dict(runs[-1])
+    changed[name] += 0.139
+    different, largest = study.check.compare([*runs[:-1], changed], stored, "")
+    assert different == 1
+    assert largest == pytest.approx(0.139 if name == "test" else 0.0)
+
+
+def test_the_slice_is_of_runs_that_the_confirmation_has(study: Any) -> None:
+    results = study.confirm.results
+    stored = results.load(study.check.TASK, study.check.STORED.parent)
+    raw = results.load(study.check.TASK, study.confirm.FOLDER)
+    assert len(stored) == len(study.check.ARMS) * study.check.SEEDS
+    assert stored.keys() <= raw.keys()
+
+
 def test_the_confirmation_uses_no_seed_that_was_used_before(study: Any) -> None:
     used = {
         run["seed"]
@@ -202,6 +235,81 @@ def test_the_confirmation_uses_no_seed_that_was_used_before(study: Any) -> None:
         runs = json.loads(file.read_text("utf-8"))["runs"]
         assert {run["seed"] for run in runs} <= set(range(10, 20))
         assert {run["arm"] for run in runs} <= set(study.arms.CONFIRMED)
+
+
+def test_the_supplement_uses_no_seed_that_was_used_before(study: Any) -> None:
+    for file in study.supplement.FOLDER.glob("*.json"):
+        runs = json.loads(file.read_text("utf-8"))["runs"]
+        first = study.design.FIRST_EXTRA_SEED
+        assert {run["seed"] for run in runs} <= set(range(first, first + 10))
+
+
+def test_every_planned_run_of_the_supplement_can_be_made(study: Any) -> None:
+    for task, conditions, arms in study.supplement.PLAN:
+        known = {
+            condition.name: condition for condition in study.design.SUPPLEMENT[task].conditions
+        }
+        assert set(conditions) <= set(known)
+        for condition in conditions:
+            for arm in arms:
+                constant = study.supplement.constant_for(task, known[condition], arm)
+                own = arm in (study.arms.NONE, *study.arms.ZCLIPS, *study.arms.STARTS)
+                assert constant is not None or own or study.arms.settings_of(arm)
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_the_package_zclip_clips_each_model_by_its_own_norms(study: Any, by_group: bool) -> None:
+    zclip = pytest.importorskip("zclip")
+    sizes = [3, 4]
+    models = [torch.nn.Linear(size, 1, bias=False) for size in sizes]
+    groups = [{"params": list(model.parameters())} for model in models]
+    wrap = study.arms.clipped_by_group if by_group else study.arms.clipped_torch_optimizer
+    optimizer = wrap(torch.optim.SGD(groups, 0.0), study.arms.UNBOUNDED_ZCLIP, None)
+    whole = torch.nn.ModuleList(models)
+    parts = models if by_group else [whole]
+    alone = [zclip.ZClip(max_grad_norm=None) for _ in parts]
+    for step in range(40):
+        gradients = [torch.full((1, size), 1.0 + step % 3) for size in sizes]
+        gradients[0] = gradients[0] * (50.0 if step == 35 else 1.0)
+        for model, gradient in zip(models, gradients):
+            model.weight.grad = gradient.clone()
+        for part, clipper in zip(parts, alone):
+            clipper.step(part)
+        expected = [model.weight.grad for model in models]
+        for model, gradient in zip(models, gradients):
+            model.weight.grad = gradient.clone()
+        optimizer.step()
+        for model, gradient in zip(models, expected):
+            torch.testing.assert_close(model.weight.grad, gradient)
+        if step == 35:
+            assert expected[0][0, 0] < gradients[0][0, 0]
+            assert (expected[1][0, 0] < gradients[1][0, 0]) == (not by_group)
+
+
+def test_a_constant_for_the_first_steps_ends(study: Any) -> None:
+    value, steps = study.arms.STARTS[study.arms.FIRST_STEPS]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = study.arms.clipped_torch_optimizer(
+        torch.optim.SGD([parameter], 0.0), study.arms.FIRST_STEPS, None
+    )
+    for step in range(steps + 2):
+        parameter.grad = torch.full((1,), 3 * value)
+        optimizer.step()
+        expected = value if step < steps else 3 * value
+        assert parameter.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gpt_has_millions_of_parameters_and_looks_back_only(study: Any) -> None:
+    torch.manual_seed(0)
+    model = study.gpt.GPT()
+    assert 3e6 < sum(p.numel() for p in model.parameters()) < 4e6
+    text = torch.randint(128, (1, 64))
+    changed = text.clone()
+    changed[0, 40] = (changed[0, 40] + 1) % 128
+    with torch.no_grad():
+        before, after = model(text), model(changed)
+    torch.testing.assert_close(before[:, :40], after[:, :40])
+    assert (before[:, 40:] - after[:, 40:]).abs().amax((0, 2)).min() > 0
 
 
 @pytest.mark.parametrize("name", ["pixels", "rows"])
