@@ -15,6 +15,8 @@ import griffe
 
 # From the first prompt to the next empty line.
 EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
+# Of several, in a section of errors; a comma would be shown as a tuple.
+ERRORS = re.compile(r"^ +\w+Error(?:, \w+Error)+:", re.MULTILINE)
 
 CORE = ["History", "Report", "MaxNorm", "StateError", "State", "GroupState", "ParameterInfo"]
 RULES = ["Rule", "Quantile", "Standard", "Window"]
@@ -47,6 +49,7 @@ class Docstrings(griffe.Extension):
             return match[0] if target in (None, obj.path) else f"[{match[0]}][{target}]"
 
         text = re.sub(r"(?<![\w`\[])`(\w+)`(?![`\]])", link, obj.docstring.value)
+        text = ERRORS.sub(lambda match: match[0].replace(",", " or"), text)
         obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", text)
 
 
