@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "packages").glob("*/src/**/*.py"))
 FIRST_WORDS = re.compile(r"(What|Which|Where|How|Whether)\b")
+# Of an entry in a section, such as `rows: how many rows`.
+FIRST_WORDS_OF_ENTRIES = re.compile(r"^ *\w+: (what|which|where|how|whether) .*", re.MULTILINE)
 UNUSUAL = re.compile(r"\b(so many|anew|as yet|for ever|beside|whatever)\b", re.IGNORECASE)
 
 
@@ -26,8 +28,10 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_a_docstring_begins_with_a_noun_or_a_verb(path: Path) -> None:
-    found = [f"{path}:{line}: {text}" for line, text in docstrings(path) if FIRST_WORDS.match(text)]
-    assert not found, "\n".join(found)
+    for line, text in docstrings(path):
+        assert not FIRST_WORDS.match(text), f"{path}:{line}: {text}"
+        entry = FIRST_WORDS_OF_ENTRIES.search(text)
+        assert not entry, f"{path}:{line}: {entry and entry[0]}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -35,7 +35,7 @@ class Windows:
 
     Attributes:
         ops: the operations of the framework.
-        history_length: how many norms a row keeps at most.
+        history_length: the maximum number of norms a row keeps.
         values: float32[rows, capacity], one ring a row. A capacity below `history_length` must be
             extended before a step that needs a further slot.
         ordered: the same in ascending order, zeros first; None if the rule does not need it.
@@ -286,9 +286,9 @@ def pack(
 
     Args:
         windows: of each row, oldest norm first; of one that is too long the newest stay.
-        recorded: how many norms each row has ever recorded.
-        history_length: how many norms a row keeps at most.
-        capacity: how many slots a row has.
+        recorded: the number of norms each row has ever recorded.
+        history_length: the maximum number of norms a row keeps.
+        capacity: the number of slots of a row.
 
     Returns:
         `values`, `counts` and `before`.

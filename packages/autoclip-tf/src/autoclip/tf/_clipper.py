@@ -62,9 +62,9 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
     the two built-in rules.
 
     Args:
-        rule: how a window of norms becomes a threshold, such as `Quantile(0.9)`, or an instance of
-            a custom rule.
-        history_length: how many norms each row keeps, the newest ones; an int ≥ 1. TensorFlow
+        rule: the rule that turns a window of norms into a threshold, such as `Quantile(0.9)`,
+            or an instance of a custom rule.
+        history_length: the number of norms each row keeps, the newest ones; an int ≥ 1. TensorFlow
             allocates windows in full: 4 bytes a norm, 8 if the rule asks for quantiles.
         global_clipping: one history of the norm of all gradients together, as in the paper,
             instead of one for each variable.
@@ -76,7 +76,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
         group_clipping: one history of the norm of all gradients of a group together.
         max_norm: a ceiling on every threshold, and the only threshold during warm-up; None for no
             ceiling.
-        warmup_steps: how many norms a row records before its rule counts; None for the rule's
+        warmup_steps: the number of norms a row records before its rule counts; None for the rule's
             default.
         include_current: True if a norm is part of the window that it is compared with; None for
             the rule's default.
@@ -566,13 +566,13 @@ class QuantileClip(Clipper):
 
     Args:
         quantile: a real number in [0, 1]; 1 never clips, lower values clip more often.
-        history_length: how many norms each row keeps, the newest ones.
+        history_length: the number of norms each row keeps, the newest ones.
         global_clipping: one history of the norm of all gradients together.
         group_settings: settings for some of the variables, such as
             `[{"match": "embedding", "quantile": 0.5}]`; see `Clipper`.
         group_clipping: one history of the norm of all gradients of a group together.
         max_norm: a ceiling on every threshold.
-        warmup_steps: how many norms a row records before its rule counts; None for 0.
+        warmup_steps: the number of norms a row records before its rule counts; None for 0.
         include_current: True if a norm is part of the window that it is compared with; None for
             True.
         record: `"raw"` or `"clipped"`.
@@ -624,13 +624,13 @@ class StandardClip(Clipper):
 
     Args:
         deviations: a finite real number ≥ 0.
-        history_length: how many norms each row keeps, the newest ones.
+        history_length: the number of norms each row keeps, the newest ones.
         global_clipping: one history of the norm of all gradients together.
         group_settings: settings for some of the variables, such as
             `[{"match": "embedding", "deviations": 3.0}]`; see `Clipper`.
         group_clipping: one history of the norm of all gradients of a group together.
         max_norm: a ceiling on every threshold.
-        warmup_steps: how many norms a row records before its rule counts; None for 25.
+        warmup_steps: the number of norms a row records before its rule counts; None for 25.
         include_current: True if a norm is part of the window that it is compared with; None for
             False.
         record: `"raw"` or `"clipped"`.

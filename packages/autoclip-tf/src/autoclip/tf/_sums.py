@@ -105,7 +105,7 @@ class StepSums:
         """Make the variable.
 
         Args:
-            rows: how many rows the clipper has.
+            rows: the number of rows of the clipper.
         """
         self._variable = make_variable(np.zeros(_TOTALS + _PER_ROW * rows), "sums")
 

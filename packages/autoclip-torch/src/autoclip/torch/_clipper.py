@@ -69,7 +69,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
         parameters: tensors, `named_parameters()` pairs, or group dicts such as
             `{"params": [...], "history_length": 100}`, as torch's optimizers take them. A group
             may override any setting but the mode, the rule's own included.
-        rule: how a window of norms becomes a threshold, such as `Quantile(0.9)`.
+        rule: the rule that turns a window of norms into a threshold, such as `Quantile(0.9)`.
         history_length: the number of norms that each history keeps, the newest ones; an int ≥ 1.
         global_clipping: one history of the norm of all gradients together, as in the paper,
             instead of one for each parameter.

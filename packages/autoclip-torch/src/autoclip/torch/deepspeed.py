@@ -48,9 +48,9 @@ def attach(
 
     Args:
         engine: the first result of `deepspeed.initialize`, with ZeRO stage 0, 1, 2 or 3.
-        rule: how the window becomes a threshold; a class takes its settings from `settings`, as
-            `attach(engine, quantile=0.9)` does.
-        history_length: how many norms are kept, the newest ones.
+        rule: the rule that turns the window into a threshold; a class takes its settings from
+            `settings`, as `attach(engine, quantile=0.9)` does.
+        history_length: the number of norms kept, the newest ones.
         settings: `max_norm`, `warmup_steps` and `record`; see `Clipper`.
 
     Returns:

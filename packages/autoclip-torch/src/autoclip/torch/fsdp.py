@@ -41,9 +41,9 @@ def attach(
     Args:
         model: the outermost FSDP1 module.
         optimizer: over the model's parameters, made after the model was wrapped.
-        rule: how the window becomes a threshold; a class takes its settings from `settings`, as
-            `attach(model, optimizer, quantile=0.9)` does.
-        history_length: how many norms are kept, the newest ones.
+        rule: the rule that turns the window into a threshold; a class takes its settings from
+            `settings`, as `attach(model, optimizer, quantile=0.9)` does.
+        history_length: the number of norms kept, the newest ones.
         settings: `max_norm`, `warmup_steps` and `record`; see `Clipper`.
 
     Returns:

@@ -132,7 +132,7 @@ class Groups(ABC, Generic[ParameterT]):
         """Change a setting of a group, and of those that share its rows.
 
         Args:
-            group: which group.
+            group: the group's index.
             name: the setting's name.
             value: its new value.
             apply: changes the histories of rows; may refuse by raising.

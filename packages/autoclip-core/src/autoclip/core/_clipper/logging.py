@@ -19,7 +19,7 @@ def log_values(report: Report[Any], parameters: bool | str = False) -> dict[str,
 
     Args:
         report: of the step, with arrays of any float dtype.
-        parameters: whether to add values for each parameter; under group clipping, for each group.
+        parameters: True to add values for each parameter; under group clipping, for each group.
             A string is a regular expression that is searched in their names.
 
     Returns:

@@ -27,11 +27,11 @@ class MaxNorm(Saveable):
     with the ones before it, `QuantileClip(..., global_clipping=True, include_current=False)`.
 
     Args:
-        rule: how the window becomes a threshold.
-        history_length: how many norms are kept, the newest ones.
+        rule: the rule that turns the window into a threshold.
+        history_length: the number of norms kept, the newest ones.
         max_norm: a ceiling on every threshold, and the only threshold during warm-up; None for
             none.
-        warmup_steps: how many norms are recorded before the rule counts; None for the rule's
+        warmup_steps: the number of norms recorded before the rule counts; None for the rule's
             default.
         record: `"raw"` records the norms as given, `"clipped"` as they are after clipping.
 

@@ -157,14 +157,14 @@ class History(Saveable):
     (Seetharaman et al., 2020, arXiv:2007.14469, Algorithm 1).
 
     Args:
-        rows: how many rows.
-        rule: how a window becomes a threshold, such as `Quantile` or `Standard`: one for all rows,
-            or a sequence with one a row, all of the same class.
-        history_length: how many norms a row keeps, the newest ones.
+        rows: the number of rows.
+        rule: the rule that turns a window into a threshold, such as `Quantile` or
+            `Standard`: one for all rows, or a sequence with one a row, all of the same class.
+        history_length: the number of norms a row keeps, the newest ones.
         max_norm: a ceiling on every threshold; None for none.
-        warmup_steps: how many norms a row records before its rule counts; None for the rule's
+        warmup_steps: the number of norms a row records before its rule counts; None for the rule's
             default.
-        include_current: whether a norm is part of the window that it is compared with; None for
+        include_current: True if a norm is part of the window that it is compared with; None for
             the rule's default.
         record: `"raw"` records the norms as given, `"clipped"` as they are after clipping.
 
@@ -366,7 +366,7 @@ class History(Saveable):
         An interrupt leaves all windows as they were or as they are to be.
 
         Args:
-            rows: which rows.
+            rows: the rows' numbers.
             windows: one float32[length] a row, oldest norm first.
             recorded: [len(rows)], how many norms each row has ever recorded.
 

@@ -29,12 +29,12 @@ class RingBuffer:
     Args:
         windows: one float32[length] a row, oldest norm first, at most `history_length` long.
         recorded: int64[rows], how many norms each row has ever recorded.
-        history_length: how many norms a row keeps at most.
+        history_length: the maximum number of norms a row keeps.
 
     Attributes:
         history_length: see above.
         counts: int64[rows], how many norms have come into each window.
-        is_full: whether all windows are known to hold `history_length` norms.
+        is_full: True if all windows are known to hold `history_length` norms.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class RingBuffer:
         """Append one norm to each of `rows`, for which there is room.
 
         Args:
-            rows: which rows.
+            rows: the rows' numbers.
             entered: float32[n], one norm a row.
 
         Returns:

@@ -35,8 +35,8 @@ class Rule(ABC):
 
     Attributes:
         name: the rule's name in a saved state.
-        defaults: what settings of a clipper, such as `include_current`, default to under this
-            rule. Without an entry, `include_current` is True and `warmup_steps` is 0.
+        defaults: the defaults of a clipper's settings, such as `include_current`, under this rule.
+            Without an entry, `include_current` is True and `warmup_steps` is 0.
 
     >>> from dataclasses import dataclass
     >>> from typing import ClassVar

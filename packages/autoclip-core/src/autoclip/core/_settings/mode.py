@@ -84,7 +84,7 @@ class Mode(str, Enum):
         """The rows of each group.
 
         Args:
-            sizes: how many parameters each group has.
+            sizes: the number of parameters of each group.
         """
         if self is Mode.GLOBAL:
             return [range(1) for _ in sizes]
@@ -114,7 +114,7 @@ class Mode(str, Enum):
 
         Args:
             parameters: the names of all parameters, group by group.
-            groups: how many groups there are.
+            groups: the number of groups.
         """
         if self is Mode.PARAMETER:
             return tuple(parameters)

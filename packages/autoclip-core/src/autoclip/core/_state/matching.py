@@ -58,13 +58,13 @@ class _Matching:
     """Two states and whether their rows can be the same ones.
 
     Attributes:
-        is_by_order: whether no name is shared, so that the order decides.
+        is_by_order: True if no name is shared, so that the order decides.
 
     Args:
         saved: the state that was saved.
         current: the clipper that loads it.
         source: the saved state's name in messages.
-        partial: whether rows that do not fit start empty instead of raising StateError.
+        partial: True if rows that do not fit start empty instead of raising StateError.
         others: names of parameters that are not the clipper's.
     """
 

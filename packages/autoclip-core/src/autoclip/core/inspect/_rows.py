@@ -25,7 +25,7 @@ class Rows:
     """The rows of a state, in the order of its groups.
 
     Attributes:
-        state: where they come from.
+        state: the state that they come from.
         names: of each row.
         groups: int[rows], the group that each row belongs to.
         windows: float32[length] a row, oldest norm first.

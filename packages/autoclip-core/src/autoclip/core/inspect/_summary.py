@@ -65,8 +65,8 @@ class RowSummary:
         name: the parameter's name, or the group.
         group: the number of its parameter group.
         shape: the parameter's shape; None if it is unknown or the row stands for several.
-        length: how many norms the window holds.
-        recorded: how many norms the row has ever recorded.
+        length: the number of norms in the window.
+        recorded: the number of norms the row has ever recorded.
         newest: the norm that was recorded last; NaN if the window is empty.
         median: the median of the window; NaN if it is empty.
         threshold: of the window as it is; infinite if there is none yet, NaN if the rule is unknown
@@ -134,7 +134,8 @@ class Summary:
 
         Args:
             quantiles: in [0, 1].
-            max_rows: how many rows stand for all of them, evenly spaced; replaying more takes time.
+            max_rows: the number of rows that stand for all of them, evenly spaced; replaying more
+                takes time.
 
         Returns:
             The mean over rows for each quantile; NaN where no row shows clipping.

@@ -55,7 +55,7 @@ def norms(source: Source, row: int | str | None = None, *, ax: Axes | None = Non
         source: a clipper, a `State`, a `Summary`, or the path of a file.
         row: the name or the number of the row, such as `"layer1.weight"`; None for the one that is
             clipped hardest.
-        ax: where to draw; None for a new figure.
+        ax: the axes to draw on; None for a new figure.
 
     Raises:
         KeyError: there is no such row.
@@ -82,8 +82,8 @@ def distribution(
     Args:
         source: a clipper, a `State`, a `Summary`, or the path of a file.
         row: the name or the number of the row; None for the one that is clipped hardest.
-        quantiles: which to mark, in [0, 1].
-        ax: where to draw; None for a new figure.
+        quantiles: the quantiles to mark, in [0, 1].
+        ax: the axes to draw on; None for a new figure.
 
     Raises:
         KeyError: there is no such row.
@@ -103,8 +103,8 @@ def clipped(source: Source, *, max_rows: int = 40, ax: Axes | None = None) -> Fi
 
     Args:
         source: a clipper, a `State`, a `Summary`, or the path of a file.
-        max_rows: how many rows to draw at most.
-        ax: where to draw; None for a new figure whose height follows the number of rows.
+        max_rows: the maximum number of rows to draw.
+        ax: the axes to draw on; None for a new figure whose height follows the number of rows.
 
     Raises:
         StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
@@ -128,7 +128,7 @@ def overview(
     Args:
         source: a clipper, a `State`, a `Summary`, or the path of a file.
         row: the name or the number of the row; None for the one that is clipped hardest.
-        quantiles: which to mark, in [0, 1].
+        quantiles: the quantiles to mark, in [0, 1].
 
     Raises:
         KeyError: there is no such row.

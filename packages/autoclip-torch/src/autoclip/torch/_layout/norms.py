@@ -139,8 +139,8 @@ class _Sums(NamedTuple):
     """Gradients of one dtype whose squares are summed by one `np.add.reduceat`.
 
     Attributes:
-        indices: which gradients, in the order of `starts`.
-        starts: where each one's squares begin in `squares`.
+        indices: the gradients' indices, in the order of `starts`.
+        starts: the start of each one's squares in `squares`.
         squares: one for each element that is gathered, and for each row of the others; float64.
         gathered: small gradients that one call gathers, True if they are all vectors, and
             their part of `squares`.
@@ -297,7 +297,7 @@ class DeviceNorms:
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
-        device: where the norms go.
+        device: the device for the norms.
         indices: the ones to measure, all of them on `device`; all by default.
     """
 

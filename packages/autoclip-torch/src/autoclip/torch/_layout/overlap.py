@@ -62,7 +62,7 @@ class Overlaps:
 
         Args:
             gradients: like those that this was made of; the replaced ones are changed in the list.
-            written: which of them are to be written.
+            written: the indices of those that are to be written.
             renew: see `Renew`.
         """
         if self._opaque:

@@ -186,7 +186,7 @@ class DeviceScaling:
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
-        device: where they are.
+        device: the device they are on.
         indices: the ones to scale, all of them on `device`; all by default.
     """
 

@@ -29,7 +29,7 @@ class EngineClipper(MaxNorm):
 
     Args:
         engine: the engine's name in messages.
-        rule: how the window becomes a threshold, or the class of such a rule.
+        rule: the rule that turns the window into a threshold, or the class of such a rule.
         settings: the rule's, if `rule` is a class, and those of a clipper.
 
     Raises:
