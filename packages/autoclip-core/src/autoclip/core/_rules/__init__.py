@@ -1,1 +1,1 @@
-"""Rules: how a window of norms becomes a threshold, and the two that are built in."""
+"""Rules, which turn a window of norms into a threshold, and the two that are built in."""
