@@ -45,7 +45,7 @@ class PixelGRU(nn.Module):
 
 @dataclass
 class Run:
-    """What one training run gave."""
+    """The results of one training run."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -132,7 +132,7 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("norm")
         axis.set_title(f"{arm}: test accuracy {run.accuracy:.1%}", loc="left", fontsize=10)
-        axis.legend(loc="upper right", fontsize=8, ncols=3)
+        axis.legend(loc="lower right", fontsize=8, ncols=3)
     axes[-1].set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -150,10 +150,10 @@ def resume(run: Run, data: tuple[Tensor, ...], path: Path, progress: tqdm) -> st
     same = resumed.optimizer.clipper.state_dict() == clipper.state_dict()
     train(resumed, "AutoClip", data, 1, progress)
     return (
-        f"Saved the clipper's history to {path} ({path.stat().st_size} bytes) and loaded it into "
-        f"a new one: {'the same' if same else 'NOT the same'} state. After one more epoch with it "
-        f"the threshold went from {run.thresholds[-1]:.3f} to {resumed.thresholds[-1]:.3f} and "
-        f"the test accuracy is {resumed.accuracy:.1%}."
+        f"Saved the clipper's history to {path} ({path.stat().st_size} bytes) and loaded it into\n"
+        f"a new clipper: {'the same' if same else 'NOT the same'} state. After one more epoch the "
+        f"threshold went from\n{run.thresholds[-1]:.3f} to {resumed.thresholds[-1]:.3f}, "
+        f"and the test accuracy is {resumed.accuracy:.1%}."
     )
 
 

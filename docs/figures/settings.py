@@ -40,7 +40,7 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class Trace:
-    """What one training run did, step by step.
+    """One training run, step by step.
 
     Args:
         make_optimizer: makes the optimizer.

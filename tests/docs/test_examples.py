@@ -31,7 +31,7 @@ FRAMEWORKS = {"nnunet_trainer.py", "optax_transformation.py", "ultralytics_yolo.
 PROCESSES = {"deepspeed_zero.py": 2, "expert_parallel.py": 2, "fsdp2.py": 2}
 # What a run must have printed, beyond ending without an error.
 OUTPUT = {
-    "digits.py": "loaded it into a new one: the same state",
+    "digits.py": "a new clipper: the same state",
     "expert_parallel.py": "norms",
     "fsdp2.py": "all 2 processes measured the norm",
     "mirrored_strategy.py": "2 replicas share one history",
