@@ -5,14 +5,16 @@ can be. A clipper measures norms, records them in its rows, and multiplies the g
 coefficients; its settings, rules, states and messages come from here.
 """
 
-from autoclip.core._clipper.attachment import AttachmentHandle, constructor
+from autoclip.core._clipper.attachment import AttachmentHandle, BaseAttachment, constructor
 from autoclip.core._clipper.clipper import BaseClipper
+from autoclip.core._clipper.commit import Change, commit
 from autoclip.core._clipper.factory import make_factory
 from autoclip.core._clipper.groups import Group, Groups, ParamGroup
 from autoclip.core._clipper.histories import Histories, Storage, rows_by_storage
 from autoclip.core._clipper.logging import check_parameters
 from autoclip.core._clipper.notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
+from autoclip.core._history import BaseHistory, BaseTensorHistory
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
 from autoclip.core._rules.rule import RULES, rule_instance
 from autoclip.core._settings.mode import Mode
@@ -36,7 +38,11 @@ __all__ = [
     "RULES",
     "SMALLEST_NORM",
     "AttachmentHandle",
+    "BaseAttachment",
     "BaseClipper",
+    "BaseHistory",
+    "BaseTensorHistory",
+    "Change",
     "ClipperSettings",
     "Group",
     "GroupSettings",
@@ -52,6 +58,7 @@ __all__ = [
     "Windows",
     "attached_message",
     "check_parameters",
+    "commit",
     "constant_notice",
     "constructor",
     "given",

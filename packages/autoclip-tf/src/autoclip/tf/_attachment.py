@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import keras
 
-from autoclip.core.adapter import AttachmentHandle, second_clipper_message, warn_user
+from autoclip.core.adapter import BaseAttachment, second_clipper_message, warn_user
 from autoclip.tf._private import (
     REDUCE_METHOD,
     check_backend,
@@ -94,7 +93,7 @@ def check_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-class Attachment:
+class Attachment(BaseAttachment):
     """A clipper in an optimizer, which calls it at each update.
 
     Args:
@@ -102,56 +101,36 @@ class Attachment:
         optimizer: one that `check_optimizer` has returned.
 
     Attributes:
-        handle: detaches the clipper.
         updates: the number of updates that the clipper was called for, or was traced for.
-        may_lack_history: True if the optimizer was trained before and the history is empty.
-        has_warned: True after the warning of an update without the clipper.
     """
 
     def __init__(self, clipper: Clipper, optimizer: Any) -> None:
-        self._clipper = clipper
-        # Weak: the optimizer holds the clipper. Once it is gone, another one can have the clipper.
-        self._optimizer = weakref.ref(optimizer, lambda _: self.end())
-        self.handle = AttachmentHandle(self.end)
+        super().__init__(clipper, optimizer)
         self.updates = 0
-        self.may_lack_history = bool(optimizer.iterations > 0) and not clipper.has_history
-        self.has_warned = False
 
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer; None once it is gone."""
-        return self._optimizer()
-
-    def begin(self) -> None:
-        """Give the optimizer its clipper, and a class that calls it."""
-        optimizer = self.optimizer
+    def _hook(self, optimizer: Any) -> None:
         for name in _KERAS_CLIPPING:
             _warn_of_keras_clipping(name, getattr(optimizer, name, None))
-        optimizer.__class__ = _attached_class(optimizer.__class__)
-        optimizer.clipper = self._clipper
+        self.may_lack_history = bool(optimizer.iterations > 0) and not self._clipper.has_history
         self._clipper._attachment = self
+        optimizer.clipper = self._clipper
+        optimizer.__class__ = _attached_class(optimizer.__class__)
         retrace_models(optimizer)
 
-    def end(self) -> None:
-        """Give the optimizer back its own class, without the clipper."""
-        self._clipper._attachment = None
-        optimizer = self.optimizer
+    def _unhook(self, optimizer: Any) -> None:
         if optimizer is not None:
-            del optimizer.clipper
-            optimizer.__class__ = type(optimizer)._plain_class
+            optimizer.__class__ = getattr(optimizer, "_plain_class", optimizer.__class__)
+            if hasattr(optimizer, "clipper"):
+                del optimizer.clipper
             retrace_models(optimizer)
+        self._clipper._attachment = None
 
     def before_step(self) -> None:
         """Count an update, and warn if it is the first one after others without a clipper."""
         self.updates += 1
         if self.may_lack_history:
             self.may_lack_history = False
-            warn_user(
-                f"This {type(self.optimizer).__name__} was trained before the clipper was "
-                "attached, and the clipper starts with an empty history: its first steps are "
-                "compared with few norms. If the training was resumed, attach the clipper before "
-                "you load the optimizer's state, or load the history with clipper.load(path)."
-            )
+            self.warn_without_history()
 
     def after_step(self, updates: int) -> None:
         """Warn, once, of an update that the clipper was not called for.

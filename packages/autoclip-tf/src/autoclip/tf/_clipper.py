@@ -19,6 +19,7 @@ from autoclip.core.adapter import (
     ClipperSettings,
     GroupSettings,
     attached_message,
+    commit,
     constructor,
     given,
     make_factory,
@@ -248,9 +249,9 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
             self._sums.build(len(histories))
             if self._pending is not None:
                 histories.write(*self._pending.matched(groups).by_row())
-        self._groups, self._histories, self._nonfinite = groups, histories, nonfinite
-        self._saved_state.variables = created
-        self._last, self._pending = last, None
+        own = {"_groups": groups, "_histories": histories, "_nonfinite": nonfinite}
+        own |= {"_last": last, "_pending": None}
+        commit((self.__dict__, own), (self._saved_state.__dict__, {"variables": created}))
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -279,7 +280,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
                 infinity; in a graph it is `tf.errors.InvalidArgumentError`. Nothing was recorded.
                 Compiled by XLA, see `check`.
         """
-        if self._attachment is not None:
+        if self._is_attached:
             raise RuntimeError(
                 f"This {type(self).__name__} is attached to an optimizer, which calls it at each "
                 "update: another call would record each norm twice. Read the norm of the last step "
@@ -369,7 +370,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
                 "There is nothing to report: the last step had no gradient"
                 + (
                     ", or its tf.function was traced before the clipper was attached."
-                    if self._attachment is not None
+                    if self._is_attached
                     else "."
                 )
             )
@@ -447,12 +448,11 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
                 optimizer's `tf.distribute` strategy is not supported.
         """
         optimizer = check_optimizer(optimizer)
-        if self._attachment is not None:
+        if self._is_attached:
             raise RuntimeError(attached_message(self))
         if optimizer.built:
             self.build(optimizer._trainable_variables)
-        attachment = Attachment(self, optimizer)
-        attachment.begin()
+        self.detach()  # from one that is gone
         raises = any(each.on_nonfinite == "raise" for each in self._groups.all_settings())
         if raises and tf.config.list_physical_devices("GPU"):
             warn_user(
@@ -460,15 +460,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
                 'with on_nonfinite="raise" such a gradient is set to zero. Add AutoClipCallback '
                 "to fit, which raises after the batch, or compile with jit_compile=False."
             )
-        return attachment.handle
-
-    def detach(self) -> None:
-        """Detach the clipper from its optimizer, as the handle that `attach` returned does.
-
-        Does nothing if the clipper is not attached.
-        """
-        if self._attachment is not None:
-            self._attachment.handle.remove()
+        return Attachment(self, optimizer).begin()
 
     # -- state -------------------------------------------------------------------------------
 

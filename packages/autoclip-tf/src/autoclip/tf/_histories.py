@@ -13,6 +13,8 @@ import tensorflow as tf
 from autoclip.core import Report
 from autoclip.core import adapter as core
 from autoclip.core.adapter import (
+    BaseTensorHistory,
+    Change,
     GroupSettings,
     Windows,
     needs_order,
@@ -20,7 +22,6 @@ from autoclip.core.adapter import (
     pack,
     record,
     thresholds_of,
-    unpack,
 )
 from autoclip.tf._ops import OPS
 
@@ -68,7 +69,7 @@ def _is_resumable() -> bool:
     return tf.executing_eagerly() and tf.distribute.get_strategy().num_replicas_in_sync == 1
 
 
-class TensorHistory:
+class TensorHistory(BaseTensorHistory):
     """The windows of many rows in variables; a step is made of tensor operations alone.
 
     Windows are allocated in full: a graph cannot let a variable grow. For rules that ask for
@@ -78,11 +79,8 @@ class TensorHistory:
         settings: of each row, with equal `structure`.
     """
 
-    changes_at_once = True  # graphs that are traced already read the numbers
-
     def __init__(self, settings: Sequence[GroupSettings]) -> None:
         self._settings = tuple(settings)
-        self.history_length = settings[0].history_length
         self._numbers = {
             name: make_variable(_finite(column), name)
             for name, column in numbers_of(settings).items()
@@ -98,13 +96,8 @@ class TensorHistory:
 
     # -- settings ----------------------------------------------------------------------------
 
-    @property
-    def settings(self) -> tuple[GroupSettings, ...]:
-        """The settings of each row. Setting them changes their numbers, in traced graphs too."""
-        return self._settings
-
-    @settings.setter
-    def settings(self, settings: Sequence[GroupSettings]) -> None:
+    def _change(self, settings: tuple[GroupSettings, ...], rows: list[int]) -> None:
+        # Graphs that are traced already read the numbers.
         shape = (len(settings), 1)
         unused = {
             "max_norm": np.full(shape, np.inf),
@@ -114,7 +107,7 @@ class TensorHistory:
         columns = {**unused, **numbers_of(settings)}
         for name, variable in self._numbers.items():
             variable.assign(_finite(columns[name]))
-        self._settings = tuple(settings)
+        self._settings = settings  # last: after an interrupt, the same change counts again
 
     def fits(self, settings: Sequence[GroupSettings]) -> bool:
         """True if there are variables for all numbers in `settings`, of each row."""
@@ -146,14 +139,6 @@ class TensorHistory:
         self._assign(windows)
         return report
 
-    def once(self, norms: tf.Tensor) -> Callable[[], Any]:
-        """See `autoclip.core.History.once`."""
-        return partial(self._record_once, self._counts.numpy(), norms)
-
-    def _record_once(self, before: npt.NDArray[np.int64], norms: tf.Tensor) -> None:
-        if (self._read_windows().counts.numpy() == before).all():
-            self.record(norms)
-
     # -- windows -----------------------------------------------------------------------------
 
     def _read_windows(self) -> Windows:
@@ -177,37 +162,21 @@ class TensorHistory:
             self._before.assign(windows.before)
         self._unfinished = None
 
-    def read(
-        self, rows: Sequence[int]
-    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
-        """Copy the windows of `rows`; see `autoclip.core.History.read`."""
-        held, index = self._read_windows(), list(rows)
-        values, counts, before = (
-            each.numpy()[index] for each in (held.values, held.counts, held.before)
-        )
-        return unpack(values, counts, before, self.history_length)
+    @staticmethod
+    def _to_host(tensor: Any) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = tensor.numpy()
+        return array
 
-    def write(
-        self,
-        rows: Sequence[int],
-        windows: Sequence[npt.NDArray[np.float32]],
-        recorded: Sequence[int] | npt.NDArray[np.int64],
-    ) -> None:
-        """Replace all windows; see `stage`."""
-        self.stage(rows, windows, recorded)()
+    def _mark(self) -> tf.Tensor:
+        return self._read_windows().counts
 
-    def stage(
-        self,
-        rows: Sequence[int],
-        windows: Sequence[npt.NDArray[np.float32]],
-        recorded: Sequence[int] | npt.NDArray[np.int64],
+    def _stage_all(
+        self, windows: list[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> Callable[[], None]:
-        """See `autoclip.core.History.stage`. `rows` must be all rows, in order."""
         length = self.history_length
         values, counts, before = pack(windows, recorded, length, length)
         ordered = None if self._ordered is None else np.sort(values, axis=1)
-        packed = Windows(OPS, length, values, ordered, counts, before)
-        return partial(self._assign, packed)
+        return partial(self._assign, Windows(OPS, length, values, ordered, counts, before))
 
 
 class Histories(core.Histories[TensorHistory]):
@@ -222,9 +191,7 @@ class Histories(core.Histories[TensorHistory]):
 
     def __init__(self, settings: Sequence[GroupSettings] = ()) -> None:
         check_memory(settings)
-        super().__init__(lambda settings, device: TensorHistory(settings))
-        for row, each in enumerate(settings):
-            self.insert(row, each, 1)
+        super().__init__(lambda settings, device: TensorHistory(settings), settings)
         self.arrange([None] * len(settings))
         # The position of each row if storages are put one after the other.
         self._order = np.argsort([row for storage in self.storages for row in storage.rows])
@@ -238,8 +205,8 @@ class Histories(core.Histories[TensorHistory]):
         names = ("norms", "thresholds", "coefficients")
         return Report(*(self.in_order([getattr(each, name) for each in reports]) for name in names))
 
-    def change(self, rows: Iterable[int], settings: GroupSettings) -> None:
-        """Give `rows` other settings; graphs that are traced already follow.
+    def change(self, rows: Iterable[int], settings: GroupSettings) -> list[Change]:
+        """See `autoclip.core.adapter.Histories`; graphs that are traced already follow.
 
         Raises:
             ValueError: the settings differ in something that a traced graph cannot change. Nothing
@@ -258,16 +225,16 @@ class Histories(core.Histories[TensorHistory]):
             new = [settings if row in changed else self.settings[row] for row in storage.rows]
             if not changed.isdisjoint(storage.rows) and not storage.history.fits(new):
                 raise ValueError(_CANNOT_CHANGE)
-        super().change(changed, settings)
+        return super().change(changed, settings)
 
     @property
     def _is_resumable(self) -> bool:
         return _is_resumable()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         if self._unfinished:
             with tf.init_scope():
-                super()._finish()
+                super().finish()
 
 
 def _finite(column: npt.NDArray[Any]) -> npt.NDArray[Any]:

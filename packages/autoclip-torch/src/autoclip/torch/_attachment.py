@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FrameType
@@ -15,7 +14,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from autoclip.core import State, StateError
-from autoclip.core.adapter import second_clipper_message, warn_user
+from autoclip.core.adapter import (
+    BaseAttachment,
+    Change,
+    commit,
+    second_clipper_message,
+    warn_user,
+)
 from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
 from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import wrapped_optimizers
@@ -130,7 +135,7 @@ def _without_init(optimizer: Optimizer) -> str:
     )
 
 
-class Attachment(Hooks):
+class Attachment(BaseAttachment, Hooks):
     """A clipper on an optimizer: its hooks, and the state between them.
 
     Args:
@@ -140,23 +145,15 @@ class Attachment(Hooks):
 
     Attributes:
         pending: a checked state, until the optimizer has loaded its own and this is committed.
-        may_lack_history: True if the first step must warn if the history is empty, since the
-            optimizer had been trained when the clipper was attached.
-        has_warned: True after the warning of a checkpoint without a history.
     """
 
     def __init__(
         self, clipper: Attachable, optimizer: Optimizer, groups: Groups | None = None
     ) -> None:
+        super().__init__(clipper, optimizer)
         self.pending: State | None = None
-        self.may_lack_history = False
-        self.has_warned = False
-        self._clipper = clipper
         self._groups = groups
-        # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
-        self._optimizer = weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = []
-        self._attributes: list[str] = []
         self._may_be_nested = _overrides_a_step(type(optimizer))
         # Of the present step: parameters that it leaves out, with their gradients, and True if
         # `found_inf` on the optimizer is ours.
@@ -164,14 +161,7 @@ class Attachment(Hooks):
         self._set_found_inf = False
         self._has_post_hook = False
 
-    @property
-    def optimizer(self) -> Optimizer | None:
-        """The optimizer; None if it no longer exists."""
-        return self._optimizer()
-
-    def begin(self) -> None:
-        """Attach; see `Clipper.attach`."""
-        optimizer = self._attached()
+    def _hook(self, optimizer: Optimizer) -> None:
         own = type(optimizer)
         hooks: list[tuple[str, Callable[..., Any]]] = [("register_step_pre_hook", self.before_step)]
         attributes: dict[str, Any] = {"clipper": self._clipper, "__reduce_ex__": self._reduce_ex}
@@ -187,40 +177,34 @@ class Attachment(Hooks):
             attributes["load_state_dict"] = self._load_state_dict
         if hasattr(own, "__deepcopy__"):
             attributes["__deepcopy__"] = self._deepcopy
+        changes: list[Change] = [
+            (vars(optimizer), attributes),
+            (vars(self._clipper), {"_attachment": self}),
+        ]
+        if self._groups is not None:
+            changes.append(self._groups.following(optimizer))
         try:
             for register, hook in hooks:
                 self._handles.append(getattr(optimizer, register)(hook))
-            if self._groups is not None:
-                self._groups.follow(optimizer)
-        except BaseException as error:
-            self._remove_hooks()
-            if isinstance(error, AttributeError):
-                raise TypeError(_without_init(optimizer)) from error
-            raise
-        self._attributes = [*attributes]
-        optimizer.__dict__.update(attributes)
+        except AttributeError as error:
+            raise TypeError(_without_init(optimizer)) from error
         self.may_lack_history = _has_been_trained(optimizer)
         _warn_of_other_steps(optimizer)
+        commit(*changes)
 
-    def end(self) -> None:
-        """Undo `begin`."""
-        self._remove_hooks()
-        optimizer = self.optimizer
-        if optimizer is not None:
-            for name in self._attributes:
-                optimizer.__dict__.pop(name, None)
-        if self._groups is not None:
-            self._groups.release()  # last: it raises if parameters have vanished
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _attached(self) -> Optimizer:
-        optimizer = self.optimizer
-        assert optimizer is not None  # one of its methods has been called
-        return optimizer
+    def _unhook(self, optimizer: Optimizer | None) -> None:
+        for name, value in list(vars(optimizer).items()) if optimizer is not None else ():
+            if value is self._clipper or getattr(value, "__self__", None) is self:
+                vars(optimizer).pop(name)
+        while self._handles:  # the step's last: until then it is clipped
+            self._handles[-1].remove()
+            self._handles.pop()
+        changes: list[Change] = [(vars(self._clipper), {"_attachment": None})]
+        try:
+            if self._groups is not None and self._groups.is_attached:
+                changes.append(self._groups.holding())  # raises if parameters have vanished
+        finally:
+            commit(*changes)
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -259,7 +243,8 @@ class Attachment(Hooks):
             self._clear(optimizer)
         if self.may_lack_history:
             self.may_lack_history = False
-            self._warn_without_history(optimizer)
+            if not self._clipper.has_history:
+                self.warn_without_history()
         # A GradScaler sets both on fused optimizers, whose gradients are still scaled then. If only
         # found_inf is set, the gradients are already unscaled.
         scale = getattr(optimizer, "grad_scale", None)
@@ -312,22 +297,13 @@ class Attachment(Hooks):
             self._set_found_inf = False
             optimizer.__dict__.pop("found_inf", None)
 
-    def _warn_without_history(self, optimizer: Optimizer) -> None:
-        if not self._clipper.has_history:
-            warn_user(
-                f"This {type(optimizer).__name__} was trained before the clipper was attached, and "
-                "the clipper starts with an empty history: its first steps are compared with "
-                "few norms. If the training was resumed, attach the clipper before you load the "
-                "optimizer's state, or load the history with clipper.load_state_dict()."
-            )
-
     # -- copies ------------------------------------------------------------------------------
 
     def _reduce_ex(self, protocol: Any) -> Any:
-        return reduce_with(self._attached(), self._clipper, protocol)
+        return reduce_with(self.optimizer, self._clipper, protocol)
 
     def _deepcopy(self, memo: dict[int, Any]) -> Any:
-        return deepcopy_with(self._attached(), self._clipper, memo)
+        return deepcopy_with(self.optimizer, self._clipper, memo)
 
     # -- state -------------------------------------------------------------------------------
 
@@ -336,13 +312,13 @@ class Attachment(Hooks):
         state_dict[STATE_KEY] = self._clipper.state_dict()
 
     def _state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        optimizer = self._attached()
+        optimizer = self.optimizer
         state_dict: dict[str, Any] = type(optimizer).state_dict(optimizer, *args, **kwargs)
         self._after_state_dict(optimizer, state_dict)
         return state_dict
 
     def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        optimizer = self._attached()
+        optimizer = self.optimizer
         self._before_load(optimizer, state_dict)
         type(optimizer).load_state_dict(optimizer, state_dict, *args, **kwargs)
         self._after_load(optimizer)

@@ -145,17 +145,23 @@ class Clipper(BaseClipper[Groups, Tensor]):
         self._layout: Layout | None = None
         self._norm: Tensor | float | None = None
         self._reports: Sequence[tuple[Storage[Any], Report[Any]]] = ()
-        for entry in entries_of(parameters):
-            if isinstance(entry, OptimizerGroup):
-                own = made.taken_from(entry)
-                self._groups.add(entry["params"], own, entry.get("param_names"))
-                continue
-            if not isinstance(entry, dict):
-                raise TypeError(
-                    "parameters must be all groups or all tensors, but after a group came "
-                    f"{torch.typename(entry)}."
-                )
-            self.add_param_group(entry)
+        entries = [self._entry(entry) for entry in entries_of(parameters)]
+        self._groups.add(*entries)
+
+    def _entry(self, group: Any, **settings: Any) -> Any:
+        """The parameters of a group dict, its settings, and the names."""
+        if isinstance(group, OptimizerGroup):
+            own = self._settings.taken_from(group)
+        elif not isinstance(group, dict):
+            raise TypeError(
+                "parameters must be all groups or all tensors, but after a group came "
+                f"{torch.typename(group)}."
+            )
+        elif "params" not in group:
+            raise KeyError('param_group must be a dict with the key "params".')
+        else:
+            own = self._settings.for_group({**settings, **overrides_of(group)})
+        return group["params"], own, group.get("param_names")
 
     def add_param_group(self, param_group: Any, **settings: Any) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.
@@ -176,21 +182,15 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
         If it raises, the clipper is as it was.
         """
-        keywords = dict(settings)
         if self._groups.is_attached:
             raise RuntimeError(
                 "The clipper is attached to an optimizer and takes its parameters from there: "
                 "call optimizer.add_param_group instead."
             )
-        if isinstance(param_group, dict):
-            if "params" not in param_group:
-                raise KeyError('param_group must be a dict with the key "params".')
-            params, names = param_group["params"], param_group.get("param_names")
-            settings = {**settings, **overrides_of(param_group)}
-        else:
-            params, names = param_group, None
-        self._groups.add(params, self._settings.for_group(settings), names)
-        if keywords or not isinstance(param_group, dict):
+        is_dict = isinstance(param_group, dict)
+        group = param_group if is_dict else {"params": param_group}
+        self._groups.add(self._entry(group, **settings))
+        if settings or not is_dict:
             warn_user(
                 "add_param_group takes a dict now, as torch's optimizers do: "
                 "add_param_group({'params': parameters, 'quantile': 0.5}).",
@@ -416,33 +416,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
         if self._is_attached:
             raise RuntimeError(attached_message(self))
         self.detach()
-        attachment = Attachment(self, optimizer, self._groups)
-        attachment.begin()
-        self._attachment = attachment
-
-        def detach() -> None:
-            if self._attachment is attachment:
-                self.detach()
-
-        return AttachmentHandle(detach)
-
-    @property
-    def _is_attached(self) -> bool:
-        return self._attachment is not None and self._attachment.optimizer is not None
-
-    def detach(self) -> None:
-        """Detach the clipper from its optimizer, as the handle that `attach` returned does.
-
-        The optimizer is as it was before. The clipper keeps its history, and the parameters that
-        the optimizer has now. Does nothing if the clipper is not attached.
-
-        Raises:
-            RuntimeError: parameters have vanished from the optimizer, so the clipper has none to
-                keep. It is detached all the same.
-        """
-        attachment, self._attachment = self._attachment, None
-        if attachment is not None:
-            attachment.end()
+        return Attachment(self, optimizer, self._groups).begin()
 
     def _attach_to_copy(self, optimizer: Optimizer) -> None:
         """Attach to a copy of this clipper's optimizer; see `_copies`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autoclip.core import History, Report, adapter
 from autoclip.core.adapter import (
+    BaseTensorHistory,
     GroupSettings,
     Windows,
     needs_order,
@@ -21,7 +22,6 @@ from autoclip.core.adapter import (
     pack,
     record,
     thresholds_of,
-    unpack,
 )
 from autoclip.torch import _ops
 
@@ -97,7 +97,7 @@ class _InPlace(Windows):
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
-class TensorHistory:
+class TensorHistory(BaseTensorHistory):
     """The windows of many rows on one device; `record` never synchronizes with it.
 
     A norm takes 4 bytes, and 4 more under a rule that takes quantiles of the norms, whose windows
@@ -109,13 +109,10 @@ class TensorHistory:
         device: the device of the windows.
     """
 
-    changes_at_once = True
-
     def __init__(self, settings: Sequence[GroupSettings], device: torch.device) -> None:
         self.device = device
-        self.history_length = settings[0].history_length
         self._ops = _ops.TorchOps(device)
-        self._settings = list(settings)
+        self._settings = tuple(settings)
         self._numbers: dict[str, Tensor] = {}
         self._numbers = self._numbers_of(settings)
         # Upper bound on the longest window, tracked on the host to avoid a device sync.
@@ -130,42 +127,18 @@ class TensorHistory:
         counts, before = torch.zeros((2, self.rows, 1), dtype=torch.int64, device=self.device)
         return _InPlace(self._ops, self.history_length, values, ordered, counts, before)
 
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return len(self._settings)
-
     # -- settings ----------------------------------------------------------------------------
 
-    @property
-    def settings(self) -> tuple[GroupSettings, ...]:
-        """The settings of each row. Setting them keeps the windows.
-
-        Numbers are written in place, so a captured CUDA graph reads the new ones; a `max_norm`,
-        `warmup_steps` or `on_spike` that no row had before needs a new capture.
-
-        Raises:
-            ValueError: there is not one a row, or they differ in more than numbers.
-        """
-        return tuple(self._settings)
-
-    @settings.setter
-    def settings(self, settings: Sequence[GroupSettings]) -> None:
-        present, structure = self._settings, self._settings[0].structure
-        # A schedule writes thousands of groups one by one: a write must not look at all of them.
-        changed = [k for k, (new, old) in enumerate(zip(settings, present)) if new is not old]
-        if len(settings) != self.rows or any(settings[k].structure != structure for k in changed):
-            raise ValueError(
-                "settings must be one GroupSettings a row that differs from the present one in "
-                "numbers only."
-            )
-        columns = numbers_of([settings[k] for k in changed])
+    def _change(self, settings: tuple[GroupSettings, ...], rows: list[int]) -> None:
+        # In place, so a captured CUDA graph reads the new numbers; a `max_norm`, `warmup_steps` or
+        # `on_spike` that no row had before needs a new capture.
+        columns = numbers_of([settings[row] for row in rows])
         if columns.keys() == self._numbers.keys():
             for name, column in columns.items():
-                self._numbers[name][changed] = self._as_numbers(column).to(self.device)
-        elif changed:
+                self._numbers[name][rows] = self._as_numbers(column).to(self.device)
+        else:
             self._numbers = self._numbers_of(settings)
-        self._settings = list(settings)  # last: after an interrupt, the same change counts again
+        self._settings = settings  # last: after an interrupt, the same change counts again
 
     def _numbers_of(self, settings: Sequence[GroupSettings]) -> dict[str, Tensor]:
         numbers = {}
@@ -183,8 +156,8 @@ class TensorHistory:
     @property
     def thresholds(self) -> Tensor:
         """float64[rows] (float32 on MPS); see `autoclip.core.History.thresholds`."""
-        self._windows.finish()
-        found: Tensor = thresholds_of(self._settings[0], self._numbers, self._windows)
+        windows = self._read_windows()
+        found: Tensor = thresholds_of(self._settings[0], self._numbers, windows)
         return found[:, 0]
 
     def record(self, norms: Tensor) -> Report[Tensor]:
@@ -224,51 +197,29 @@ class TensorHistory:
 
     # -- contents ----------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Forget all norms, in place."""
-        empty = [np.empty(0, np.float32)] * self.rows
-        self.write(range(self.rows), empty, [0] * self.rows)
-
-    def read(
-        self, rows: Sequence[int]
-    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
-        """Copy the windows of `rows` to the host; see `autoclip.core.History.read`."""
+    def _read_windows(self) -> Windows:
         self._windows.finish()
-        held, index = self._windows, list(rows)
-        values, counts, before = (
-            each.cpu().numpy()[index] for each in (held.values, held.counts, held.before)
-        )
-        return unpack(values, counts, before, self.history_length)
+        return self._windows
 
-    def write(
-        self,
-        rows: Sequence[int],
-        windows: Sequence[npt.NDArray[np.float32]],
-        recorded: Sequence[int] | npt.NDArray[np.int64],
-    ) -> None:
-        """Replace the windows of `rows`; see `autoclip.core.History.write`."""
-        self.stage(rows, windows, recorded)()
+    @staticmethod
+    def _to_host(tensor: Tensor) -> npt.NDArray[Any]:
+        return tensor.cpu().numpy()
 
-    def stage(
-        self,
-        rows: Sequence[int],
-        windows: Sequence[npt.NDArray[np.float32]],
-        recorded: Sequence[int] | npt.NDArray[np.int64],
+    def _mark(self) -> Tensor:
+        counts: Tensor = self._read_windows().counts
+        return counts.clone()
+
+    def _stage_all(
+        self, windows: list[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> Callable[[], None]:
-        """See `autoclip.core.History.stage`."""
-        kept, counts = [np.empty(0, np.float32)] * self.rows, np.zeros(self.rows, np.int64)
-        if len(set(rows)) < self.rows:
-            kept, counts = self.read(range(self.rows))
-        for row, window, count in zip(rows, windows, recorded):
-            kept[row], counts[row] = window[-self.history_length :], count
-        used = max(map(len, kept))
-        capacity = self._windows.values.shape[1]
+        used = max(map(len, windows))
+        present = capacity = self._windows.values.shape[1]
         while capacity < used:
             capacity = min(2 * capacity, self.history_length)
-        packed = pack(kept, counts, self.history_length, capacity)
-        values, new_counts, before = (torch.from_numpy(each).to(self.device) for each in packed)
-        larger = self._allocated(capacity) if capacity > self._windows.values.shape[1] else None
-        return partial(self._adopt, larger, used, (values, new_counts, before))
+        packed = pack(windows, recorded, self.history_length, capacity)
+        contents = tuple(torch.from_numpy(each).to(self.device) for each in packed)
+        larger = self._allocated(capacity) if capacity > present else None
+        return partial(self._adopt, larger, used, contents)
 
     def _adopt(self, larger: _InPlace | None, used: int, contents: tuple[Tensor, ...]) -> None:
         # A bound that is too large does no harm if an interrupt comes now.
@@ -279,12 +230,3 @@ class TensorHistory:
             larger.copy_(*contents)
             self._windows = larger
         self._used = used
-
-    def once(self, norms: Tensor) -> Callable[[], Any]:
-        """See `autoclip.core.History.once`."""
-        return partial(self._record_once, self._windows.counts.clone(), norms)
-
-    def _record_once(self, before: Tensor, norms: Tensor) -> None:
-        self._windows.finish()
-        if torch.equal(self._windows.counts, before):
-            self.record(norms)

@@ -67,7 +67,7 @@ class OptimizerGroups(list[Any]):
             super().__init__(self.groups)
 
 
-def hyperparameters(optimizer: Optimizer) -> set[str]:
+def hyperparameters(optimizer: object) -> set[str]:
     """The names of an optimizer's own hyperparameters, those of optimizers inside it included.
 
     Some have the name of a clipper's setting: dozens of optimizers have `warmup_steps`.

@@ -158,6 +158,7 @@ class _Attachment:
             self._engine.__dict__.pop(name, None)
         holder, name = self._place
         setattr(holder, name, self._own)
+        self._clipper._attachment = None
 
     def _set_limit(self) -> None:
         limit = self._clipper.max_norm

@@ -74,9 +74,7 @@ def attach(
             f"{foreign} of the optimizer's {len(theirs)} parameters are not the model's. Make the "
             "optimizer from model.parameters() after wrapping the model."
         )
-    attachment = Attachment(clipper, optimizer)
-    attachment.begin()
-    clipper._attachment = attachment
+    Attachment(clipper, optimizer).begin()
     return clipper
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["AttachmentHandle", "constructor"]
+from autoclip.core._warnings import warn_user
+
+__all__ = ["AttachmentHandle", "BaseAttachment", "constructor"]
 
 
 class AttachmentHandle:
@@ -23,9 +27,9 @@ class AttachmentHandle:
 
     def remove(self) -> None:
         """Detach the clipper. It keeps its history; a second call does nothing."""
-        detach, self._detach = self._detach, None
-        if detach is not None:
-            detach()
+        if self._detach is not None:
+            self._detach()  # again, if it is interrupted
+            self._detach = None
 
     def __enter__(self) -> AttachmentHandle:
         return self
@@ -37,6 +41,69 @@ class AttachmentHandle:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+
+class BaseAttachment(ABC):
+    """A clipper on an optimizer, which calls it at each step.
+
+    Args:
+        clipper: the clipper.
+        optimizer: the optimizer.
+
+    Attributes:
+        may_lack_history: True if the first step must warn if the history is empty, since the
+            optimizer had been trained when the clipper was attached.
+        has_warned: True after the warning of a checkpoint without a history, or of an update
+            without the clipper.
+    """
+
+    def __init__(self, clipper: Any, optimizer: Any) -> None:
+        self._clipper = clipper
+        # Weakly: a cycle would keep a dropped optimizer's state in memory until a collection.
+        self._optimizer = weakref.ref(optimizer)
+        self.may_lack_history = False
+        self.has_warned = False
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer; None if it no longer exists."""
+        return self._optimizer()
+
+    def begin(self) -> AttachmentHandle:
+        """Attach; if it raises or is interrupted, optimizer and clipper are as they were.
+
+        Returns:
+            A handle that detaches the clipper, unless another attachment has it by then.
+        """
+        try:
+            self._hook(self.optimizer)
+        except BaseException:
+            self._unhook(self.optimizer)
+            raise
+        return AttachmentHandle(self.end)
+
+    def end(self) -> None:
+        """Undo `begin`; after an interrupt a second call does the rest."""
+        if self._clipper._attachment is self:
+            self._unhook(self.optimizer)
+
+    @abstractmethod
+    def _hook(self, optimizer: Any) -> None:
+        """Let `optimizer` call the clipper, whose `_attachment` this becomes."""
+
+    @abstractmethod
+    def _unhook(self, optimizer: Any) -> None:
+        """Undo all or a part of `_hook`; `optimizer` may be None."""
+
+    def warn_without_history(self) -> None:
+        """Warn that the optimizer was trained before, and that the history is empty."""
+        warn_user(
+            f"This {type(self.optimizer).__name__} was trained before the clipper was attached, "
+            "and the clipper starts with an empty history: its first steps are compared with few "
+            "norms. If the training was resumed, attach the clipper before you load the "
+            "optimizer's state, or load the history with clipper.load_state_dict() or "
+            "clipper.load()."
+        )
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Generic, TypeVar
 
-from autoclip.core._clipper.attachment import AttachmentHandle
+from autoclip.core._clipper.attachment import AttachmentHandle, BaseAttachment
 from autoclip.core._clipper.groups import Groups, ParamGroup
 from autoclip.core._clipper.histories import Histories
 from autoclip.core._rules.rule import Rule
@@ -29,6 +29,7 @@ class BaseClipper(Saveable, Generic[GroupsT, ArrayT]):
 
     _groups: GroupsT
     _histories: Histories[Any]
+    _attachment: BaseAttachment | None
 
     # -- settings ----------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ class BaseClipper(Saveable, Generic[GroupsT, ArrayT]):
         step on, also in compiled and captured steps; a wrong value raises and changes nothing.
         Under global clipping all groups share their settings.
         """
-        return self._groups.views(self._histories.change)
+        return self._groups.views(self._histories)
 
     # -- after a step ------------------------------------------------------------------------
 
@@ -93,9 +94,22 @@ class BaseClipper(Saveable, Generic[GroupsT, ArrayT]):
     def attach(self, optimizer: Any) -> AttachmentHandle:
         """Let `optimizer` call this clipper at each of its steps, and carry its state."""
 
-    @abstractmethod
+    @property
+    def _is_attached(self) -> bool:
+        return self._attachment is not None and self._attachment.optimizer is not None
+
     def detach(self) -> None:
-        """Detach the clipper from its optimizer; does nothing if it is not attached."""
+        """Detach the clipper from its optimizer, as the handle that `attach` returned does.
+
+        The optimizer is as it was before, and the clipper keeps its history. An interrupted call
+        can be repeated. Does nothing if the clipper is not attached.
+
+        Raises:
+            RuntimeError: PyTorch: parameters have vanished from the optimizer, so the clipper has
+                none to keep. It is detached all the same.
+        """
+        if self._attachment is not None:
+            self._attachment.end()
 
     # -- state -------------------------------------------------------------------------------
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
+from autoclip.core._clipper.commit import commit
+from autoclip.core._clipper.histories import Histories
 from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import ClipperSettings, GroupSettings
 from autoclip.core._state.state import ParameterInfo, State, parameter_names
@@ -106,7 +108,7 @@ class Groups(ABC, Generic[ParameterT]):
 
     def settings_by_group(self) -> list[GroupSettings]:
         """The settings of each group; at least one entry, the clipper's own."""
-        return [group.settings for group in self._groups] or [self.settings.default]
+        return [*map(self.settings_of, self._groups)] or [self.settings.default]
 
     def settings_by_row(self) -> list[GroupSettings]:
         """The settings of each row."""
@@ -119,36 +121,38 @@ class Groups(ABC, Generic[ParameterT]):
         return [
             value
             for group in self._groups
-            for value in [getattr(group.settings, name)] * len(group.names)
+            for value in [getattr(self.settings_of(group), name)] * len(group.names)
         ]
 
-    def change(
-        self,
-        group: int,
-        name: str,
-        value: Any,
-        apply: Callable[[Sequence[int], GroupSettings], None],
-    ) -> Any:
-        """Change a setting of a group, and of those that share its rows.
+    def settings_of(self, group: Group[ParameterT]) -> GroupSettings:
+        """The settings of a group: the clipper's own if all groups share one row."""
+        return self.settings.default if self.mode.has_one_row else group.settings
+
+    def change(self, index: int, name: str, value: Any, histories: Histories[Any]) -> Any:
+        """Change a setting of a group and its rows, or of all if they share one row.
 
         Args:
-            group: the group's index.
+            index: the group's index.
             name: the setting's name.
             value: its new value.
-            apply: changes the histories of rows; may refuse by raising.
+            histories: the rows.
 
         Returns:
             The value as it is kept.
 
         Raises:
-            TypeError, ValueError: the value is wrong, or `apply` refused it. Nothing has changed.
+            TypeError, ValueError: the value is wrong, or `histories` refused it. Nothing has
+                changed.
         """
-        settings = self.checked(self._groups[group].settings.merged({name: value}))
-        apply(self.rows_by_group()[group], settings)
-        for i in self.mode.sharing(group, len(self)):
-            self._groups[i].settings = settings
-        if self.mode.has_one_row or self._follows_default(self._groups[group]):
-            self.settings = dataclasses.replace(self.settings, default=settings)
+        group = self._groups[index]
+        settings = self.checked(self.settings_of(group).merged({name: value}))
+        changes = histories.change(self.rows_by_group()[index], settings)
+        changes.append((vars(group), {"settings": settings}))
+        if self.mode.has_one_row or self._follows_default(group):
+            default = dataclasses.replace(self.settings, default=settings)
+            changes.append((vars(self), {"settings": default}))
+        commit(*changes)
+        histories.finish()
         return settings.settings[name]
 
     def checked(self, settings: GroupSettings) -> GroupSettings:
@@ -163,12 +167,16 @@ class Groups(ABC, Generic[ParameterT]):
         """True if the clipper's own settings are those of this group."""
         return False
 
-    def views(self, apply: Callable[[Sequence[int], GroupSettings], None]) -> list[ParamGroup]:
+    def views(self, histories: Histories[Any]) -> list[ParamGroup]:
         """The groups as dicts whose settings can be written; see `change`."""
         return [
             ParamGroup(
-                {"params": list(parameters), **self.labels(group), **group.settings.settings},
-                lambda name, value, i=i: self.change(i, name, value, apply),
+                {
+                    "params": list(parameters),
+                    **self.labels(group),
+                    **self.settings_of(group).settings,
+                },
+                lambda name, value, i=i: self.change(i, name, value, histories),
             )
             for i, (parameters, group) in enumerate(zip(self.by_group(), self._groups))
         ]
@@ -196,7 +204,7 @@ class Groups(ABC, Generic[ParameterT]):
         return self.settings.describe(
             (
                 len(parameters),
-                group.settings,
+                self.settings_of(group),
                 "" if group.match is None else f", match={group.match!r}",
             )
             for parameters, group in zip(self.by_group(), self._groups)

@@ -4,56 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from autoclip.core._clipper.commit import Change, commit
+from autoclip.core._history import BaseHistory
 from autoclip.core._settings.settings import GroupSettings
 from autoclip.core._step import Report
 
-__all__ = ["AnyHistory", "Histories", "Storage", "rows_by_storage"]
+__all__ = ["Histories", "Storage", "rows_by_storage"]
 
 
-class AnyHistory(Protocol):
-    """The storage of some rows: `History` in NumPy, or a framework's."""
-
-    changes_at_once: bool
-    """True if numbers in the settings take effect at once: a captured graph may read them."""
-
-    @property
-    def settings(self) -> tuple[GroupSettings, ...]: ...
-
-    @settings.setter
-    def settings(self, settings: Sequence[GroupSettings]) -> None: ...
-
-    @property
-    def thresholds(self) -> Any: ...
-
-    def record(self, norms: Any) -> Report[Any]: ...
-
-    def once(self, norms: Any) -> Callable[[], Any]: ...
-
-    def read(
-        self, rows: Sequence[int]
-    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]: ...
-
-    def write(
-        self,
-        rows: Sequence[int],
-        windows: Sequence[npt.NDArray[np.float32]],
-        recorded: Sequence[int] | npt.NDArray[np.int64],
-    ) -> None: ...
-
-    def stage(
-        self,
-        rows: Sequence[int],
-        windows: Sequence[npt.NDArray[np.float32]],
-        recorded: Sequence[int] | npt.NDArray[np.int64],
-    ) -> Callable[[], None]: ...
-
-
-HistoryT = TypeVar("HistoryT", bound=AnyHistory)
+HistoryT = TypeVar("HistoryT", bound=BaseHistory)
 
 
 @dataclass(eq=False)
@@ -81,6 +46,7 @@ class Histories(Generic[HistoryT]):
 
     Args:
         make: makes an empty history from the settings of each of its rows and a device.
+        settings: of each row.
 
     Attributes:
         settings: of each row.
@@ -88,16 +54,20 @@ class Histories(Generic[HistoryT]):
         version: another number whenever `settings` or `storages` have changed.
     """
 
-    def __init__(self, make: Callable[[Sequence[GroupSettings], Any], HistoryT]) -> None:
-        self.settings: list[GroupSettings] = []
+    def __init__(
+        self,
+        make: Callable[[Sequence[GroupSettings], Any], HistoryT],
+        settings: Sequence[GroupSettings] = (),
+    ) -> None:
+        self.settings = [*settings]
         self.storages: list[Storage[HistoryT]] = []
         self.version = 0
         self._make = make
         self._devices: list[Any] = []
-        self._is_arranged = True
+        self._is_arranged = not settings
         # Storages that others took over from since the last step, whose report needs their rows.
         self._former: list[Storage[HistoryT]] = []
-        # The parts of a step or load of several storages, while one is at work.
+        # The parts of a step, a load or a change of settings in several storages, while at work.
         self._unfinished: Sequence[Callable[[], Any]] = ()
 
     def __len__(self) -> int:
@@ -105,28 +75,50 @@ class Histories(Generic[HistoryT]):
 
     # -- rows --------------------------------------------------------------------------------
 
-    def insert(self, row: int, settings: GroupSettings, count: int) -> None:
-        """Insert `count` empty rows before `row`; at the end if there is no such row."""
-        if row < len(self):
-            for storage in (*self.storages, *self._former):
-                storage.rows = [each + count if each >= row else each for each in storage.rows]
-        self.settings[row:row] = [settings] * count
-        self._is_arranged = False
-        self.version += 1
+    def insertion(
+        self, settings: Sequence[GroupSettings], moved: Sequence[int] | None = None
+    ) -> list[Change]:
+        """The changes, for `commit`, that insert empty rows.
 
-    def change(self, rows: Iterable[int], settings: GroupSettings) -> None:
-        """Give `rows` other settings. They keep their windows, the newest norms of longer ones."""
-        changed = set(rows)
+        Args:
+            settings: of all rows after it.
+            moved: for each present row its number after it; None if they stay.
+        """
+        own = {"settings": [*settings], "_is_arranged": False, "version": self.version + 1}
+        changes: list[Change] = [(vars(self), own)]
+        if moved is not None:
+            changes += [
+                (vars(storage), {"rows": [moved[row] for row in storage.rows]})
+                for storage in (*self.storages, *self._former)
+            ]
+        return changes
+
+    def change(self, rows: Iterable[int], settings: GroupSettings) -> list[Change]:
+        """The changes, for `commit` and then `finish`, that give `rows` other settings.
+
+        They keep their windows, the newest norms of longer ones.
+        """
+        self.finish()
+        changed, new = set(rows), self.settings.copy()
         for row in changed:
-            if self.settings[row].structure != settings.structure:
-                self._is_arranged = False
-            self.settings[row] = settings
-        self.version += 1
-        for storage in self.storages:
-            if self._is_arranged and not changed.isdisjoint(storage.rows):
-                storage.is_outdated = True
-                if storage.history.changes_at_once:
-                    self._update(storage)
+            new[row] = settings
+        keeps = self._is_arranged and all(
+            self.settings[row].structure == settings.structure for row in changed
+        )
+        concerned = [
+            each
+            for each in self.storages
+            if keeps and not each.is_outdated and not changed.isdisjoint(each.rows)
+        ]
+        own = {
+            "settings": new,
+            "_is_arranged": keeps,
+            "version": self.version + 1,
+            "_unfinished": [
+                partial(self._update, each) for each in concerned if each.history.changes_at_once
+            ],
+        }
+        return [(vars(self), own), *((vars(each), {"is_outdated": True}) for each in concerned)]
 
     def _update(self, storage: Storage[HistoryT]) -> None:
         if storage.is_outdated:
@@ -138,7 +130,7 @@ class Histories(Generic[HistoryT]):
 
         A storage that stays the same keeps its history and its memory.
         """
-        self._finish()
+        self.finish()
         if self._is_arranged and self._devices == devices:
             for storage in self.storages:
                 self._update(storage)
@@ -161,12 +153,15 @@ class Histories(Generic[HistoryT]):
                 if recorded[rows].any():
                     history.write(range(len(rows)), [windows[row] for row in rows], recorded[rows])
             arranged.append(Storage(device, rows, history))
-        self.version += 1  # first: an interrupt must not leave others with the old storages
-        replaced = set(self.storages).difference(arranged)
-        self.storages = arranged
-        self._devices = list(devices)
-        self._is_arranged = True
-        self._former += replaced
+        former = [*self._former, *set(self.storages).difference(arranged)]
+        own = {
+            "storages": arranged,
+            "version": self.version + 1,
+            "_devices": list(devices),
+            "_is_arranged": True,
+            "_former": former,
+        }
+        commit((vars(self), own))
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -180,7 +175,7 @@ class Histories(Generic[HistoryT]):
             The reports of the storages.
         """
         if self._unfinished:
-            self._finish()
+            self.finish()
         self._former = []
         if len(norms) == 1:
             [(storage, only)] = norms
@@ -198,11 +193,11 @@ class Histories(Generic[HistoryT]):
 
     def thresholds(self) -> list[tuple[list[int], Any]]:
         """The rows of each storage, and the thresholds of their windows as they are now."""
-        self._finish()
+        self.finish()
         return [(storage.rows, storage.history.thresholds) for storage in self.storages]
 
-    def _finish(self) -> None:
-        """Complete a step or a load that an interrupt has cut short."""
+    def finish(self) -> None:
+        """Complete a step, a load or a change of settings, also one that was interrupted."""
         for part in self._unfinished:
             part()
         self._unfinished = ()
@@ -211,7 +206,7 @@ class Histories(Generic[HistoryT]):
 
     def read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """All windows, oldest norm first, and how many norms each row has ever recorded."""
-        self._finish()
+        self.finish()
         return self._read()
 
     def _read(self) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
@@ -227,7 +222,7 @@ class Histories(Generic[HistoryT]):
         self, windows: Sequence[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> None:
         """Replace all windows, or none if interrupted; the rows are arranged."""
-        self._finish()
+        self.finish()
         self._unfinished = [
             storage.history.stage(
                 range(len(storage.rows)),
@@ -236,7 +231,7 @@ class Histories(Generic[HistoryT]):
             )
             for storage in self.storages
         ]
-        self._finish()
+        self.finish()
 
     def reset(self) -> None:
         """Forget all norms."""

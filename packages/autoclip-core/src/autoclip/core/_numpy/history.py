@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from autoclip.core._history import BaseHistory
 from autoclip.core._numpy.ring import OPS, RingBuffer, Rows
 from autoclip.core._numpy.tracker import FewRows, Tracker, tracker_of
 from autoclip.core._ops import LARGEST_NORM, SMALLEST_NORM, is_recorded
@@ -149,7 +150,7 @@ def _refuse_negative(norms: npt.NDArray[np.float64]) -> None:
         raise ValueError(f"A norm is never negative, but got {np.nanmin(norms)}.")
 
 
-class History(Saveable):
+class History(BaseHistory, Saveable):
     """The windows of many rows, all of one length and under one kind of rule.
 
     A row stands for one gradient: one parameter's, or that of all parameters together. At each
@@ -247,40 +248,13 @@ class History(Saveable):
     def _ring(self) -> RingBuffer:
         return self._windows.settled().ring
 
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return len(self._settings)
-
-    @property
-    def settings(self) -> tuple[GroupSettings, ...]:
-        """The settings of each row. Setting them keeps the windows.
-
-        Raises:
-            ValueError: the new ones are not one a row, or differ in more than numbers.
-        """
-        return tuple(self._settings)
-
-    @settings.setter
-    def settings(self, settings: Sequence[GroupSettings]) -> None:
-        if len(settings) != self.rows or any(
-            each.structure != self._settings[0].structure for each in settings
-        ):
-            raise ValueError(
-                "settings must be one GroupSettings a row that differs from the present one in "
-                "numbers only. Make a new History for others, and write the windows into it."
-            )
-        self._windows = _Windows(list(settings), self._ring)
+    def _change(self, settings: tuple[GroupSettings, ...], rows: list[int]) -> None:
+        self._windows = _Windows(settings, self._ring)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rule of each row."""
         return tuple(each.rule for each in self._settings)
-
-    @property
-    def history_length(self) -> int:
-        """The most norms that a row keeps."""
-        return self._ring.history_length
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -339,43 +313,11 @@ class History(Saveable):
             _, report = record(windows.settings[0], windows.numbers, windows, column)
         return Report(given, report.thresholds[:, 0], report.coefficients[:, 0])
 
-    def reset(self) -> None:
-        """Forget all norms, as if nothing had been recorded."""
-        self._set_up(self._settings)
-
     def read(
         self, rows: Sequence[int]
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
-        """Copy the windows of `rows`.
-
-        Returns:
-            One float32[length] a row, oldest norm first, and int64[len(rows)], how many norms
-            each has ever recorded.
-        """
         index = list(rows)
         return [self._ring.read(row) for row in index], self._ring.recorded[index]
-
-    def write(
-        self,
-        rows: Sequence[int],
-        windows: Sequence[npt.NDArray[np.float32]],
-        recorded: Sequence[int] | npt.NDArray[np.int64],
-    ) -> None:
-        """Replace the windows of `rows`; of one longer than `history_length` the newest stay.
-
-        An interrupt leaves all windows as they were or as they are to be.
-
-        Args:
-            rows: the rows' numbers.
-            windows: one float32[length] a row, oldest norm first.
-            recorded: [len(rows)], how many norms each row has ever recorded.
-
-        Raises:
-            TypeError: a number of recorded norms is not an int.
-            ValueError: there is not one window and one number for each row, a norm could not have
-                been recorded, or a window is longer than its row's record. Nothing changed.
-        """
-        self.stage(rows, windows, recorded)()
 
     def stage(
         self,
@@ -383,24 +325,18 @@ class History(Saveable):
         windows: Sequence[npt.NDArray[np.float32]],
         recorded: Sequence[int] | npt.NDArray[np.int64],
     ) -> Callable[[], None]:
-        """A function that does the work of `write` and cannot fail; it may be called twice."""
         index = list(rows)
         if not len(index) == len(windows) == len(recorded):
             raise ValueError(
                 "windows and recorded must have one entry for each row, but got "
                 f"{len(index)} rows, {len(windows)} windows and {len(recorded)} numbers."
             )
-        norms, numbers = _checked(index, windows, recorded)
-        longest = self.history_length
-        norms = [window[-longest:] for window in norms]
-        if index == list(range(self.rows)):
-            kept, counts = norms, numbers
-        else:
-            kept, counts = self.read(range(self.rows))
-            for row, window in zip(index, norms):
-                kept[row] = window
-            counts[index] = numbers
-        ring = RingBuffer(kept, counts, longest)
+        return super().stage(index, *_checked(index, windows, recorded))
+
+    def _stage_all(
+        self, windows: list[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
+    ) -> Callable[[], None]:
+        ring = RingBuffer(windows, recorded, self.history_length)
         return partial(setattr, self, "_windows", _Windows(self._settings, ring))
 
     def once(self, norms: npt.ArrayLike) -> Callable[[], Any]:

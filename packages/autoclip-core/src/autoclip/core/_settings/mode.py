@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from itertools import accumulate
 from typing import TypeVar
 
 __all__ = ["Mode"]
@@ -88,11 +89,8 @@ class Mode(str, Enum):
         """
         if self is Mode.GLOBAL:
             return [range(1) for _ in sizes]
-        rows, start = [], 0
-        for count in map(self.rows_of, sizes):
-            rows.append(range(start, start + count))
-            start += count
-        return rows
+        counts = sizes if self is Mode.PARAMETER else [1] * len(sizes)
+        return [range(stop - count, stop) for count, stop in zip(counts, accumulate(counts))]
 
     def row_of_parameters(self, sizes: Sequence[int]) -> list[int]:
         """The row of each parameter, group by group."""
@@ -123,10 +121,6 @@ class Mode(str, Enum):
         return ("all parameters",)
 
     # -- groups ------------------------------------------------------------------------------
-
-    def sharing(self, group: int, groups: int) -> range:
-        """The groups whose settings change together with those of `group`."""
-        return range(groups) if self is Mode.GLOBAL else range(group, group + 1)
 
     def in_state(self, groups: Sequence[Sequence[T]]) -> list[list[T]]:
         """The parameters of the groups of a saved state; one group under global clipping."""

@@ -72,9 +72,8 @@ class EngineClipper(MaxNorm):
 
     def detach(self) -> None:
         """Give the engine back its own clipping. The history stays; a second call does nothing."""
-        attachment, self._attachment = self._attachment, None
-        if attachment is not None:
-            attachment.end()
+        if self._attachment is not None:
+            self._attachment.end()
 
     def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
         """Check that a saved state fits; nothing changes.
