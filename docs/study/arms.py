@@ -147,7 +147,12 @@ FIRST_STEPS = "constant 100, first 20 steps"
 STARTS = {FIRST_STEPS: (100.0, 20)}
 # The default with the constant that was tuned for SGD on the images: for the first steps.
 BOUNDED_DEFAULT = "quantile 0.9, max_norm 10"
-BOUNDED = {BOUNDED_DEFAULT: ("QuantileClip", {"max_norm": 10.0})}
+# A quantile of all norms, and never more than 1.
+BOUNDED_ONE = "quantile 0.9, global, max_norm 1"
+BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {
+    BOUNDED_DEFAULT: ("QuantileClip", {"max_norm": 10.0}),
+    BOUNDED_ONE: ("QuantileClip", {"quantile": 0.9, "max_norm": 1.0, "global_clipping": True}),
+}
 BOUNDED_LOW = "0.1 ×1, raw, last 1000, global, max_norm 100"
 
 GradientClipper = Callable[[Sequence[Any]], object]

@@ -194,11 +194,11 @@ SUPPLEMENT = {
     "convolution": CONFIRMATION["convolution"],
     "pixels": CONFIRMATION["pixels"],
     "images": replace(TASKS["images"], seeds=3),
-    "separation": replace(TASKS["separation"], seeds=3, conditions=(CLUSTERING, FORGETTING)),
+    "separation": replace(TASKS["separation"], seeds=1, conditions=(CLUSTERING, FORGETTING)),
     "gpt": replace(
         TASKS["characters"],
         title="Characters of Python's sources, GPT of 3.2 million parameters (PyTorch)",
-        seeds=2,
+        seeds=1,
         seconds=60.0,
         conditions=(
             condition("Adam", 1e-3, variant="cosine"),

@@ -13,12 +13,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import additions
 import matplotlib.pyplot as plt
 import numpy as np
 import results
 import summary
 from arms import ARMS, CONSTANTS, DEFAULT, DRAWN, NONE
-from design import TASKS, Condition, Task
+from design import SUPPLEMENT, TASKS, Condition, Task
 from measures import holm, interval, markdown, mcnemar, probability
 from scipy import stats
 
@@ -94,7 +95,7 @@ class Study:
 
 
 def cell(task: Task, scores: dict[int, float]) -> str:
-    """Mean and interval, the share of diverged runs where there are any."""
+    """Mean and interval; the number of diverged runs behind a dagger."""
     if not scores:
         return "·"
     values = np.array(list(scores.values()))
@@ -105,7 +106,7 @@ def cell(task: Task, scores: dict[int, float]) -> str:
         text += f" [{low:.{digits}f}, {high:.{digits}f}]"
     diverged = sum(task.diverged(value) for value in values)
     if diverged:
-        text += f" ({diverged / len(values):.0%} diverged)"
+        text += f" †{diverged}"
     return text if len(values) == task.seeds else f"{text} (n = {len(values)})"
 
 
@@ -145,17 +146,10 @@ def progress_table(study: Study) -> str:
         expected = len(ARMS) * task.seeds * len(task.conditions) + len(CONSTANTS) * len(families)
         runs = study.runs[name].values()
         hours = sum(run["seconds"] for run in runs) / 3600
-        versions = study.environments.get(name, {})
-        rows.append(
-            [
-                task.title,
-                f"{len(runs)} of {expected}",
-                str(task.seeds),
-                f"{hours:.1f}",
-                ", ".join(f"{package} {version}" for package, version in versions.items()) or "·",
-            ]
-        )
-    return markdown(["task", "runs", "seeds", "CPU hours", "with"], rows)
+        row = [task.title, f"{len(runs)} of {expected}", str(task.seeds), f"{hours:.1f}"]
+        rows.append(row)
+    versions = f"All tasks ran with {summary.versions_text(study)}."
+    return markdown(["task", "runs", "seeds", "CPU hours"], rows) + f"\n\n{versions}"
 
 
 def tuning_table(study: Study) -> str:
@@ -435,7 +429,9 @@ def write(folder: Path = results.FOLDER, page: Path = PAGE, output: Path = PAGE)
     figures = output.parent / "study" / "figures"
     texts = parts(Study(folder), figures, "study/figures")
     confirmation = summary.Confirmation(folder / "confirmation")
-    texts |= summary.parts(confirmation, figures, "study/figures")
+    supplement = summary.Confirmation(folder / "supplement", SUPPLEMENT)
+    texts |= summary.parts(confirmation, supplement, figures, "study/figures")
+    texts |= additions.parts(supplement)
     output.write_text(fill(page.read_text("utf-8"), texts), "utf-8")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import results
-from arms import CANDIDATE, CONFIRMED, DEFAULT, NONE, TUNED, settings_of
+from arms import BOUNDED_ONE, CANDIDATE, CONFIRMED, DEFAULT, NONE, TUNED, ZCLIP, settings_of
 from confirm import HARDER, SEEDS, SWEEP
 from design import CONFIRMATION, RATES, Task
 from measures import (
@@ -22,7 +24,7 @@ from measures import (
 )
 from scipy import stats
 
-LOW = "quantile 0.1, global"
+LOW, ONE = "quantile 0.1, global", "constant 1"
 MARGIN = 3.0  # points, of the plan
 MISSING = "The runs are not there yet."
 Cell = tuple[str, str]  # a task and a condition
@@ -41,33 +43,38 @@ PRICE: tuple[Cell, ...] = (
 
 
 class Confirmation:
-    """Scores by task, condition, arm and seed."""
+    """Scores by task, condition, arm and seed; also those of the supplement, of other tasks."""
 
-    def __init__(self, folder: Path) -> None:
-        self.runs = {name: results.load(name, folder) for name in CONFIRMATION}
+    def __init__(self, folder: Path, tasks: dict[str, Task] = CONFIRMATION) -> None:
+        self.tasks = tasks
+        self.runs = {name: results.load(name, folder) for name in tasks}
         self.environments = results.environments(folder)
         self._scores: dict[tuple[str, str, str], dict[int, float]] = {}
         for name, runs in self.runs.items():
             for run in runs.values():
-                score = CONFIRMATION[name].score(run["finite"], run["test"])
+                score = tasks[name].score(run["finite"], run["test"])
                 key = name, run["condition"], run["arm"]
                 self._scores.setdefault(key, {})[run["seed"]] = score
 
+    def by_seed(self, cell: Cell, arm: str) -> dict[int, float]:
+        """The scores that there are."""
+        return self._scores.get((*cell, arm), {})
+
     def scores(self, cell: Cell, arm: str) -> np.ndarray:
         """By seed; empty unless all of the task's seeds have been run."""
-        scores = self._scores.get((*cell, arm), {})
-        if len(scores) < CONFIRMATION[cell[0]].seeds:
+        scores = self.by_seed(cell, arm)
+        if len(scores) < self.tasks[cell[0]].seeds:
             return np.empty(0)
         return np.array([scores[seed] for seed in sorted(scores)])
 
     def diverged(self, cell: Cell, arm: str) -> np.ndarray:
-        task = CONFIRMATION[cell[0]]
+        task = self.tasks[cell[0]]
         return np.array([task.diverged(score) for score in self.scores(cell, arm)], bool)
 
     def difference(self, cell: Cell, arm: str, reference: str) -> np.ndarray:
         """Better is positive; empty if one of the two is missing."""
         here, there = self.scores(cell, arm), self.scores(cell, reference)
-        sign = 1 if CONFIRMATION[cell[0]].higher_is_better else -1
+        sign = 1 if self.tasks[cell[0]].higher_is_better else -1
         return sign * (here - there) if len(here) and len(there) else np.empty(0)
 
     def has(self, cells: tuple[Cell, ...], arm: str) -> bool:
@@ -107,16 +114,23 @@ def rate_text(rates: np.ndarray) -> str:
 
 
 def settings_text(arm: str) -> str:
+    """What to write for an arm; the class only if it is not QuantileClip."""
     if arm == NONE:
         return "no clipping"
     if arm == TUNED:
         return "the best of five `max_norm`"
+    if arm in (ONE, ZCLIP):
+        return (
+            "`max_norm=1.0`, a constant" if arm == ONE else "`zclip.ZClip()`, with a constant of 1"
+        )
     name, settings = settings_of(arm)
     line = ", ".join(
         f"{key}=5/99" if value == 5 / 99 else f'{key}="{value}"' if value == "clipped"
-        else f"{key}={value!r}" for key, value in settings.items()
+        else f"{key}={value!r}" for key, value in settings.items() if key != "global_clipping"
     )  # fmt: skip
-    return f"`{name}({line})`"
+    line = line or "quantile=0.9"
+    scope = ", global" if settings.get("global_clipping") else ""
+    return (f"`{line}`" if name == "QuantileClip" else f"`{name}({line})`") + scope
 
 
 def mark_best(rows: list[list[str]], columns: list[list[float]]) -> None:
@@ -128,37 +142,43 @@ def mark_best(rows: list[list[str]], columns: list[list[float]]) -> None:
                 row[i] = f"**{row[i]}**"
 
 
-def summary_table(study: Confirmation) -> str:
-    """One line an arm: price, protection, settings."""
+def summary_table(study: Confirmation, supplement: Confirmation) -> str:
+    """One line an arm: price, protection, settings. Arms of the supplement have a double dagger."""
     if not study.has(PRICE + PROTECTION, CANDIDATE):
         return MISSING
     prices = [tuple(cell for cell in PRICE if cell[1] == name) for name in ("SGD", "Adam")]
+    lines = [(study, arm, arm) for arm in CONFIRMED]
+    lines += [
+        (supplement, arm, f"{arm} ‡")
+        for arm in (ONE, BOUNDED_ONE, ZCLIP)
+        if supplement.has(PRICE + PROTECTION + sweep("SGD"), arm)
+    ]
     rows: list[list[str]] = []
     columns: list[list[float]] = [[] for _ in range(4)]
-    for arm in CONFIRMED:
-        row = [arm]
+    for source, arm, name in lines:
+        row = [name]
         for column, cells in zip(columns, prices):
-            known = study.has(cells, arm) and arm != NONE
-            price = mean_difference(study, cells, arm) if known else (np.nan,) * 3
+            known = source.has(cells, arm) and arm != NONE
+            price = mean_difference(source, cells, arm) if known else (np.nan,) * 3
             row.append(bracketed(*price, "+.1f") if known else "0" if arm == NONE else "·")
             column.append(0.0 if arm == NONE else price[0])
-        if study.has(PROTECTION, arm):
-            failures = np.concatenate([study.diverged(cell, arm) for cell in PROTECTION])
+        if source.has(PROTECTION, arm):
+            failures = np.concatenate([source.diverged(cell, arm) for cell in PROTECTION])
             share = share_interval(int(failures.sum()), len(failures))
-            row.append(f"{failures.mean():.0%} [{share[0]:.0%}, {share[1]:.0%}]")
+            row.append(bracketed(*(100 * part for part in (failures.mean(), *share)), ".0f"))
             columns[2].append(-failures.mean())
         else:
             row.append("·")
             columns[2].append(np.nan)
         # Under Adam no arm reaches a half within these rates.
-        known = study.has(sweep("SGD"), arm)
-        rates = half_rates(study, "SGD", arm) if known else np.array([np.nan])
+        known = source.has(sweep("SGD"), arm)
+        rates = half_rates(source, "SGD", arm) if known else np.array([np.nan])
         row.append(rate_text(rates) if known else "·")
         columns[3].append(float(rates[0]))
         rows.append([*row, settings_text(arm)])
     mark_best(rows, columns)
     head = [
-        "arm", "good rate, SGD", "good rate, Adam", "diverged", "half diverge at", "settings",
+        "arm", "good rate, SGD", "good rate, Adam", "diverged, %", "half diverge at", "settings",
     ]  # fmt: skip
     return markdown(head, rows)
 
@@ -210,19 +230,41 @@ def price_table(study: Confirmation) -> str:
 
 
 def cell_text(task: Task, values: np.ndarray) -> str:
+    """Mean and interval or up to two scores; behind a dagger the number of diverged runs."""
     if not len(values):
         return "·"
-    form = ".1f" if task.unit == "%" else ".2f"
-    text = bracketed(values.mean(), *interval(values), form)
-    failed = sum(task.diverged(value) for value in values)
-    return f"{text} ({failed} of {len(values)} diverged)" if failed else text
+    form = ".2f" if task.unit.startswith(("bits", "dB")) else ".1f"
+    if len(values) > 2:
+        text = bracketed(values.mean(), *interval(values), form)
+    else:  # too few for an interval
+        text = ", ".join(f"{value:{form}}" for value in values)
+    if failed := sum(task.diverged(value) for value in values):
+        text += f" †{failed}"
+    return text if len(values) == task.seeds else f"{text} (n = {len(values)})"
 
 
-def scores_table(study: Confirmation, name: str, names: tuple[str, ...]) -> str:
-    """Mean scores of the arms under some of a task's conditions, intervals, diverged runs."""
-    task = CONFIRMATION[name]
-    arms = [arm for arm in CONFIRMED if any(len(study.scores((name, c), arm)) for c in names)]
-    names = tuple(c for c in names if any(len(study.scores((name, c), arm)) for arm in arms))
+def scores_table(
+    study: Confirmation,
+    name: str,
+    names: Sequence[str],
+    arms: Sequence[str] = CONFIRMED,
+    *,
+    partial: bool = False,
+) -> str:
+    """Scores of the arms under some of a task's conditions.
+
+    With `partial`, cells of fewer seeds than planned count, too.
+    """
+    task = study.tasks[name]
+
+    def scores(condition: str, arm: str) -> np.ndarray:
+        cell = name, condition
+        return (
+            np.array([*study.by_seed(cell, arm).values()]) if partial else study.scores(cell, arm)
+        )
+
+    arms = [arm for arm in arms if any(len(scores(c, arm)) for c in names)]
+    names = [c for c in names if any(len(scores(c, arm)) for arm in arms)]
     if not names:
         return MISSING
     rows = []
@@ -231,7 +273,7 @@ def scores_table(study: Confirmation, name: str, names: tuple[str, ...]) -> str:
     for arm in arms:
         row = [arm]
         for column, condition in zip(columns, names):
-            values = study.scores((name, condition), arm)
+            values = scores(condition, arm)
             row.append(cell_text(task, values))
             column.append(sign * float(values.mean()) if len(values) else np.nan)
         rows.append(row)
@@ -247,13 +289,21 @@ def conditions_of(name: str, *, harder: bool = False) -> tuple[str, ...]:
 
 def progress_table(study: Confirmation) -> str:
     rows = []
-    for name, task in CONFIRMATION.items():
+    for name, task in study.tasks.items():
         runs = study.runs[name].values()
         hours = sum(run["seconds"] for run in runs) / 3600
-        packages = study.environments.get(name, {})
-        versions = ", ".join(f"{package} {version}" for package, version in packages.items())
-        rows.append([f"{name}: {task.title}", str(len(runs)), f"{hours:.2f}", versions or "·"])
-    return markdown(["task", "runs", "CPU hours", "with"], rows)
+        if runs:
+            rows.append([f"{name}: {task.title}", str(len(runs)), f"{hours:.2f}"])
+    return markdown(["task", "runs", "CPU hours"], rows)
+
+
+def versions_text(study: Any) -> str:
+    """The versions that an edition's tasks ran with."""
+    texts = {
+        ", ".join(f"{package} {version}" for package, version in packages.items())
+        for packages in study.environments.values()
+    }
+    return "; or ".join(sorted(texts)) or MISSING
 
 
 def draw_curve(study: Confirmation, path: Path) -> bool:
@@ -282,13 +332,15 @@ def draw_curve(study: Confirmation, path: Path) -> bool:
     return True
 
 
-def parts(study: Confirmation, figures: Path, link: str) -> dict[str, str]:
+def parts(
+    study: Confirmation, supplement: Confirmation, figures: Path, link: str
+) -> dict[str, str]:
     """The second edition's texts, by the names of the page's markers."""
     drawn = draw_curve(study, figures / "divergence.png")
     label = "Share of diverged runs and test accuracy over the learning rate of SGD"
     picture = f"![{label}]({link}/divergence.png)"
     return {
-        "summary": summary_table(study),
+        "summary": summary_table(study, supplement),
         "plan": tests_table(study),
         "price": price_table(study),
         "second-pixels": scores_table(study, "pixels", conditions_of("pixels")),
@@ -303,4 +355,5 @@ def parts(study: Confirmation, figures: Path, link: str) -> dict[str, str]:
             study, "characters", conditions_of("characters", harder=True)
         ),
         "second-progress": progress_table(study),
+        "second-versions": f"All tasks ran with {versions_text(study)}.",
     }

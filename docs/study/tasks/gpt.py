@@ -13,7 +13,7 @@ from training import Outcome, train
 
 from tasks.characters import CHARACTERS, load_text, loss_of
 
-CONTEXT, BATCH, STEPS = 64, 8, 300
+CONTEXT, BATCH, STEPS = 64, 8, 200
 WIDTH, HEADS, LAYERS = 256, 8, 4
 EVALUATED = 256  # stretches of text
 
