@@ -390,9 +390,10 @@ class Clipper(BaseClipper[Groups, Tensor]):
     def attach(self, optimizer: Optimizer) -> AttachmentHandle:
         """Let `optimizer` call this clipper at each of its steps, and carry its state.
 
-        From now on the clipper reads its parameters from `optimizer.param_groups` by position, at
-        every step, save and load, so parameter objects may be replaced (FSDP, `to_empty`,
-        `load_state_dict(assign=True)`). The clipper keeps its own groups; a parameter that is added
+        From now on the clipper reads its parameters from `optimizer.param_groups` at every step,
+        save and load. A parameter that moves in the groups takes its history along. If objects are
+        replaced (FSDP, `to_empty`, `load_state_dict(assign=True)`), the new ones continue the
+        histories at their positions. The clipper keeps its own groups; a parameter that is added
         to the optimizer joins the group of its neighbors, and a new optimizer group becomes a group
         with the clipper's defaults and the settings that it names. The clipper is then
         `optimizer.clipper`, and its state travels in `optimizer.state_dict()["autoclip"]`.

@@ -1,15 +1,18 @@
-"""Parameters in an optimizer's groups, which a clipper knows by their position there."""
+"""A clipper's parameters in an optimizer's groups: where they are, and where they have moved."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from operator import lt
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from autoclip.core.adapter import warn_user
+from autoclip.torch._parameters import shape_of
 
 __all__ = ["Followed", "Positions"]
 
@@ -29,6 +32,8 @@ class Followed:
     Attributes:
         param_groups: the optimizer's groups as they were when somebody looked last.
         counts: the number of parameters of each of them.
+        identities: the `id` of each parameter in them, group after group.
+        shapes: the shape of each, None if it is not known.
         is_one_to_one: True if the clipper has the same groups with the same parameters.
     """
 
@@ -42,10 +47,16 @@ class Followed:
         self.optimizer = optimizer
         self.param_groups = param_groups
         self.positions = positions
-        self.counts = [len(group["params"]) for group in param_groups]
+        parameters = [group["params"] for group in param_groups]
+        self.counts = [*map(len, parameters)]
+        # Neither the parameters, whose memory is to be freed when others replace them, nor weak
+        # references, which torch.utils.swap_tensors refuses.
+        self.identities = [*map(id, chain.from_iterable(parameters))]
+        self.shapes = [*map(shape_of, chain.from_iterable(parameters))]
+        self._group_identities = [*map(id, param_groups)]
         self.is_one_to_one = len(positions) == len(self.counts) and all(
-            each == list(zip(repeat(i), range(count)))
-            for i, (each, count) in enumerate(zip(positions, self.counts))
+            each == list(zip(repeat(i), range(size)))
+            for i, (each, size) in enumerate(zip(positions, self.counts))
         )
 
     @classmethod
@@ -55,11 +66,7 @@ class Followed:
         Raises:
             ValueError: its parameters are not these.
         """
-        positions = {
-            id(parameter): (i, j)
-            for i, group in enumerate(optimizer.param_groups)
-            for j, parameter in enumerate(group["params"])
-        }
+        positions = _places(optimizer.param_groups)
         wanted = [[id(parameter) for parameter in parameters] for parameters in by_group]
         known = {*chain.from_iterable(wanted)}
         missing, extra = len(known - positions.keys()), len(positions.keys() - known)
@@ -73,25 +80,96 @@ class Followed:
         found = [[positions[each] for each in group] for group in wanted]
         return cls(weakref.ref(optimizer), optimizer.param_groups, found)
 
-    def new_parameters(self) -> Iterator[tuple[int, range]]:
-        """The groups of the optimizer that have grown since, and the new indices in each.
+    def located(self) -> Followed:
+        """The same parameters where they are now.
+
+        If all of them are still in the optimizer, each is where its object is. Otherwise they have
+        been exchanged, as FSDP and `load_state_dict(assign=True)` do, and the positions stay.
 
         Raises:
             RuntimeError: parameters have vanished.
+
+        Warns:
+            UserWarning: some have moved while others have vanished.
         """
-        counts = [len(group["params"]) for group in self.param_groups]
-        known = [*self.counts, *repeat(0, len(counts) - len(self.counts))]
-        if len(counts) < len(known) or any(map(lt, counts, known)):
+        groups = self.param_groups
+        places = _places(groups)
+        present = [places.get(key) for key in self.identities]
+        if None not in present and len(groups) >= len(self.counts):
+            moved = dict(zip(_pairs(self.counts), present))
+            positions = [[moved[old] for old in each] for each in self.positions]
+            return Followed(self.optimizer, groups, cast("Positions", positions))
+        # A new object may have the id of one that is gone, so single ones are not looked for.
+        now = Followed(self.optimizer, groups, self.positions)
+        known = [*now.counts, *repeat(0, len(self.counts) - len(now.counts))]
+        if len(known) > len(now.counts) or any(map(lt, known, self.counts)):
             raise RuntimeError(
-                f"The optimizer's groups had {self.counts} parameters and have {counts} now. "
-                "AutoClip knows parameters by their position, and cannot tell which are gone. "
-                "Make a new clipper for the new parameters."
+                f"The optimizer's groups had {self.counts} parameters and have {now.counts} now. "
+                "AutoClip cannot tell whose histories are gone. Make a new clipper for the new "
+                "parameters."
             )
-        pairs = zip(known, counts)
-        return ((i, range(a, b)) for i, (a, b) in enumerate(pairs) if b > a)
+        self._warn_of_shift(now)
+        return now
+
+    def _warn_of_shift(self, now: Followed) -> None:
+        """Warn if some objects are still there, at the positions of others.
+
+        One that was removed before one was added at the end shifts all between them. A new object
+        with the id of an old one is told from it by its shape, unless all shapes are equal.
+        """
+        before = [*zip(self.identities, self.shapes)]
+        former = dict(zip(before, _pairs(self.counts)))
+        taken = dict(zip(_pairs(self.counts), self.shapes))
+        shifted = [
+            (former[key], place)
+            for key, place in zip(zip(now.identities, now.shapes), _pairs(now.counts))
+            if key in former and taken.get(place, key[1]) != key[1]
+        ]
+        if shifted:
+            (i, j), (k, m) = shifted[0]
+            warn_user(
+                f"Parameter {j} of the optimizer's group {i} is parameter {m} of group {k} now, "
+                "and other parameters have vanished: AutoClip cannot tell whose histories are "
+                "gone, and leaves each at its position. To begin with empty ones, call "
+                "optimizer.clipper.reset()."
+            )
+
+    def sources(self, now: Followed) -> list[int]:
+        """The former index of each group of the optimizer; of a new one, the next number.
+
+        Groups whose dicts are all still there may have moved; otherwise they are where they were.
+        """
+        former = {key: i for i, key in enumerate(self._group_identities)}
+        if not former.keys() <= {*now._group_identities}:
+            return [*range(len(now.counts))]
+        new = count(len(former))
+        return [former[key] if key in former else next(new) for key in now._group_identities]
+
+    def new_parameters(self) -> dict[int, list[int]]:
+        """The indices of the optimizer's parameters that have no position, by their group."""
+        known = {*chain.from_iterable(self.positions)}
+        new: dict[int, list[int]] = {}
+        for i, j in _pairs(self.counts):
+            if (i, j) not in known:
+                new.setdefault(i, []).append(j)
+        return new
 
     def owners(self) -> dict[int, int]:
         """The group of the clipper that has the parameters of each group of the optimizer."""
         if self.is_one_to_one:  # also of groups that are empty
             return {i: i for i in range(len(self.counts))}
         return {i: k for k, positions in enumerate(self.positions) for i, _ in positions}
+
+
+def _pairs(counts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The positions in groups of these sizes."""
+    return ((i, j) for i, size in enumerate(counts) for j in range(size))
+
+
+def _places(param_groups: Iterable[dict[str, Any]]) -> dict[int, tuple[int, int]]:
+    """The positions of an optimizer's parameters by their `id`."""
+    return {
+        id(parameter): (i, j)
+        for i, group in enumerate(param_groups)
+        for j, parameter in enumerate(group["params"])
+    }

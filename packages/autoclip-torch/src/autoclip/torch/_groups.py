@@ -1,8 +1,8 @@
-"""The parameter groups of a clipper: held by itself, or read from an optimizer by position."""
+"""The parameter groups of a clipper: held by itself, or read from an optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from autoclip.core import adapter
 from autoclip.core.adapter import Change, ClipperSettings, Group, GroupSettings, Histories, commit
-from autoclip.torch._following import Followed
+from autoclip.torch._following import Followed, Positions
 from autoclip.torch._parameters import checked_names, hyperparameters, named, shape_of
 
 __all__ = ["Groups"]
@@ -23,8 +23,8 @@ _params = itemgetter("params")
 class Groups(adapter.Groups[Tensor]):
     """All parameter groups of a clipper.
 
-    They either hold their parameters or, after `following`, read them from an optimizer's groups by
-    position whenever they are asked for.
+    They either hold their parameters or, after `following`, read them from an optimizer's groups
+    whenever they are asked for: see `Followed`.
 
     Args:
         settings: of the clipper.
@@ -116,36 +116,86 @@ class Groups(adapter.Groups[Tensor]):
         self.__dict__.update(state)
         self._known = set(map(id, self.parameters()))
 
-    def _grow(self, followed: Followed) -> Followed:
-        """Add rows for parameters that were added to the optimizer; torch has no hook for that."""
-        theirs, owners = followed.param_groups, followed.owners()
-        groups, positions = self._groups.copy(), followed.positions.copy()
-        # A wrong setting in a new group must leave the clipper as it was.
-        for i, new in followed.new_parameters():
-            if i not in owners:
-                owners[i] = len(groups)
-                own = hyperparameters(followed.optimizer())
-                named = {k: v for k, v in theirs[i].items() if k not in own}
-                groups.append(Group(self.settings.taken_from(named)))
-                positions.append([])
-            k = owners[i]
-            names = list(theirs[i].get("param_names", ()))[new.start : new.stop]
-            names += [None] * (len(new) - len(names))
-            groups[k] = Group(groups[k].settings, [*groups[k].names, *names])
-            positions[k] = [*positions[k], *zip(repeat(i), new)]
-        grown = Followed(followed.optimizer, theirs, positions)
-        before = self.rows_by_group()
+    def _follow_changes(self, followed: Followed) -> Followed:
+        """Follow parameters that were moved, exchanged or added; torch has no hook for that."""
+        now = followed.located()
+        if followed.is_one_to_one:
+            groups, positions, moved = self._as_in_optimizer(now, followed.sources(now))
+        else:
+            groups, positions, moved = self._grown(now)
+        found = Followed(now.optimizer, now.param_groups, positions)
+        if [group.names for group in groups] == [group.names for group in self._groups] and (
+            moved == [*range(len(self._histories))]
+        ):
+            self._followed = found  # only other objects or positions: rows stay as they are
+            return found
         after = self.mode.rows_by_group([len(group.names) for group in groups])
         changes: Iterable[Change] = ()
         if not self.mode.has_one_row:
             settings = [group.settings for group, rows in zip(groups, after) for _ in rows]
-            moved = None
-            if after[: len(before)] != before:
-                moved = [row for old, rows in zip(before, after) for row in rows[: len(old)]]
             changes = self._histories.insertion(settings, moved)
         rows = self.version + 1, after
-        self._replace(groups, changes, _followed=grown, _rows=rows)
-        return grown
+        self._replace(groups, changes, _followed=found, _rows=rows)
+        return found
+
+    def _as_in_optimizer(
+        self, now: Followed, sources: Sequence[int]
+    ) -> tuple[list[Group[Tensor]], Positions, list[int]]:
+        """Groups that are the optimizer's again, one to one.
+
+        A group that has moved keeps its settings. A parameter that has moved to another group takes
+        its history and its name along, and gets the settings of that group.
+
+        Args:
+            now: the parameters where they are now.
+            sources: the former index of each group.
+
+        Returns:
+            The groups, the positions of their parameters, and for each row its number after it.
+        """
+        counts = now.counts
+        names = [name for group in self._groups for name in group.names]
+        old = {place: k for k, place in enumerate(chain.from_iterable(now.positions))}
+        groups: list[Group[Tensor]] = []
+        for i, count in enumerate(counts):
+            known = sources[i] < len(self._groups)
+            settings = self._groups[sources[i]].settings if known else self._settings_in(now, i)
+            given = _names_in(now.param_groups[i], count)
+            own = [names[old[i, j]] if (i, j) in old else given[j] for j in range(count)]
+            groups.append(Group(settings, own))
+        positions = [[(i, j) for j in range(count)] for i, count in enumerate(counts)]
+        if self.mode.joins:
+            moved = [i for _, i in sorted(zip(sources, range(len(counts))))]
+            return groups, positions, moved[: len(self._histories)]
+        numbers = {place: k for k, place in enumerate(chain.from_iterable(positions))}
+        return groups, positions, [numbers[place] for place in old]
+
+    def _grown(self, now: Followed) -> tuple[list[Group[Tensor]], Positions, list[int]]:
+        """The clipper's own groups, with parameters that were added to the optimizer.
+
+        Returns:
+            As `_as_in_optimizer`.
+        """
+        owners = now.owners()
+        groups, positions = self._groups.copy(), now.positions.copy()
+        for i, new in now.new_parameters().items():
+            if i not in owners:
+                owners[i] = len(groups)
+                groups.append(Group(self._settings_in(now, i)))
+                positions.append([])
+            k = owners[i]
+            names = _names_in(now.param_groups[i], now.counts[i])
+            groups[k] = Group(groups[k].settings, [*groups[k].names, *(names[j] for j in new)])
+            positions[k] = [*positions[k], *zip(repeat(i), new)]
+        after = self.mode.rows_by_group([len(group.names) for group in groups])
+        moved = [row for old, rows in zip(self.rows_by_group(), after) for row in rows[: len(old)]]
+        return groups, positions, moved[: len(self._histories)]
+
+    def _settings_in(self, now: Followed, index: int) -> GroupSettings:
+        """The settings of a group that is new in the optimizer."""
+        own = hyperparameters(now.optimizer())
+        named = {k: v for k, v in now.param_groups[index].items() if k not in own}
+        return self.settings.taken_from(named)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -162,8 +212,10 @@ class Groups(adapter.Groups[Tensor]):
         if optimizer is not None:  # otherwise the clipper outlives it, with its last parameters
             followed.param_groups = optimizer.param_groups
         theirs = [*map(_params, followed.param_groups)]
-        if [*map(len, theirs)] != followed.counts:
-            followed = self._grow(followed)
+        if [*map(id, chain.from_iterable(theirs))] != followed.identities or [
+            *map(len, theirs)
+        ] != followed.counts:
+            followed = self._follow_changes(followed)
         if followed.is_one_to_one:
             return theirs
         return [[theirs[i][j] for i, j in positions] for positions in followed.positions]
@@ -185,3 +237,9 @@ class Groups(adapter.Groups[Tensor]):
                 names.get(id(parameter)) if name is None else name
                 for name, parameter in zip(group.names, parameters)
             ]
+
+
+def _names_in(group: Mapping[str, Any], count: int) -> list[str | None]:
+    """The name of each parameter of an optimizer's group, or None."""
+    names = list(group.get("param_names", ()))[:count]
+    return [*names, *repeat(None, count - len(names))]
