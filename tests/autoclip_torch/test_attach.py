@@ -407,6 +407,37 @@ def test_as_optimizer_takes_the_optimizers_groups_one_to_one() -> None:
     assert [len(window) for window in windows(optimizer.clipper)] == [5, 5, 3, 3]
 
 
+@pytest.mark.parametrize("value", [None, 0.3])
+def test_settings_that_are_written_into_the_optimizers_groups_warn_once(
+    value: float | None,
+) -> None:
+    model = make_model()
+    named = {} if value is None else {"quantile": value}
+    groups = [{"params": layer.parameters(), **named} for layer in (model[0], model[2])]
+    optimizer = QuantileClip.as_optimizer(SGD(groups, lr=0.1), **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 1)
+        StepLR(optimizer, 1)  # adds a key
+        train(model, optimizer, 1)
+        saved = optimizer.state_dict()
+        for group in saved["param_groups"]:
+            group["quantile"] = 0.7  # the clipper's settings come from the code
+        optimizer.load_state_dict(saved)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "quantile": 0.2})
+        train(model, optimizer, 1)
+    optimizer.param_groups[1]["quantile"] = 0.8
+    optimizer.param_groups[1]["note"] = "no setting"
+    with pytest.warns(UserWarning, match=r"param_groups\[1\]\['quantile'\] = 0.8 does not change"):
+        train(model, optimizer, 1)
+    found = [group["quantile"] for group in optimizer.clipper.param_groups]
+    assert found == [value or 0.5, value or 0.5, 0.2]
+    optimizer.param_groups[0]["quantile"] = 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 1)
+
+
 def test_an_existing_clipper_keeps_its_own_groups() -> None:
     """One group of the clipper over a decay/no-decay optimizer, and the other way round."""
 

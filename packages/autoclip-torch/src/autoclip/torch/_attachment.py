@@ -23,7 +23,7 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
 from autoclip.torch._groups import Groups
-from autoclip.torch._parameters import wrapped_optimizers
+from autoclip.torch._parameters import SettingsInGroups, wrapped_optimizers
 from autoclip.torch._private import disable_dynamo, is_fake
 
 __all__ = ["STATE_KEY", "Attachment", "StepResult", "check_optimizer"]
@@ -153,6 +153,7 @@ class Attachment(BaseAttachment, Hooks):
         super().__init__(clipper, optimizer)
         self.pending: State | None = None
         self._groups = groups
+        self._settings: SettingsInGroups | None = None  # None after the warning
         self._handles: list[RemovableHandle] = []
         self._may_be_nested = _overrides_a_step(type(optimizer))
         # Of the present step: parameters that it leaves out, with their gradients, and True if
@@ -183,6 +184,8 @@ class Attachment(BaseAttachment, Hooks):
         ]
         if self._groups is not None:
             changes.append(self._groups.following(optimizer))
+            names = self._groups.settings.defaults
+            self._settings = SettingsInGroups(optimizer, names)
         try:
             for register, hook in hooks:
                 self._handles.append(getattr(optimizer, register)(hook))
@@ -260,6 +263,14 @@ class Attachment(BaseAttachment, Hooks):
                 optimizer.__dict__.pop("grad_scale", None)
                 optimizer.__dict__.pop("found_inf", None)
             raise
+        # Afterwards: a step adopts the settings of new groups, or refuses wrong ones.
+        if self._settings is not None and (written := self._settings.written(optimizer)):
+            self._settings = None
+            warn_user(
+                f"optimizer.{written} does not change the clipper, which takes settings from a "
+                "group of the optimizer only when the group is new. Write to "
+                "optimizer.clipper.param_groups instead."
+            )
 
     _clip_uncompiled = disable_dynamo(_clip)
 
