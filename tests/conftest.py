@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import os
 from contextlib import suppress
 from typing import Any
@@ -18,6 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # PyTorch's builds for CUDA bring Triton, which aborts the process if TensorFlow was loaded first.
 with suppress(ImportError):
     import triton  # noqa: F401
+
+# To compile for XLA takes most of the time of a test under it, and most of that goes into code that
+# is fast. These flags are known to TensorFlow 2.21; others end the process at one they do not know.
+QUICK_XLA = (
+    "--xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_backend_optimization_level=0"
+)
 
 # The default finds in each run what it finds in every other; `nightly` searches where no run has
 # been. Neither depends on how fast the machine is.
@@ -41,7 +51,7 @@ settings.load_profile("deterministic")
 
 # Of the examples that a test asks for: the same ones in every run need not be many. A run with
 # `--hypothesis-profile=thorough` draws all of them.
-SHARES = {"deterministic": 0.4, "nightly": 20.0}
+SHARES = {"deterministic": 0.2, "nightly": 20.0}
 
 # Hypothesis also draws the constants in the source of whatever modules are imported, so that a
 # file's examples would depend on the files that run with it. Only the nightly profile does that.
@@ -65,6 +75,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         later = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if item not in later]
         config.hook.pytest_deselected(items=later)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take the frameworks' and the tests' own objects, millions, out of each garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def multiply_examples(items: list[pytest.Item], factor: float) -> None:
@@ -91,7 +107,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
+def knows_quick_xla() -> bool:
+    try:
+        return importlib.metadata.version("tensorflow").startswith("2.21.")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.hookimpl(trylast=True)  # after Hypothesis has loaded the profile
 def pytest_configure(config: pytest.Config) -> None:
+    if settings.get_current_profile_name() == "deterministic" and knows_quick_xla():
+        os.environ.setdefault("XLA_FLAGS", QUICK_XLA)
     config.addinivalue_line(
         "markers",
         "processes(*counts, **options): run in so many processes at once. With several counts, the "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -9,11 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from paths import numpy_path
 from torch import nn
 
 import autoclip.tf
 import autoclip.torch
-from autoclip.torch import _ops
 
 LENGTH = 6
 RULES = {
@@ -113,8 +115,7 @@ def direction(request: pytest.FixtureRequest) -> tuple[type[Any], type[Any]]:
 
 
 @pytest.fixture(params=["numpy", "device"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Torch's two paths: as on the CPU, and as on a GPU; see the tests of autoclip.torch."""
-    if request.param == "device":
-        monkeypatch.setattr(_ops, "uses_numpy", lambda device: False)
-    return str(request.param)
+    with nullcontext() if request.param == "numpy" else numpy_path(False):
+        yield request.param

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,13 +29,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from paths import exact_reports, exact_thresholds, numpy_path
 from reference import Row
 
 import autoclip.tf
 import autoclip.torch
 from autoclip.core import GroupState, History, ParameterInfo, Quantile, Standard, State, StateError
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import _ops
 
 MOST_GROUPS = 4
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -129,9 +128,9 @@ class Torch(Side):
                 parameter.grad = torch.full_like(parameter, value)
         thresholds, coefficients = self.thresholds(), np.ones(len(gradients))
         self.clipper.step()
-        for storage, report in self.clipper._reports:  # `last` rounds to float32
-            thresholds[storage.rows] = report.thresholds
-            coefficients[storage.rows] = report.coefficients
+        for rows, report in exact_reports(self.clipper):
+            thresholds[rows] = report.thresholds
+            coefficients[rows] = report.coefficients
         return thresholds, coefficients
 
     def change(self, group: int, name: str, value: Any) -> None:
@@ -144,7 +143,7 @@ class Torch(Side):
 
     def thresholds(self) -> Any:
         found = np.empty(len(self.parameters))
-        for rows, values in self.clipper._histories.thresholds():
+        for rows, values in exact_thresholds(self.clipper):
             found[rows] = values
         return found
 
@@ -153,7 +152,7 @@ class TorchOnDevice(Torch):
     """As on an accelerator, see `path` in conftest.py."""
 
     def active(self) -> AbstractContextManager[Any]:
-        return mock.patch.object(_ops, "uses_numpy", return_value=False)
+        return numpy_path(False)
 
 
 class TensorFlow(Side):

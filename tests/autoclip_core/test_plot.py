@@ -181,7 +181,7 @@ def test_rare_spikes_leave_the_rest_visible() -> None:
         (1, True, "default"),
         (6, False, "default"),
         (6, True, "dark_background"),
-        (160, True, "default"),
+        pytest.param(160, True, "default", marks=pytest.mark.nightly),
     ],
 )
 def test_overviews_have_no_overlaps(rows: int, spikes: bool, style: str) -> None:

@@ -657,9 +657,9 @@ def test_small_values_by_the_thousand_take_memory_in_proportion() -> None:
         assert peak < 20 * len(data) + objects
 
 
+@pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("settings_of_groups", [SETTINGS, {}])
-def test_many_empty_groups(settings_of_groups: dict[str, Any]) -> None:
-    count = 20_000
+def test_many_empty_groups(settings_of_groups: dict[str, Any], count: int) -> None:
     what = metadata()
     what["groups"] = [{"settings": settings_of_groups, "parameters": []}] * count
     contents: Tensors = {}

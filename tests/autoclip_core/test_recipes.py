@@ -87,6 +87,7 @@ json.dump(found, sys.stdout)
 """
 
 
+@pytest.mark.nightly  # pip takes seconds
 def test_the_real_autoclip_0_2_1(tmp_path: Path) -> None:
     """In a process of its own, which finds it before ours.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import keras  # noqa: F401
+import pytest  # noqa: F401 (once here, not in each process)
 import tensorflow as tf
 
 

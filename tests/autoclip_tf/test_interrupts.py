@@ -14,8 +14,6 @@ from interrupts import interrupted
 from autoclip.core import Quantile, Rule
 from autoclip.tf import Clipper
 
-EVERY = 6  # lines, save in the nightly run: each takes a step or two
-
 each_rule = pytest.mark.parametrize("rule", [Quantile(0.5)], ids=str)
 
 
@@ -65,7 +63,7 @@ def test_a_step_counts_in_all_rows_or_in_none(rule: Rule) -> None:
     states = data(new(rule, 1)), data(new(rule, 2))
     found = [
         goes_on(clipper, rule, *states)
-        for clipper in interrupted(lambda: new(rule, 1), lambda clipper: step(clipper, 2.0), EVERY)
+        for clipper in interrupted(lambda: new(rule, 1), lambda clipper: step(clipper, 2.0))
     ]
     assert (found[0], found[-1]) == (0, 1)
     assert found == sorted(found)
@@ -78,7 +76,7 @@ def test_a_load_counts_in_all_rows_or_in_none(rule: Rule) -> None:
     found = [
         goes_on(clipper, rule, *states)
         for clipper in interrupted(
-            lambda: new(rule, 1), lambda clipper: clipper.load_state_dict(saved), EVERY
+            lambda: new(rule, 1), lambda clipper: clipper.load_state_dict(saved)
         )
     ]
     assert (found[0], found[-1]) == (0, 1)
@@ -90,7 +88,7 @@ def test_the_first_step_makes_all_rows_or_none() -> None:
         return Clipper(Quantile(0.5), group_settings=[{"match": "row0", "history_length": 3}])
 
     found = []
-    for clipper in interrupted(make, lambda clipper: step(clipper, 2.0), EVERY):
+    for clipper in interrupted(make, lambda clipper: step(clipper, 2.0)):
         found.append(clipper.built and clipper.has_history)
         step(clipper, 4.0)
         assert clipper.last.names == ("row0", "row1")
@@ -116,7 +114,7 @@ def test_a_setting_changes_in_all_rows_or_in_none() -> None:
         clipper.param_groups[0]["quantile"] = 1.0
 
     written = []
-    for clipper in interrupted(make, change, EVERY):
+    for clipper in interrupted(make, change):
         written.append(clipper.param_groups[0]["quantile"])
         assert clipper.defaults["quantile"] == written[-1]
         step(clipper, 9.0)
@@ -139,7 +137,7 @@ def test_an_optimizer_is_attached_and_detached_wholly_or_not_at_all() -> None:
 
     attach(make())  # makes the class of such optimizers
     found = []
-    for clipper, optimizer in interrupted(make, attach, EVERY):
+    for clipper, optimizer in interrupted(make, attach):
         found.append(hasattr(optimizer, "clipper"))
         if not found[-1]:
             assert type(optimizer) is keras.optimizers.SGD
@@ -156,7 +154,7 @@ def test_an_optimizer_is_attached_and_detached_wholly_or_not_at_all() -> None:
         attach(made)
         return made
 
-    for clipper, optimizer in interrupted(attached, lambda made: made[0].detach(), EVERY):
+    for clipper, optimizer in interrupted(attached, lambda made: made[0].detach()):
         clipper.detach()
         assert type(optimizer) is keras.optimizers.SGD
         assert not hasattr(optimizer, "clipper")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import _codecs
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
-
-from autoclip.torch import _ops
+from paths import numpy_path
 
 if torch.__version__ < "2.5":
     # As docs/security.md says; later versions allow bytes in files that are loaded weights_only.
@@ -15,13 +16,7 @@ if torch.__version__ < "2.5":
 
 
 @pytest.fixture(params=["numpy", "device"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test over both paths; under "device", CPU tensors are treated as a GPU's are."""
-    name: str = request.param
-    if name == "device":
-
-        def never(device: torch.device) -> bool:
-            return False
-
-        monkeypatch.setattr(_ops, "uses_numpy", never)
-    return name
+    with nullcontext() if request.param == "numpy" else numpy_path(False):
+        yield request.param

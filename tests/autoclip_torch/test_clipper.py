@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import TensorHistory, kinds_of_history, numpy_path, room, windows_of
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from autoclip.core import History, Quantile, Standard
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import Clipper, QuantileClip, StandardClip, _histories, _ops
-from autoclip.torch._histories import TensorHistory
+from autoclip.torch import Clipper, QuantileClip, StandardClip
 
 SHAPES = [(3,), (4, 70), ()]
 LENGTH = 5
@@ -311,8 +311,7 @@ def test_both_paths_agree(rule: str, global_clipping: bool, stream: list[float])
     """Of one element the norm is exact on both, so that the rest must be too."""
     results = []
     for numpy in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_ops, "uses_numpy", lambda device, numpy=numpy: numpy)
+        with numpy_path(numpy):
             weight = parameter(1)
             clipper = RULES[rule][0]([weight], global_clipping=global_clipping)
             gradients = []
@@ -320,8 +319,7 @@ def test_both_paths_agree(rule: str, global_clipping: bool, stream: list[float])
                 weight.grad = torch.tensor([value])
                 clipper.step()
                 gradients.append(weight.grad)
-            kind = History if numpy else TensorHistory
-            assert isinstance(clipper._histories.storages[0].history, kind)
+            assert kinds_of_history(clipper) == {History if numpy else TensorHistory}
             results.append((clipper.state_dict(), clipper.last, torch.cat(gradients)))
     (state, report, gradients), (other_state, other_report, other_gradients) = results
     assert state == other_state
@@ -336,12 +334,10 @@ def test_both_paths_agree(rule: str, global_clipping: bool, stream: list[float])
 
 @each_rule
 @pytest.mark.parametrize("length", [1, 16, 17, 40])
-def test_a_long_history_on_a_device_grows_with_use_and_stays_right(
-    rule: str, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_histories, "_ALLOCATE_AT_ONCE", 0)
+def test_a_long_history_on_a_device_grows_with_use_and_stays_right(rule: str, length: int) -> None:
     settings_of_rows = [GroupSettings(RULES[rule][1], length)] * 3
-    ours = TensorHistory(settings_of_rows, torch.device("cpu"))
+    with room(at_once=0):
+        ours = TensorHistory(settings_of_rows, torch.device("cpu"))
     core = History.of(settings_of_rows)
     capacities = []
     generator = np.random.default_rng(0)
@@ -353,7 +349,7 @@ def test_a_long_history_on_a_device_grows_with_use_and_stays_right(
         report, expected = ours.record(torch.from_numpy(norms)), core.record(norms)
         np.testing.assert_allclose(report.thresholds, expected.thresholds, rtol=1e-12)
         np.testing.assert_allclose(report.coefficients, expected.coefficients, rtol=1e-12)
-        capacities.append(ours._windows.values.shape[1])
+        capacities.append(windows_of(ours).values.shape[1])
         if step == 50:  # written in another order of the ring, and it goes on
             ours.write(range(3), *ours.read(range(3)))
     (found, counts), (wanted, wanted_counts) = ours.read(range(3)), core.read(range(3))
@@ -370,7 +366,7 @@ def test_a_loaded_history_stays_in_place_where_there_is_room() -> None:
     history = TensorHistory([GroupSettings(Quantile(0.5), 8)] * 2, torch.device("cpu"))
 
     def places() -> list[int]:
-        windows = history._windows
+        windows = windows_of(history)
         return [each.data_ptr() for each in (windows.values, windows.ordered, windows.counts)]
 
     before = places()
@@ -384,16 +380,16 @@ def test_a_history_that_grows_is_refused_in_a_cuda_graph_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Replays go past the room that there was when the graph was captured."""
-    monkeypatch.setattr(_histories, "_ALLOCATE_AT_ONCE", 100)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for length, fits in ((25, True), (26, False)):
-        history = TensorHistory([GroupSettings(Quantile(0.5), length)], torch.device("cpu"))
-        history.device = torch.device("cuda")  # as if
-        if fits:
-            history.record(torch.ones(1, dtype=torch.float64))
-        else:
-            with pytest.raises(RuntimeError, match=r"CUDA graph.*up to 25"):
+        with room(at_once=100):
+            history = TensorHistory([GroupSettings(Quantile(0.5), length)], torch.device("cpu"))
+            history.device = torch.device("cuda")  # as if
+            if fits:
                 history.record(torch.ones(1, dtype=torch.float64))
+            else:
+                with pytest.raises(RuntimeError, match=r"CUDA graph.*up to 25"):
+                    history.record(torch.ones(1, dtype=torch.float64))
 
 
 # -- what a step returns and reports -------------------------------------------------------------

@@ -87,10 +87,28 @@ def train(
     return weights, clipper.state_dict()["data"]
 
 
-@pytest.mark.parametrize("cls", [SGD, AdamW, Forwarding])
 @pytest.mark.parametrize(
-    "compiled",
-    ["the step", "optimizer.step", "optimizer.step with a closure", "the model in a closure"],
+    ("compiled", "cls"),
+    [
+        # Each part and each optimizer once, and the rest nightly: a compilation takes a second.
+        ("the step", AdamW),
+        ("optimizer.step", SGD),
+        ("optimizer.step with a closure", Forwarding),
+        ("the model in a closure", SGD),
+        *(
+            pytest.param(compiled, cls, marks=pytest.mark.nightly)
+            for compiled, cls in [
+                ("the step", SGD),
+                ("the step", Forwarding),
+                ("optimizer.step", AdamW),
+                ("optimizer.step", Forwarding),
+                ("optimizer.step with a closure", SGD),
+                ("optimizer.step with a closure", AdamW),
+                ("the model in a closure", AdamW),
+                ("the model in a closure", Forwarding),
+            ]
+        ),
+    ],
 )
 def test_the_same_numbers_as_by_hand_and_without_a_compiler(
     compiled: str, cls: type[Optimizer]

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import TensorHistory, kinds_of_history
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
 
 from autoclip.core import History, Quantile
 from autoclip.torch import Clipper, QuantileClip, StandardClip
-from autoclip.torch._histories import TensorHistory
 
 pytestmark = pytest.mark.gpu
 
@@ -227,8 +227,7 @@ def test_parameters_that_move_take_their_history_along(global_clipping: bool) ->
         clipper.step()
         expected = history.record([math.hypot(*norms)] if global_clipping else norms)
         np.testing.assert_allclose(clipper.last.thresholds.cpu(), expected.thresholds, rtol=1e-5)
-        kinds = {type(storage.history) for storage in clipper._histories.storages}
-        assert kinds == {TensorHistory if device == "cuda" else History}
+        assert kinds_of_history(clipper) == {TensorHistory if device == "cuda" else History}
     assert {len(window) for window in windows(clipper)} == {len(where)}
 
 

@@ -14,8 +14,6 @@ from interrupts import interrupted
 from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch import Clipper, QuantileClip
 
-EVERY = 4  # lines, save in the nightly run: each takes a step or two
-
 RULES: list[Rule] = [Quantile(0.5), Standard(1.0, decay=0.9)]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
@@ -70,7 +68,7 @@ def test_a_step_counts_in_all_rows_or_in_none(path: str, rule: Rule, steps: int)
     found = [
         goes_on(clipper, rule, *states)
         for clipper in interrupted(
-            lambda: new(rule, steps), lambda clipper: step(clipper, float(steps + 1)), EVERY
+            lambda: new(rule, steps), lambda clipper: step(clipper, float(steps + 1))
         )
     ]
     assert (found[0], found[-1]) == (0, 1)
@@ -84,7 +82,7 @@ def test_a_load_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
     found = [
         goes_on(clipper, rule, *states)
         for clipper in interrupted(
-            lambda: new(rule, 5), lambda clipper: clipper.load_state_dict(saved), EVERY
+            lambda: new(rule, 5), lambda clipper: clipper.load_state_dict(saved)
         )
     ]
     assert (found[0], found[-1]) == (0, 1)
@@ -96,7 +94,7 @@ def test_a_reset_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
     states = data(new(rule, 5)), data(new(rule))
     found = [
         goes_on(clipper, rule, *states)
-        for clipper in interrupted(lambda: new(rule, 5), lambda clipper: clipper.reset(), EVERY)
+        for clipper in interrupted(lambda: new(rule, 5), lambda clipper: clipper.reset())
     ]
     assert (found[0], found[-1]) == (0, 1)
 
@@ -150,7 +148,7 @@ def test_new_parameters_of_an_optimizer_join_once(path: str, mode: dict[str, boo
     states = [data(each.clipper) for each in (before, after)]
     found = []
     for optimizer in interrupted(
-        lambda: grow(attached(mode)), lambda optimizer: update(optimizer, 4.0), EVERY
+        lambda: grow(attached(mode)), lambda optimizer: update(optimizer, 4.0)
     ):
         with suppress(RuntimeError):  # no report: an interrupted step has none
             last = optimizer.clipper.last  # before anything else has looked at the groups

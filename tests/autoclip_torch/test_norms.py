@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from unittest import mock
 
 import hypothesis.extra.numpy as npst
 import numpy as np
@@ -14,22 +13,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import numpy_path
 from torch import Tensor
 
-from autoclip.torch import _ops
 from autoclip.torch._layout import Layout, norms
-from autoclip.torch._layout.norms import CpuNorms, DeviceNorms
 
 CPU = torch.device("cpu")
 Measure = Callable[[Sequence["Tensor | None"]], npt.NDArray[np.float64]]
 
 
 def on_cpu(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    return CpuNorms(gradients).of(gradients)
+    return norms.CpuNorms(gradients).of(gradients)
 
 
 def on_device(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    return DeviceNorms(gradients, CPU).of(gradients).numpy()
+    return norms.DeviceNorms(gradients, CPU).of(gradients).numpy()
 
 
 @pytest.fixture(params=[on_cpu, on_device], ids=["cpu", "device"])
@@ -367,7 +365,7 @@ def never(index: int) -> Tensor:
 
 
 def make_layout(gradients: Sequence[Tensor | None], numpy: bool) -> Layout:
-    with mock.patch.object(_ops, "uses_numpy", return_value=numpy):
+    with numpy_path(numpy):
         return Layout(gradients)
 
 
@@ -384,14 +382,14 @@ def test_a_layout_measures_and_scales_like_one_gradient_at_a_time(
     coefficients = np.array(factors[: 1 if shared else len(gradients)])
     before = [None if g is None else g.clone() for g in gradients]
     for part in layout.parts.values():
-        if isinstance(part.norms, CpuNorms):
-            norms = part.norms.of(gradients)
+        if isinstance(part.norms, norms.CpuNorms):
+            found = part.norms.of(gradients)
             part.scaling.apply(gradients, coefficients, never)
         else:
-            norms = part.norms.of(gradients).numpy()
+            found = part.norms.of(gradients).numpy()
             part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
         expected = [0.0 if g is None else exact(g) for g in before]
-        assert norms.tolist() == pytest.approx(expected, rel=1e-6)
+        assert found.tolist() == pytest.approx(expected, rel=1e-6)
     for i, (gradient, original) in enumerate(zip(gradients, before)):
         if gradient is not None and original is not None:
             # One product in float32 at least, and one cast.
@@ -410,7 +408,7 @@ def test_a_layout_is_used_again_and_again(numpy: bool) -> None:
         part = layout.parts[CPU]
         coefficients = np.where(np.arange(5) == step, 0.5, 1.0)
         expected = [exact(g) * c for g, c in zip(gradients, coefficients)]
-        if isinstance(part.norms, CpuNorms):
+        if isinstance(part.norms, norms.CpuNorms):
             part.scaling.apply(gradients, coefficients, never)
             assert part.norms.of(gradients).tolist() == pytest.approx(expected, rel=1e-6)
         else:
@@ -446,7 +444,7 @@ def test_views_are_scaled_in_place(numpy: bool, name: str) -> None:
     gradient = gradient if name in ("transposed", "channels last") else views()[name]
     before = gradient.resolve_conj().resolve_neg().clone()
     part = make_layout([gradient, None], numpy).parts[CPU]
-    if isinstance(part.norms, DeviceNorms):
+    if isinstance(part.norms, norms.DeviceNorms):
         part.scaling.apply([gradient, None], torch.tensor([0.5, 0.5]), never)
     else:
         part.scaling.apply([gradient, None], np.array([0.5, 0.5]), never)
@@ -467,7 +465,7 @@ def test_other_layouts_and_dtypes_are_scaled(numpy: bool, shared: bool) -> None:
     before = [exact(gradient.clone()) for gradient in gradients]
     part = make_layout(gradients, numpy).parts[CPU]
     coefficients = np.full(1 if shared else len(gradients), 0.5)
-    if isinstance(part.norms, CpuNorms):
+    if isinstance(part.norms, norms.CpuNorms):
         part.scaling.apply(gradients, coefficients, never)
     else:
         part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
@@ -482,7 +480,7 @@ def test_tiny_coefficients_zero_no_gradient(numpy: bool, dtype: torch.dtype, siz
     gradient = torch.full((size,), 1e30).to(dtype)
     coefficient = 1e-42
     part = make_layout([gradient, None], numpy).parts[CPU]
-    if isinstance(part.norms, CpuNorms):
+    if isinstance(part.norms, norms.CpuNorms):
         part.scaling.apply([gradient, None], np.array([coefficient, 1.0]), never)
         assert gradient.double().tolist() == pytest.approx([1e-12] * size, rel=1e-2)
     else:
@@ -513,12 +511,12 @@ def test_gradients_without_memory_are_left_alone(numpy: bool) -> None:
     with FakeTensorMode():
         gradients: list[Tensor | None] = [torch.ones(3), torch.ones(70000), None]
         part = make_layout(gradients, numpy).parts[CPU]
-        norms = part.norms.of(gradients)
-        assert norms.shape == (3,)
+        found = part.norms.of(gradients)
+        assert found.shape == (3,)
         coefficients = np.full(3, 0.5)
         part.scaling.apply(  # type: ignore[arg-type]
             gradients,
-            coefficients if isinstance(part.norms, CpuNorms) else torch.full((3,), 0.5),
+            coefficients if isinstance(part.norms, norms.CpuNorms) else torch.full((3,), 0.5),
             never,
         )
     # A layout of fake gradients is not one for real ones of the same shapes.

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from paths import numpy_path
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoclip.torch import _ops
 from autoclip.torch._layout import Layout
 
 CPU = torch.device("cpu")
@@ -72,7 +71,7 @@ def mixed_sizes(dtype: torch.dtype, small: int = 104, large: int = 57) -> list[T
 
 
 def part_of(gradients: list[Tensor | None]) -> Any:
-    with mock.patch.object(_ops, "uses_numpy", return_value=False):
+    with numpy_path(False):
         return Layout(gradients).parts[CPU]
 
 

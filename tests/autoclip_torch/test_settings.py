@@ -13,14 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import TensorHistory, numpy_path, windows_of
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoclip.core import History, Quantile, Rule, Standard, register_rule, setting
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import Clipper, QuantileClip, StandardClip, _ops
-from autoclip.torch._histories import TensorHistory
+from autoclip.torch import Clipper, QuantileClip, StandardClip
 
 CPU = torch.device("cpu")
 
@@ -133,7 +133,7 @@ def test_tensors_give_the_cores_numbers_for_any_rule_and_setting(
 def test_only_rules_that_ask_for_quantiles_of_the_norms_keep_them_in_order() -> None:
     for rule, kept in ((Quantile(0.5), True), (Mad(), True), (Standard(), False)):
         history = TensorHistory([GroupSettings(rule, 10)] * 2, CPU)
-        assert (history._windows.ordered is not None) is kept
+        assert (windows_of(history).ordered is not None) is kept
 
 
 # -- through a clipper ---------------------------------------------------------------------------
@@ -553,20 +553,20 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fres
 @pytest.mark.parametrize("mode", [{}, {"group_clipping": True}, {"global_clipping": True}])
 @pytest.mark.parametrize("choice", [{}, {"on_nonfinite": "zero", "on_spike": "zero"}])
 def test_a_step_on_a_device_waits_for_nothing(
-    mode: dict[str, Any], choice: dict[str, Any], rule: Rule, monkeypatch: pytest.MonkeyPatch
+    mode: dict[str, Any], choice: dict[str, Any], rule: Rule
 ) -> None:
-    monkeypatch.setattr(_ops, "uses_numpy", lambda device: False)
     ours = parameters(4)
     groups = [{"params": ours[:1], "max_norm": 3.0}, {"params": ours[1:]}]
     if mode.get("global_clipping"):
         groups = [{"params": ours}]
-    clipper = Clipper(groups, rule, 5, warmup_steps=2, **mode, **choice)
-    for size in (1.0, 2.0):
-        give(ours, [size] * 4)
-        clipper.step()
-    give(ours, [3.0] * 4)
-    with Operations() as seen:
-        clipper.step()
+    with numpy_path(False):
+        clipper = Clipper(groups, rule, 5, warmup_steps=2, **mode, **choice)
+        for size in (1.0, 2.0):
+            give(ours, [size] * 4)
+            clipper.step()
+        give(ours, [3.0] * 4)
+        with Operations() as seen:
+            clipper.step()
     assert seen.names
     assert not WAITING & set(seen.names)
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import numpy_path, room
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from autoclip.core import GroupState, History, ParameterInfo, Quantile, State
 from autoclip.core.adapter import GroupSettings
-from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError, _histories, _ops
+from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError
 
 LENGTH = 6
 SHAPES = [(3,), (4, 70), (1,)]
@@ -155,9 +156,7 @@ def test_the_same_past_gives_the_same_bytes(
     others = [RULES[rule](parameters(), global_clipping=global_clipping) for _ in range(2)]
     for norms in stream:
         step(clipper, norms)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_histories, "_ALLOCATE_AT_ONCE", 0)
-        patch.setattr(_histories, "_FIRST_CAPACITY", 1)
+    with room(at_once=0, first=1):
         current = RULES[rule](parameters(), global_clipping=global_clipping)
         for norms in stream:
             step(current, norms)
@@ -213,13 +212,12 @@ def test_it_goes_on_on_the_other_path(
     whole = RULES[rule](parameters([(1,)]), global_clipping=global_clipping)
     expected = [step(whole, [norm])[0] for norm in stream]
     found = []
-    with pytest.MonkeyPatch.context() as patch:
-        state = None
-        for part, in_numpy in (
-            (stream[:cut], starts_in_numpy),
-            (stream[cut:], not starts_in_numpy),
-        ):
-            patch.setattr(_ops, "uses_numpy", lambda device, answer=in_numpy: answer)
+    state = None
+    for part, in_numpy in (
+        (stream[:cut], starts_in_numpy),
+        (stream[cut:], not starts_in_numpy),
+    ):
+        with numpy_path(in_numpy):
             clipper = RULES[rule](parameters([(1,)]), global_clipping=global_clipping)
             if state is not None:
                 clipper.load_state_dict(state)

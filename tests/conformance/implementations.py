@@ -134,6 +134,7 @@ def core_without_trackers(file: File) -> Rows:
 def torch_host(file: File) -> Rows:
     """Histories in NumPy, as for parameters on the CPU."""
     import torch
+    from paths import exact_reports, exact_thresholds
 
     import autoclip.torch
 
@@ -157,11 +158,11 @@ def torch_host(file: File) -> Rows:
             parameter.grad = None if value is None else torch.tensor([value])
         clipper.step()
         thresholds, coefficients = np.empty(len(rows)), np.ones(len(rows))
-        for places, values in clipper._histories.thresholds():
+        for places, values in exact_thresholds(clipper):
             thresholds[places] = values
-        for storage, report in clipper._reports:  # `last` rounds to float32
-            thresholds[storage.rows] = report.thresholds
-            coefficients[storage.rows] = report.coefficients
+        for places, report in exact_reports(clipper):
+            thresholds[places] = report.thresholds
+            coefficients[places] = report.coefficients
         reports.append((thresholds, coefficients))
         clipped.append([None if p.grad is None else p.grad.item() for p in parameters])
     return _result(file, reports, *_contents(clipper), clipped)
@@ -169,9 +170,9 @@ def torch_host(file: File) -> Rows:
 
 def torch_device(file: File) -> Rows:
     """Histories as tensors, as for parameters on an accelerator; here on the CPU."""
-    from autoclip.torch import _ops
+    from paths import numpy_path
 
-    with mock.patch.object(_ops, "uses_numpy", return_value=False):
+    with numpy_path(False):
         return torch_host(file)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from hypothesis import settings
 
+LINES = 24
+"""That many on each commit, spread evenly; `nightly` takes them all."""
+
 
 class Interrupt(BaseException):
     """As KeyboardInterrupt, which pytest takes for its own."""
@@ -34,9 +37,7 @@ def lines(see: Callable[[tuple[str, int]], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-def interrupted(
-    prepare: Callable[[], Any], act: Callable[[Any], object], every: int = 1
-) -> Iterator[Any]:
+def interrupted(prepare: Callable[[], Any], act: Callable[[Any], object]) -> Iterator[Any]:
     """What `prepare` made, after `act` on it was interrupted, once at each line.
 
     At lines in a loop, in its first and in its last round. The last one ran to its end.
@@ -44,17 +45,17 @@ def interrupted(
     Args:
         prepare: makes a subject.
         act: runs the packages' code on it.
-        every: at every so many lines only, unless the profile is `nightly`.
     """
-    if settings.get_current_profile_name() == "nightly":
-        every = 1
     seen: list[tuple[str, int]] = []
     subject = prepare()
     with lines(seen.append):
         act(subject)
     first = {line: i for i, line in reversed([*enumerate(seen)])}
     last = {line: i for i, line in enumerate(seen)}
-    for stop in sorted({*first.values(), *last.values()})[::every]:
+    stops = sorted({*first.values(), *last.values()})
+    if settings.get_current_profile_name() != "nightly" and len(stops) > LINES:
+        stops = [stops[i * (len(stops) - 1) // (LINES - 1)] for i in range(LINES)]
+    for stop in stops:
         target, passed = prepare(), iter(range(stop))
 
         def see(line: tuple[str, int], passed: Iterator[int] = passed) -> None:

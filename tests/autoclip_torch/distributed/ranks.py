@@ -10,12 +10,15 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork, and cores are few
 
+import pytest  # noqa: F401 (once here, not in each process)
 import torch
 import torch._dynamo
 import torch.distributed as dist
-import torch.distributed.checkpoint
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.device_mesh
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel
+import torch.testing
 
 import autoclip.torch  # noqa: F401
 

@@ -134,10 +134,15 @@ def test_without_dtensors_there_is_no_collective():
         assert collectives_of(clipper.step) == []
 
 
+def steps(count: int) -> Any:
+    """Of a few steps on each commit, and of all of them nightly."""
+    return pytest.mark.parametrize("steps", [24, pytest.param(count, marks=pytest.mark.nightly)])
+
+
 def assert_identical_after(steps: int, spread: Any, net: Any, place: int, places: int) -> None:
     torch.manual_seed(0)
     model = spread(net())
-    settings = {"quantile": 0.7, "history_length": 64}
+    settings = {"quantile": 0.7, "history_length": min(64, steps // 2)}
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     QuantileClip.as_optimizer(optimizer, **settings)
     # One training for both modes: what the one has clipped, the other gets.
@@ -158,26 +163,29 @@ def assert_identical_after(steps: int, spread: Any, net: Any, place: int, places
 
 
 @pytest.mark.processes(2)
-def test_histories_are_identical_after_200_steps_of_ddp():
+@steps(200)
+def test_histories_are_identical_after_many_steps_of_ddp(steps):
     def spread(model):
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
-    assert_identical_after(200, spread, Net, dist.get_rank(), 2)
+    assert_identical_after(steps, spread, Net, dist.get_rank(), 2)
 
 
 @pytest.mark.processes(4)
-def test_histories_are_identical_after_200_steps_of_fsdp2():
-    assert_identical_after(200, shard, Net, dist.get_rank(), 4)
+@steps(200)
+def test_histories_are_identical_after_many_steps_of_fsdp2(steps):
+    assert_identical_after(steps, shard, Net, dist.get_rank(), 4)
 
 
 @pytest.mark.processes(4)
-def test_histories_are_identical_after_80_steps_of_fsdp2_and_tensor_parallel():
+@steps(80)
+def test_histories_are_identical_after_many_steps_of_fsdp2_and_tensor_parallel(steps):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
     def spread(model):
         return shard(parallelize(model, mesh["tp"]), mesh=mesh["dp"])
 
-    assert_identical_after(80, spread, SequenceNet, mesh["dp"].get_local_rank(), 2)
+    assert_identical_after(steps, spread, SequenceNet, mesh["dp"].get_local_rank(), 2)
 
 
 @pytest.mark.processes(4)

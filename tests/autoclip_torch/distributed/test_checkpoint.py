@@ -51,8 +51,15 @@ def train(model: nn.Module, optimizer: Any, first: int, part: tuple[int, int]) -
 
 
 @pytest.mark.processes(2, 4, 2)
-@pytest.mark.parametrize("global_clipping", MODES)
-@pytest.mark.parametrize("spread", ["fsdp2", "fsdp2 and tensor parallel"])
+@pytest.mark.parametrize(
+    ("spread", "global_clipping"),
+    [
+        ("fsdp2", True),
+        ("fsdp2 and tensor parallel", False),
+        pytest.param("fsdp2", False, marks=pytest.mark.nightly),
+        pytest.param("fsdp2 and tensor parallel", True, marks=pytest.mark.nightly),
+    ],
+)
 def test_training_goes_on_with_another_number_of_processes(spread, global_clipping, tmp_path):
     rank, count = dist.get_rank(), dist.get_world_size()
     earlier = sorted(Path(tmp_path).glob("after *"))

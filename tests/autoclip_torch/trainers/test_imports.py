@@ -51,7 +51,7 @@ except ImportError as error:
     assert f'pip install "autoclip-torch[{extra}]"' in said
 
 
-@pytest.mark.parametrize("missing", ["", "lightning"])
+@pytest.mark.parametrize("missing", [pytest.param("", marks=pytest.mark.nightly), "lightning"])
 def test_the_callback_works_with_pytorch_lightning(
     run: Callable[[str], str], missing: str, tmp_path: Path
 ) -> None:
