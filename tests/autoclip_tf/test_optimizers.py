@@ -248,6 +248,7 @@ class TestWhatIsRefused:
             QuantileClip.as_optimizer(optimizer)
         assert type(optimizer) is Later and not hasattr(optimizer, "clipper")
 
+    @pytest.mark.nightly  # a new process imports both frameworks
     @pytest.mark.skipif(find_spec("torch") is None, reason="Keras on PyTorch needs PyTorch")
     def test_another_backend(self):
         """The message names a way to clip there, which works."""

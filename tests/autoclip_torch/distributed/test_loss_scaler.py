@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracles import (
-    MODES,
     TOLERANCE,
     WIDTH,
     Net,
@@ -45,8 +44,15 @@ SPREADS = {"ddp": ddp, "fsdp2": shard, "hsdp": hybrid}
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    ("fused", "global_clipping"),
+    [
+        pytest.param(False, True, id="plain, global"),
+        pytest.param(True, False, id="fused"),
+        pytest.param(False, False, id="plain", marks=pytest.mark.nightly),
+        pytest.param(True, True, id="fused, global", marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("spread", SPREADS)
 def test_what_is_recorded_is_unscaled_and_no_overflow_is(spread, fused, global_clipping):
     """As in one process without a scaler that leaves out the step with the overflow."""

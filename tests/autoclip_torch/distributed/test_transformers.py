@@ -88,7 +88,7 @@ def weights(trainer: Any) -> Tensor:
 
 
 @pytest.mark.processes(2)
-@pytest.mark.parametrize("by", ["optimizers", "callback"])
+@pytest.mark.parametrize("by", [pytest.param("optimizers", marks=pytest.mark.nightly), "callback"])
 @pytest.mark.filterwarnings("ignore")
 def test_resuming_is_as_never_stopping(by, tmp_path):
     folder = Path(tmp_path)
