@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, repeat
 from operator import lt
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -93,14 +93,18 @@ class Followed:
             UserWarning: some have moved while others have vanished.
         """
         groups = self.param_groups
-        places = _places(groups)
-        present = [places.get(key) for key in self.identities]
-        if None not in present and len(groups) >= len(self.counts):
-            moved = dict(zip(_pairs(self.counts), present))
-            positions = [[moved[old] for old in each] for each in self.positions]
-            return Followed(self.optimizer, groups, cast("Positions", positions))
-        # A new object may have the id of one that is gone, so single ones are not looked for.
         now = Followed(self.optimizer, groups, self.positions)
+        # A new object may have the id of one that is gone: single ones are not looked for, and all
+        # of them must have their shapes.
+        shapes = dict(zip(now.identities, now.shapes))
+        if len(groups) >= len(self.counts) and all(
+            key in shapes and shape in (None, shapes[key])
+            for key, shape in zip(self.identities, self.shapes)
+        ):
+            places = _places(groups)
+            moved = dict(zip(_pairs(self.counts), map(places.__getitem__, self.identities)))
+            positions = [[moved[old] for old in each] for each in self.positions]
+            return Followed(self.optimizer, groups, positions)
         known = [*now.counts, *repeat(0, len(self.counts) - len(now.counts))]
         if len(known) > len(now.counts) or any(map(lt, known, self.counts)):
             raise RuntimeError(
