@@ -63,6 +63,26 @@ def test_the_inner_optimizer_is_attached_and_the_outer_one_returned():
     assert not hasattr(inner, "clipper") and not hasattr(optimizer, "clipper")
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_loss_scaling_on_one_side_of_a_checkpoint(model, fit, tmp_path, saved):
+    """Keras keeps the state of an inner optimizer elsewhere: it is not loaded, and that is said."""
+
+    def made(is_scaled):
+        ours, plain = model(), keras.optimizers.SGD(1e-2)
+        optimizer = keras.optimizers.LossScaleOptimizer(plain) if is_scaled else plain
+        ours.compile(optimizer=QuantileClip.as_optimizer(optimizer), loss="mse")
+        return ours
+
+    first, second = made(saved), made(not saved)
+    fit(first)
+    first.save_weights(f"{tmp_path}/m.weights.h5")
+    second.optimizer.build(second.trainable_variables)
+    with pytest.warns(UserWarning, match="with a LossScaleOptimizer, as mixed_float16 adds it"):
+        second.load_weights(f"{tmp_path}/m.weights.h5")
+    state = second.optimizer.clipper.export_state()
+    assert not any(group.recorded.any() for group in state.groups)
+
+
 def test_in_float32_powers_of_two_change_nothing(model, growing, fit, by_hand, how):
     """Whatever the scale does meanwhile: it doubles every three steps."""
     expected = by_hand(model(), keras.optimizers.SGD(1e-2), Quantile(0.5)).fit(*growing, epochs=2)

@@ -123,7 +123,11 @@ class SavedState(KerasSaveable, Trackable):
             data = np.asarray(store[STATE], np.uint8).tobytes()
             self.load_bytes(data, "the Keras checkpoint")
         else:
-            self._warn("The Keras checkpoint")
+            self._warn(
+                "The Keras checkpoint",
+                "or with a LossScaleOptimizer, as mixed_float16 adds it, on one side only; to "
+                "change that, use clipper.save(path) and clipper.load(path)",
+            )
 
     def save_assets(self, folder: str) -> None:
         """Write the state into a folder of Keras; Keras calls this.
@@ -142,13 +146,14 @@ class SavedState(KerasSaveable, Trackable):
         if folder is not None and Path(folder, _ASSET).exists():
             self.load_bytes(Path(folder, _ASSET).read_bytes(), "the Orbax checkpoint")
 
-    def _warn(self, source: str) -> None:
-        """Warn, once, of a checkpoint without a history."""
+    def _warn(self, source: str, reason: str = "") -> None:
+        """Warn, once, of a checkpoint without a history for this clipper."""
         if not self._warned:
             self._warned = True
             warn_user(
-                f"{source} holds no history of AutoClip: it was saved without. The clipper keeps "
-                "the history that it has."
+                f"{source} holds no history of AutoClip for this optimizer: it was saved without"
+                + (f", {reason}" if reason else "")
+                + ". The clipper keeps the history that it has."
             )
 
     # -- TensorFlow: `tf.train.Checkpoint`, SavedModels -----------------------------------------
