@@ -387,6 +387,36 @@ def test_names_decide_not_the_order_and_not_the_groups(path: str) -> None:
     assert other.thresholds.tolist() == pytest.approx([3.0, 2.0, 1.0])
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_compiled_layer_keeps_the_names_of_its_parameters(path: str, attached: bool) -> None:
+    """Compiled when the history was saved, and not when it is loaded: names without the wrapper."""
+
+    def make(compiled: bool) -> tuple[Any, Any, list[tuple[str, nn.Parameter]]]:
+        first: Any = nn.Linear(3, 3, bias=False)
+        model = nn.Sequential(torch.compile(first) if compiled else first, nn.Linear(3, 1))
+        names = [*model.named_parameters()]
+        if not attached:
+            clipper = QuantileClip(names)
+            return clipper, clipper, names
+        # Groups as torch ≥ 2.6 makes them of named parameters, one of them added later.
+        groups = [{"params": [p], "param_names": [name]} for name, p in names]
+        optimizer: Any = QuantileClip.as_optimizer(torch.optim.SGD(groups[:2], lr=0.0))
+        optimizer.add_param_group(groups[2])
+        return optimizer.clipper, optimizer, names
+
+    clipper, stepped, names = make(compiled=True)
+    assert names[0][0] == "0._orig_mod.weight"
+    for norm, (_, parameter) in enumerate(names, start=1):
+        parameter.grad = torch.full_like(parameter, norm / parameter.numel() ** 0.5)
+    stepped.step()
+    other, _, _ = make(compiled=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(clipper.state_dict())
+    assert other.thresholds.tolist() == pytest.approx([1.0, 2.0, 3.0])
+    assert clipper.last.names == ("0.weight", "1.weight", "1.bias")
+
+
 def test_a_parameter_that_was_frozen_when_saving_starts_empty(path: str) -> None:
     names = named((3,), (4, 7))
     clipper, other = QuantileClip(names[1:]), QuantileClip(names)

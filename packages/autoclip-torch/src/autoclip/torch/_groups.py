@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 from autoclip.core import adapter
 from autoclip.core.adapter import Change, ClipperSettings, Group, GroupSettings, Histories, commit
 from autoclip.torch._following import Followed, Positions
-from autoclip.torch._parameters import checked_names, hyperparameters, named, shape_of
+from autoclip.torch._parameters import (
+    checked_names,
+    hyperparameters,
+    named,
+    shape_of,
+    without_wrappers,
+)
 
 __all__ = ["Groups"]
 
@@ -241,5 +247,5 @@ class Groups(adapter.Groups[Tensor]):
 
 def _names_in(group: Mapping[str, Any], count: int) -> list[str | None]:
     """The name of each parameter of an optimizer's group, or None."""
-    names = list(group.get("param_names", ()))[:count]
+    names = [*map(without_wrappers, group.get("param_names", ()))][:count]
     return [*names, *repeat(None, count - len(names))]

@@ -22,6 +22,7 @@ __all__ = [
     "names_in",
     "overrides_of",
     "shape_of",
+    "without_wrappers",
     "wrapped_optimizers",
 ]
 
@@ -185,11 +186,19 @@ def names_in(model: nn.Module) -> dict[int, str]:
     """The names of a model's parameters, by their `id`; wrappers leave no trace in them."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    return {id(each): _WRAPPERS.sub("", name) for name, each in model.named_parameters()}
+    return {id(each): without_wrappers(name) for name, each in model.named_parameters()}
+
+
+def without_wrappers(name: str) -> str:
+    """A parameter's name without the traces of `torch.compile`, FSDP and checkpointing wrappers."""
+    return _WRAPPERS.sub("", name)
 
 
 def checked_names(names: Iterable[Any], count: int) -> list[str | None]:
     """The names of a group's `count` parameters: all of them strings, or none of them.
+
+    Wrappers leave no trace in them: a model may be compiled when it is saved and not when it is
+    loaded.
 
     Raises:
         TypeError, ValueError: a name is not a string, or some are missing.
@@ -204,7 +213,7 @@ def checked_names(names: Iterable[Any], count: int) -> list[str | None]:
         raise ValueError("Either all parameters of a group have names or none has.")
     if len(names) != count:
         raise ValueError(f"A parameter group has {count} parameters, but {len(names)} names.")
-    return names
+    return [None if name is None else without_wrappers(name) for name in names]
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...] | None:
