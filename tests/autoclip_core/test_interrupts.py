@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 from interrupts import interrupted
+from rules import Mad
 
-from autoclip.core import History, Quantile, Rule, Standard, setting
+from autoclip.core import History, Quantile, Rule, Standard
 
 LENGTH = 20
-
-
-@dataclass(frozen=True)
-class Mad(Rule):
-    deviations: float = setting(3.0, ge=0)
-    name: ClassVar[str] = "interrupts_mad"
-
-    @staticmethod
-    def threshold(window: Any, deviations: Any) -> Any:
-        median = window.quantile(0.5)
-        return median + deviations * window.quantile(0.5, abs(window.norms - median))
 
 
 RULES: list[Rule] = [

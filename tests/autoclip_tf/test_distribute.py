@@ -78,7 +78,14 @@ def assert_in_step(clipper):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("kind", CLIPPERS)
+@pytest.mark.parametrize(
+    "kind",
+    # Groups are clipped parameter by parameter, too.
+    [
+        pytest.param(kind, marks=[pytest.mark.nightly] * (kind == "parameter-wise"))
+        for kind in CLIPPERS
+    ],
+)
 def test_fit_equals_one_device_with_the_same_global_batch(kind):
     one = make_model(contextlib.nullcontext(), CLIPPERS[kind])
     two = make_model(mirrored().scope(), CLIPPERS[kind])

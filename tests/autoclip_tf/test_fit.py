@@ -20,7 +20,10 @@ FITS = {
 }
 
 
-@pytest.fixture(params=FITS)
+# "auto" means no XLA on a CPU, and so the same graph.
+@pytest.fixture(
+    params=[pytest.param(how, marks=[pytest.mark.nightly] * (how == "auto")) for how in FITS]
+)
 def how(request):
     """Arguments of `compile`: in which way `fit` runs a step."""
     return FITS[request.param]

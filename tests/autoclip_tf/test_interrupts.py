@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
-from interrupts import interrupted
+from interrupts import counts_in_all_rows_or_in_none, data, interrupted
 
 from autoclip.core import Quantile, Rule
 from autoclip.tf import Clipper
@@ -42,45 +41,29 @@ def step(clipper: Any, size: float) -> None:
     clipper([(tf.constant([size]), variable) for variable in VARIABLES])
 
 
-def data(clipper: Any) -> Any:
-    return clipper.state_dict()["data"]
-
-
-def goes_on(clipper: Any, rule: Rule, *possible: bytes) -> int:
-    """Check that a clipper is in one of some states, and that it goes on as a new one does."""
-    index = possible.index(data(clipper))
-    other = new(rule)
-    other.load_state_dict(clipper.state_dict())
-    for each in (clipper, other):
-        step(each, 9.0)
-    np.testing.assert_array_equal(clipper.last.thresholds, other.last.thresholds)
-    assert data(clipper) == data(other)
-    return index
-
-
 @each_rule
 def test_a_step_counts_in_all_rows_or_in_none(rule: Rule) -> None:
-    states = data(new(rule, 1)), data(new(rule, 2))
-    found = [
-        goes_on(clipper, rule, *states)
-        for clipper in interrupted(lambda: new(rule, 1), lambda clipper: step(clipper, 2.0))
-    ]
-    assert (found[0], found[-1]) == (0, 1)
-    assert found == sorted(found)
+    counts_in_all_rows_or_in_none(
+        lambda: new(rule, 1),
+        lambda clipper: step(clipper, 2.0),
+        lambda: new(rule),
+        step,
+        data(new(rule, 1)),
+        data(new(rule, 2)),
+    )
 
 
 @each_rule
 def test_a_load_counts_in_all_rows_or_in_none(rule: Rule) -> None:
     saved = new(rule, 3).state_dict()
-    states = data(new(rule, 1)), saved["data"]
-    found = [
-        goes_on(clipper, rule, *states)
-        for clipper in interrupted(
-            lambda: new(rule, 1), lambda clipper: clipper.load_state_dict(saved)
-        )
-    ]
-    assert (found[0], found[-1]) == (0, 1)
-    assert found == sorted(found)
+    counts_in_all_rows_or_in_none(
+        lambda: new(rule, 1),
+        lambda clipper: clipper.load_state_dict(saved),
+        lambda: new(rule),
+        step,
+        data(new(rule, 1)),
+        saved["data"],
+    )
 
 
 def test_the_first_step_makes_all_rows_or_none() -> None:

@@ -11,26 +11,13 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import Mad
 
 from autoclip.core import History, Quantile, Rule, Standard, register_rule, setting
 from autoclip.tf import Clipper, QuantileClip, StandardClip
 from autoclip.tf.logging import log_values
 
 SHAPES = [(3,), (2, 2), ()]
-
-
-@register_rule
-@dataclass(frozen=True)
-class Mad(Rule):
-    """Median plus some median absolute deviations."""
-
-    deviations: float = setting(3.0, ge=0)
-    name: ClassVar[str] = "tests_tf_mad"
-
-    @staticmethod
-    def threshold(window, deviations):
-        median = window.quantile(0.5)
-        return median + deviations * window.quantile(0.5, abs(window.norms - median))
 
 
 @register_rule
@@ -343,7 +330,7 @@ class TestMaking:
         )
         config = optimizer.get_config()
         assert config["autoclip"]["clipper"]["config"]["rule"] == {
-            "name": "tests_tf_mad",
+            "name": "tests_mad",
             "deviations": 1.5,
         }
         other = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
@@ -366,7 +353,7 @@ class TestMaking:
         # Another rule goes on with the norms.
         quantile = QuantileClip(0.5)
         quantile.build([variable])
-        with pytest.warns(UserWarning, match="rule='tests_tf_mad' there and 'quantile' here"):
+        with pytest.warns(UserWarning, match="rule='tests_mad' there and 'quantile' here"):
             quantile.load(tmp_path / "state")
         np.testing.assert_array_equal(quantile.thresholds, [2.0])
 

@@ -100,7 +100,15 @@ class TestGoingOn:
         assert data_of(restarted) == data_of(without_stop)
 
     @pytest.mark.parametrize("kind", CLIPPERS)
-    @pytest.mark.parametrize("cut", [0, 2, 4, 6])
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            0,
+            pytest.param(2, marks=pytest.mark.nightly),
+            4,
+            pytest.param(6, marks=pytest.mark.nightly),
+        ],
+    )
     def test_in_a_graph(self, steps, mode, kind, cut):
         stream = [
             (1.0, 9.0),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interrupts import interrupted
+from interrupts import counts_in_all_rows_or_in_none, data, interrupted
 
 from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch import Clipper, QuantileClip
@@ -45,58 +45,42 @@ def step(clipper: Any, size: float) -> None:
     clipper.step()
 
 
-def data(clipper: Any) -> Any:
-    return clipper.state_dict()["data"]
-
-
-def goes_on(clipper: Any, rule: Rule, *possible: bytes) -> int:
-    """Check that a clipper is in one of some states, and that it goes on as a new one does."""
-    index = possible.index(data(clipper))
-    other = new(rule)
-    other.load_state_dict(clipper.state_dict())
-    for each in (clipper, other):
-        step(each, 9.0)
-    np.testing.assert_array_equal(clipper.last.thresholds, other.last.thresholds)
-    assert data(clipper) == data(other)
-    return index
-
-
 @each_rule
 @pytest.mark.parametrize("steps", [2, 16, 30])
 def test_a_step_counts_in_all_rows_or_in_none(path: str, rule: Rule, steps: int) -> None:
-    states = data(new(rule, steps)), data(new(rule, steps + 1))
-    found = [
-        goes_on(clipper, rule, *states)
-        for clipper in interrupted(
-            lambda: new(rule, steps), lambda clipper: step(clipper, float(steps + 1))
-        )
-    ]
-    assert (found[0], found[-1]) == (0, 1)
-    assert found == sorted(found)
+    counts_in_all_rows_or_in_none(
+        lambda: new(rule, steps),
+        lambda clipper: step(clipper, float(steps + 1)),
+        lambda: new(rule),
+        step,
+        data(new(rule, steps)),
+        data(new(rule, steps + 1)),
+    )
 
 
 @each_rule
 def test_a_load_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
     saved = new(rule, 17).state_dict()
-    states = data(new(rule, 5)), saved["data"]
-    found = [
-        goes_on(clipper, rule, *states)
-        for clipper in interrupted(
-            lambda: new(rule, 5), lambda clipper: clipper.load_state_dict(saved)
-        )
-    ]
-    assert (found[0], found[-1]) == (0, 1)
-    assert found == sorted(found)
+    counts_in_all_rows_or_in_none(
+        lambda: new(rule, 5),
+        lambda clipper: clipper.load_state_dict(saved),
+        lambda: new(rule),
+        step,
+        data(new(rule, 5)),
+        saved["data"],
+    )
 
 
 @each_rule
 def test_a_reset_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
-    states = data(new(rule, 5)), data(new(rule))
-    found = [
-        goes_on(clipper, rule, *states)
-        for clipper in interrupted(lambda: new(rule, 5), lambda clipper: clipper.reset())
-    ]
-    assert (found[0], found[-1]) == (0, 1)
+    counts_in_all_rows_or_in_none(
+        lambda: new(rule, 5),
+        lambda clipper: clipper.reset(),
+        lambda: new(rule),
+        step,
+        data(new(rule, 5)),
+        data(new(rule)),
+    )
 
 
 MODES: list[dict[str, bool]] = [{}, {"group_clipping": True}, {"global_clipping": True}]

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import TensorHistory, numpy_path, windows_of
+from rules import Mad
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,20 +24,6 @@ from autoclip.core.adapter import GroupSettings
 from autoclip.torch import Clipper, QuantileClip, StandardClip
 
 CPU = torch.device("cpu")
-
-
-@register_rule
-@dataclass(frozen=True)
-class Mad(Rule):
-    """Median plus some median absolute deviations."""
-
-    deviations: float = setting(3.0, ge=0)
-    name: ClassVar[str] = "torch_tests_mad"
-
-    @staticmethod
-    def threshold(window: Any, deviations: Any) -> Any:
-        median = window.quantile(0.5)
-        return median + deviations * window.quantile(0.5, abs(window.norms - median))
 
 
 @register_rule
