@@ -13,6 +13,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import warnings
 import weakref
 from collections import defaultdict
@@ -192,6 +193,47 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
 
 def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# -- optimizers inside others --------------------------------------------------------------------
+
+
+class Chain(Optimizer):
+    """Steps a list of optimizers."""
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
+        self.optimizers = optimizers
+
+    def step(self, closure: Any = None) -> None:
+        for each in self.optimizers:
+            each.step()
+
+
+@pytest.mark.parametrize("path", [".optimizer", ".optimizers[0]", ".optimizer.optimizer"])
+def test_a_clipper_inside_and_one_outside_are_refused(path: str) -> None:
+    """Each would clip, and nothing would tell."""
+    model = make_model()
+    inner = AdamW(model.parameters())
+    outer: Any = Chain([inner]) if "optimizers" in path else Lookahead(inner)
+    if path.count(".") == 2:
+        outer = Lookahead(outer)
+    message = rf"`optimizer{re.escape(path)}`, has a clipper, and two would clip twice"
+    QuantileClip.as_optimizer(inner)
+    with pytest.raises(RuntimeError, match=message):
+        QuantileClip.as_optimizer(outer)
+    train(model, outer, range(2))  # by the inner one alone
+    inner.clipper.detach()  # type: ignore[attr-defined]
+    QuantileClip.as_optimizer(outer)
+    QuantileClip.as_optimizer(inner)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            train(model, outer, range(1))
+    inner.clipper.detach()  # type: ignore[attr-defined]
+    train(model, outer, range(2))
+    unrelated: Any = Chain([QuantileClip.as_optimizer(AdamW([nn.Parameter(torch.ones(1))]))])
+    unrelated.param_groups = [{"params": [nn.Parameter(torch.ones(1))]}]
+    QuantileClip.as_optimizer(unrelated)  # of other parameters
 
 
 # -- own state_dict and load_state_dict ----------------------------------------------------------

@@ -362,6 +362,27 @@ def test_an_optimizer_that_is_attached_already(tmp_path: Path) -> None:
         fit(Module(), make_trainer(tmp_path, AutoClipCallback(quantile=0.5)))
 
 
+class Outer(torch.optim.Optimizer):
+    """An optimizer around another one, as Lookahead's are."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_without_settings_it_finds_the_clipper_of_an_optimizer_inside(tmp_path: Path) -> None:
+    module = Module(attach=False)
+    made = QuantileClip.as_optimizer(torch.optim.SGD(module.parameters(), lr=0.1), **SETTINGS)
+    module.configure_optimizers = lambda: Outer(made)  # type: ignore[method-assign]
+    trainer = make_trainer(tmp_path, AutoClipCallback(), max_epochs=1)
+    trainer.fit(module, loader())
+    assert [hasattr(each, "clipper") for each in (trainer.optimizers[0], made)] == [False, True]
+    assert trainer.callback_metrics.keys() >= NAMES
+
+
 class Adversarial(Module):
     """Two optimizers, of which those whose index is given come with a clipper."""
 

@@ -23,7 +23,7 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
 from autoclip.torch._groups import Groups
-from autoclip.torch._parameters import SettingsInGroups, wrapped_optimizers
+from autoclip.torch._parameters import SettingsInGroups, clipped_inside, wrapped_optimizers
 from autoclip.torch._private import disable_dynamo, is_fake
 
 __all__ = ["STATE_KEY", "Attachment", "StepResult", "check_optimizer"]
@@ -85,7 +85,7 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
 
     Raises:
         TypeError: it is not a torch optimizer whose `step` calls hooks.
-        RuntimeError: it has a clipper already.
+        RuntimeError: it has a clipper already, or an optimizer inside it has one.
     """
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         raise TypeError(
@@ -112,6 +112,19 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
         raise TypeError(_without_init(optimizer))
     if hasattr(optimizer, "clipper"):
         raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
+    _refuse_clipped_inside(optimizer)
+
+
+def _refuse_clipped_inside(optimizer: Optimizer) -> None:
+    found = clipped_inside(optimizer)
+    if found is not None:
+        path, inner = found
+        raise RuntimeError(
+            f"The {type(inner).__name__} inside this {type(optimizer).__name__}, "
+            f"`optimizer{path}`, has a clipper, and two would clip twice. Attach one to the inner "
+            f"or to the outer optimizer only; optimizer{path}.clipper.detach() detaches the inner "
+            "one's."
+        )
 
 
 def _hint_of_inner(wrapper: object) -> str:
@@ -155,6 +168,7 @@ class Attachment(BaseAttachment, Hooks):
         self._groups = groups
         self._settings: SettingsInGroups | None = None  # None after the warning
         self._handles: list[RemovableHandle] = []
+        self._has_stepped = False
         self._may_be_nested = _overrides_a_step(type(optimizer))
         # Of the present step: parameters that it leaves out, with their gradients, and True if
         # `found_inf` on the optimizer is ours.
@@ -244,6 +258,9 @@ class Attachment(BaseAttachment, Hooks):
     def _clip(self, optimizer: Optimizer) -> None:
         if self._withheld or self._set_found_inf:
             self._clear(optimizer)
+        if not self._has_stepped:
+            _refuse_clipped_inside(optimizer)  # one that was attached after this one
+            self._has_stepped = True
         if self.may_lack_history:
             self.may_lack_history = False
             if not self._clipper.has_history:

@@ -16,6 +16,7 @@ __all__ = [
     "ParamsT",
     "SettingsInGroups",
     "checked_names",
+    "clipped_inside",
     "entries_of",
     "hyperparameters",
     "named",
@@ -124,6 +125,33 @@ def wrapped_optimizers(wrapper: object) -> dict[str, Optimizer]:
     """The torch optimizers among the attributes of an object, by the attributes' names."""
     attributes = getattr(wrapper, "__dict__", {})
     return {name: each for name, each in attributes.items() if isinstance(each, Optimizer)}
+
+
+def clipped_inside(optimizer: Optimizer) -> tuple[str, Optimizer] | None:
+    """An optimizer with a clipper inside another one, which updates some of the same parameters.
+
+    Returns:
+        Its attribute in `optimizer`, as Python, and itself; None if there is none.
+    """
+    own = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    waiting, seen = [("", optimizer)], {id(optimizer)}
+    for path, outer in waiting:
+        for name, value in vars(outer).items():
+            found: Iterable[tuple[str, Any]] = [("", value)]
+            if isinstance(value, (list, tuple)):
+                found = ((f"[{i}]", each) for i, each in enumerate(value))
+            elif isinstance(value, Mapping):
+                found = ((f"[{key!r}]", each) for key, each in value.items())
+            for index, inner in found:
+                if not isinstance(inner, Optimizer) or id(inner) in seen:
+                    continue
+                seen.add(id(inner))
+                inside = f"{path}.{name}{index}"
+                waiting.append((inside, inner))
+                theirs = (each for group in inner.param_groups for each in group["params"])
+                if "clipper" in vars(inner) and not own.isdisjoint(map(id, theirs)):
+                    return inside, inner
+    return None
 
 
 def entries_of(parameters: ParamsT | OptimizerGroups) -> list[Any]:

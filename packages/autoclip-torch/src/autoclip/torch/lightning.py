@@ -27,6 +27,7 @@ from autoclip.torch._trainers.maker import (
     ClipperClass,
     ClipperMaker,
     Clippers,
+    clipper_of,
     is_deepspeed,
     is_fsdp1,
     name_parameters,
@@ -134,7 +135,7 @@ class AutoClipCallback(Callback):
             pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
         ):
             return
-        index = {id(getattr(each, "clipper", None)): i for i, each in enumerate(trainer.optimizers)}
+        index = {id(clipper_of(each)): i for i, each in enumerate(trainer.optimizers)}
         for clipper in self._clippers:
             suffix = f"/{index.get(id(clipper), 0)}" if len(trainer.optimizers) > 1 else ""
             values = log_values(clipper, self._log_parameters, model=pl_module)

@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 from autoclip.core import Quantile, Rule, Standard
 from autoclip.torch._attachment import check_optimizer
 from autoclip.torch._clipper import Clipper, QuantileClip, StandardClip
-from autoclip.torch._parameters import names_in
+from autoclip.torch._parameters import clipped_inside, names_in
 from autoclip.torch._trainers.engine import EngineClipper
 
 __all__ = [
     "ClipperClass",
     "ClipperMaker",
     "Clippers",
+    "clipper_of",
     "is_deepspeed",
     "is_fsdp1",
     "name_parameters",
@@ -151,13 +152,12 @@ class ClipperMaker:
 
     def _present(self, owner: Any) -> Any:
         """The clipper that an optimizer or engine has and keeps; None if it is to get one."""
-        # Not getattr: an engine passes on the attributes of its module.
-        present = vars(owner).get("clipper")
+        present = clipper_of(owner)
         return present if self._is_default or not self._is_foreign(owner) else None
 
     def _is_foreign(self, owner: Any) -> bool:
         """True if it came with a clipper."""
-        present = vars(owner).get("clipper")
+        present = clipper_of(owner)
         return present is not None and all(present is not clipper for clipper in self._made)
 
     def _attach_engine(
@@ -172,6 +172,16 @@ class ClipperMaker:
         clipper = attach(*targets, **settings)
         self._made.append(clipper)
         return clipper
+
+
+def clipper_of(owner: Any) -> Any:
+    """The clipper of an engine or optimizer, or of an optimizer inside that one; None for none."""
+    # Not getattr: an engine passes on the attributes of its module.
+    present = vars(owner).get("clipper")
+    if present is None and isinstance(owner, Optimizer):
+        found = clipped_inside(owner)
+        present = None if found is None else vars(found[1])["clipper"]
+    return present
 
 
 def name_parameters(clippers: Iterable[Clipper | EngineClipper], model: nn.Module) -> None:
