@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras.src.saving import saving_lib
 from processes import execute
 
+from autoclip.core.inspect import read_states
 from autoclip.tf import QuantileClip, StandardClip, StateError
 
 
@@ -769,7 +770,6 @@ class CallsItsClipper(keras.Model):
         super().__init__(name="model")
         self.dense = keras.layers.Dense(1, name="out")
         self.clipper = QuantileClip(0.5)
-        self.clipper_state = self.clipper.saved_state
 
     def call(self, x):
         return self.dense(x)
@@ -784,16 +784,86 @@ class CallsItsClipper(keras.Model):
         return {"loss": loss}
 
 
-def test_a_model_that_calls_a_clipper_itself(tmp_path):
-    model, other = CallsItsClipper(), CallsItsClipper()
+class CallsOneOfItsClippers(CallsItsClipper):
+    def __init__(self):
+        super().__init__()
+        self.clippers = {"all": [self.clipper]}
+        del self.clipper
+
+    def __getattr__(self, name):
+        return self.clippers["all"][0] if name == "clipper" else super().__getattribute__(name)
+
+
+def save_weights(model, path):
+    model.save_weights(path / "model.weights.h5")
+    return lambda other: other.load_weights(path / "model.weights.h5")
+
+
+def save_model(model, path):
+    model.save(path / "model.keras")
+    return lambda other: other.load_weights(path / "model.keras")
+
+
+def save_checkpoint(model, path):
+    saved = tf.train.Checkpoint(model).save(path / "checkpoint")
+    return lambda other: tf.train.Checkpoint(other).restore(saved).assert_consumed()
+
+
+@pytest.mark.parametrize(
+    ("make", "save"),
+    [
+        (CallsItsClipper, save_weights),
+        (CallsItsClipper, save_model),
+        (CallsItsClipper, save_checkpoint),
+        (CallsOneOfItsClippers, save_weights),  # tf.train.Checkpoint does not look into lists
+        (CallsOneOfItsClippers, save_model),
+    ],
+)
+def test_a_model_that_calls_a_clipper_itself(tmp_path, make, save):
+    model, other = make(), make()
     for each in (model, other):
         each.compile("sgd", loss="mse")
-    fit(model).save_weights(tmp_path / "model.weights.h5")
-    other(np.ones((1, 4), np.float32))
-    other.load_weights(tmp_path / "model.weights.h5")
+    load = save(fit(model), tmp_path)
     fit(other)
-    fit(model)
+    fit(other)
+    load(other)
     assert other.clipper.state_dict() == model.clipper.state_dict()
+    for each in (model, other):
+        fit(each)
+    assert other.clipper.state_dict() == model.clipper.state_dict()
+
+
+def recorded(model):
+    return [
+        window.tolist()
+        for group in model.clipper.export_state().groups
+        for window in group.windows()
+    ]
+
+
+def test_a_loaded_model_has_the_history_of_its_clipper(tmp_path):
+    @keras.saving.register_keras_serializable("test")
+    class Model(CallsItsClipper):
+        def get_config(self):
+            return {}
+
+    model = Model()
+    model.compile("sgd", loss="mse")
+    fit(model).save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    fit(loaded)
+    fit(model)
+    assert recorded(loaded) == recorded(model)
+
+
+def test_a_history_is_saved_once_if_model_and_optimizer_have_the_clipper(tmp_path):
+    model, other = make_model(adam()), make_model(adam())
+    for each in (model, other):
+        each.clipper = clipper_of(each)
+    fit(model).save_weights(tmp_path / "model.weights.h5")
+    fit(other).load_weights(tmp_path / "model.weights.h5")
+    assert clipper_of(other).state_dict() == clipper_of(model).state_dict()
+    assert len(read_states(tmp_path / "model.weights.h5")) == 1
 
 
 @pytest.mark.skipif(
@@ -841,6 +911,7 @@ def test_keras_evaluates_no_property_of_a_clipper(tmp_path, monkeypatch):
         return property(lambda clipper: asked.append(name) or found.__get__(clipper))
 
     model = fit(make_model(adam()))
+    model.clipper = model.optimizer.clipper
     for name in ("thresholds", "last", "param_groups", "total_norm"):
         assert name in dir(model.optimizer.clipper)
         monkeypatch.setattr(QuantileClip, name, noted(name))

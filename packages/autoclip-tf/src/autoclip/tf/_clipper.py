@@ -34,7 +34,7 @@ from autoclip.tf._layout import Gradient, Layout
 from autoclip.tf._nonfinite import NonfiniteGradients
 from autoclip.tf._ops import OPS
 from autoclip.tf._private import (
-    Trackable,
+    Saved,
     build_scope,
     collected_variables,
     name_of,
@@ -55,7 +55,7 @@ GradsAndVars: TypeAlias = Iterable[tuple[Gradient | None, Variable]]
 
 
 @keras.saving.register_keras_serializable("autoclip")
-class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
+class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
     """Clip each gradient to a threshold that a rule computes from the history of its norms.
 
     At each step the gradient's L2 norm is compared with the threshold, and the gradient is
@@ -468,10 +468,14 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Trackable):
     def saved_state(self) -> SavedState:
         """The part of the clipper that Keras and TensorFlow save.
 
-        They find it in the clipper's optimizer. If a Keras model calls a clipper itself, assign
-        `self.clipper_state = clipper.saved_state` for it to be saved with the model.
+        They find it in an optimizer, a model or a layer that has the clipper as an attribute.
         """
         return self._saved_state
+
+    @property
+    def _saved_attributes(self) -> tuple[str, ...]:
+        # Once in a file: of an attached clipper by its optimizer, which `load_model` makes anew.
+        return () if self._is_attached else ("saved_state",)
 
     @property
     def _has_state(self) -> bool:

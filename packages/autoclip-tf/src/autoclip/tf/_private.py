@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from tensorflow.python.framework.op_callbacks import should_invoke_op_callbacks
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
@@ -20,7 +21,7 @@ from tensorflow.python.saved_model.save_context import in_save_context
 
 __all__ = [
     "REDUCE_METHOD",
-    "KerasSaveable",
+    "Saved",
     "Trackable",
     "build_scope",
     "check_backend",
@@ -42,6 +43,25 @@ __all__ = [
 # The base classes of objects that Keras saves, and TensorFlow's checkpoints. Neither of the two
 # tracks attributes: the clipper's variables belong to no one else's `variables`.
 Trackable = tf.__internal__.tracking.Trackable
+
+
+class Saved(KerasSaveable, Trackable):
+    """An object that Keras and TensorFlow save, and in it the attributes `_saved_attributes`."""
+
+    @property
+    def _saved_attributes(self) -> tuple[str, ...]:
+        return ()
+
+    def _obj_type(self) -> str:
+        # Keras's list of kinds is closed. It makes an object of the kind and skips the attributes
+        # that such an object has, too; a loss is made fast, an optimizer has variables.
+        return "Loss"
+
+    def __dir__(self) -> Iterable[str]:
+        # Keras evaluates all attributes, and some properties of a clipper wait for the device.
+        is_walked = sys._getframe(1).f_globals.get("__name__") == saving_lib.__name__
+        return self._saved_attributes if is_walked else super().__dir__()
+
 
 REDUCE_METHOD = "_all_reduce_sum_gradients"
 """The method of Keras's optimizers that is called once an update, with gradients that are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +14,7 @@ from autoclip.core.adapter import warn_user
 from autoclip.tf._files.paths import paths_in, with_paths_of
 from autoclip.tf._groups import Groups
 from autoclip.tf._private import (
-    KerasSaveable,
-    Trackable,
+    Saved,
     name_of,
     other_variables,
     saving_for_inference,
@@ -65,11 +64,10 @@ class PendingState(NamedTuple):
         return saved.match(current, self.source, partial=self.is_partial, others=others)
 
 
-class SavedState(KerasSaveable, Trackable):
+class SavedState(Saved):
     """The part of a clipper that Keras and TensorFlow save and load: its state, as one string.
 
-    Keras looks for such objects in all attributes of an object that it saves or loads. It would
-    evaluate every property of the clipper itself, and some of them wait for the device.
+    Keras finds it in all clippers, and these in all objects that it saves or loads.
 
     Args:
         clipper: its clipper.
@@ -97,14 +95,6 @@ class SavedState(KerasSaveable, Trackable):
             self._clipper._adopt_state(state, source, is_partial)
 
     # -- Keras: `model.save`, `save_weights`, and the callbacks that call them -----------------
-
-    def _obj_type(self) -> str:
-        # Keras's list of kinds is closed. It makes an object of the kind and skips the attributes
-        # that such an object has, too; a loss is made fast, an optimizer has variables.
-        return "Loss"
-
-    def __dir__(self) -> Iterable[str]:
-        return ()  # no attribute of this is saved on its own
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state into a Keras store; Keras calls this."""
