@@ -474,7 +474,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
 
     @property
     def _saved_attributes(self) -> tuple[str, ...]:
-        # Once in a file: of an attached clipper by its optimizer, which `load_model` makes anew.
+        # Once in a file: of an attached clipper by its optimizer, which `load_model` creates.
         return () if self._is_attached else ("saved_state",)
 
     @property

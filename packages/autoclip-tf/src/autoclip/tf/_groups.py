@@ -43,30 +43,11 @@ class Groups(core.Groups[Variable]):
     def __init__(self, settings: ClipperSettings, group_settings: object = None) -> None:
         super().__init__("tensorflow", settings)
         self.checked(settings.default)
-        self.patterns = [self._pattern(each) for each in _list_of(group_settings)]
+        self.patterns: list[Group[Variable]] = [
+            Group(self.checked(settings.for_group(overrides)), match=match)
+            for match, overrides in map(_pattern, _list_of(group_settings))
+        ]
         self.index: dict[str, int] = {}
-
-    def _pattern(self, entry: object) -> Group[Variable]:
-        if not isinstance(entry, Mapping):
-            raise TypeError(
-                f"An entry of group_settings must be a dict, but got {type(entry).__name__}."
-            )
-        if "match" not in entry:
-            raise ValueError('An entry of group_settings must be a dict with the key "match".')
-        match = entry["match"]
-        if not isinstance(match, str):
-            raise TypeError(
-                f"match must be a regular expression as a string, but got {match!r:.200} of type "
-                f"{type(match).__name__}."
-            )
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(
-                f"match must be a regular expression, but got {match!r:.200}: {error}."
-            ) from None
-        overrides = {name: value for name, value in entry.items() if name != "match"}
-        return Group(self.checked(self.settings.for_group(overrides)), match=match)
 
     def all_settings(self) -> list[GroupSettings]:
         """The settings of all groups that there are or can be."""
@@ -85,9 +66,7 @@ class Groups(core.Groups[Variable]):
             TypeError, ValueError: see `Clipper.build`. Nothing has changed.
         """
         owner = self.settings.owner
-        variables = [
-            v for v in self._checked_variables(variables) if not overwritten_by_gradient(v)
-        ]
+        variables = [v for v in _checked(variables, owner) if not overwritten_by_gradient(v)]
         if len(self):
             new = [each for each in variables if variable_key(each) not in self.index]
             if new:
@@ -116,20 +95,6 @@ class Groups(core.Groups[Variable]):
         self._groups = [*patterns, rest] if rest.parameters else patterns
         self.index = {variable_key(each): i for i, each in enumerate(self.parameters())}
         self.version += 1
-
-    def _checked_variables(self, variables: Iterable[Variable]) -> Sequence[Variable]:
-        variables, owner = list(variables), self.settings.owner
-        for variable in variables:
-            if not isinstance(tf_variable(variable), tf.Variable):
-                check_backend()
-                raise TypeError(
-                    f"variables must be tf.Variables or Keras variables, but got {variable!r:.200}."
-                )
-        if not variables:
-            raise ValueError(f"{owner} got an empty list of variables.")
-        if len({variable_key(variable) for variable in variables}) != len(variables):
-            raise ValueError(f"{owner} got the same variable twice.")
-        return variables
 
     def shape_of(self, parameter: Variable) -> tuple[int, ...]:
         """See `autoclip.core.adapter.Groups`, as for what follows."""
@@ -166,3 +131,41 @@ def _list_of(group_settings: object) -> list[Any]:
             f"{type(group_settings).__name__}."
         )
     return list(group_settings)
+
+
+def _pattern(entry: object) -> tuple[str, dict[str, Any]]:
+    """The regular expression of an entry of `group_settings`, and its settings."""
+    if not isinstance(entry, Mapping):
+        raise TypeError(
+            f"An entry of group_settings must be a dict, but got {type(entry).__name__}."
+        )
+    if "match" not in entry:
+        raise ValueError('An entry of group_settings must be a dict with the key "match".')
+    match = entry["match"]
+    if not isinstance(match, str):
+        raise TypeError(
+            f"match must be a regular expression as a string, but got {match!r:.200} of type "
+            f"{type(match).__name__}."
+        )
+    try:
+        re.compile(match)
+    except re.error as error:
+        raise ValueError(
+            f"match must be a regular expression, but got {match!r:.200}: {error}."
+        ) from None
+    return match, {name: value for name, value in entry.items() if name != "match"}
+
+
+def _checked(variables: Iterable[Variable], owner: str) -> Sequence[Variable]:
+    variables = list(variables)
+    for variable in variables:
+        if not isinstance(tf_variable(variable), tf.Variable):
+            check_backend()
+            raise TypeError(
+                f"variables must be tf.Variables or Keras variables, but got {variable!r:.200}."
+            )
+    if not variables:
+        raise ValueError(f"{owner} got an empty list of variables.")
+    if len({variable_key(variable) for variable in variables}) != len(variables):
+        raise ValueError(f"{owner} got the same variable twice.")
+    return variables

@@ -42,7 +42,7 @@ __all__ = [
 
 # The base classes of objects that Keras saves, and TensorFlow's checkpoints. Neither of the two
 # tracks attributes: the clipper's variables belong to no one else's `variables`.
-Trackable = tf.__internal__.tracking.Trackable
+Trackable: Any = tf.__internal__.tracking.Trackable
 
 
 class Saved(KerasSaveable, Trackable):

@@ -11,24 +11,24 @@ finite, so that a norm which is not finite means a gradient which is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from autoclip.tf._layout.conditional import Conditional
-from autoclip.tf._private import numerics_are_checked
+from autoclip.tf._private import compiled_by_xla, numerics_are_checked
 
 __all__ = [
     "Gradient",
-    "dense_values",
+    "Norms",
+    "at",
+    "index_of",
     "is_small",
-    "large_norms",
     "root_of_squares",
-    "small_norms",
-    "stacked_norms",
     "static_shape",
 ]
 
@@ -41,7 +41,69 @@ _SMALL = 2**12
 _SMALL_MEAN_SQUARE = 2.0**-105
 # XLA sums long vectors slowly on the CPU, and rows of this length, as a product, fast.
 _BLOCK = 512
+# From this many on, arrays of one shape take fewer operations stacked than one by one.
+_MANY = 3
+# Above this size, the copy into the stack costs more than the operations that it saves.
+_STACKED = 2**9
 _LARGEST = np.finfo(np.float64).max  # a NumPy float64: TensorFlow takes a Python float for float32
+
+
+class Norms:
+    """The norms of gradients, measured in three kinds: stacks of one shape, small, and large ones.
+
+    Args:
+        gradients: gradients with the shapes and dtypes to come; None for none.
+    """
+
+    def __init__(self, gradients: Sequence[Gradient | None]) -> None:
+        by_shape: dict[Any, list[int]] = {}
+        self._large: list[int] = []
+        absent = []
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                absent.append(i)
+            elif is_small(gradient.dtype, static_shape(gradient)):
+                kind = gradient.dtype, static_shape(gradient), type(gradient)
+                by_shape.setdefault(kind, []).append(i)
+            else:
+                self._large.append(i)
+        self._stacks: list[list[int]] = []
+        self._small: list[int] = []
+        for (_, shape, _), same in by_shape.items():
+            if len(same) >= _MANY and math.prod(shape) <= _STACKED:
+                self._stacks.append(same)
+            else:
+                self._small += same
+        self._small.sort()  # often all there are; then in order, which takes no gather
+        self._absent = len(absent)
+        measured = [*chain(*self._stacks), *self._small, *self._large, *absent]
+        self._order = index_of(np.argsort(measured), len(gradients))
+
+    def of(self, gradients: Sequence[Gradient | None]) -> tf.Tensor:
+        """float64[n]: the norm of each gradient; see `Layout.measure`."""
+
+        def values(index: Iterable[int]) -> list[tf.Tensor]:
+            return [dense_values(gradients[i]) for i in index]
+
+        parts = [stacked_norms(values(stack)) for stack in self._stacks]
+        if self._small:
+            parts.append(small_norms(values(self._small)))
+        if self._large:
+            parts.append(large_norms(values(self._large), compiled_by_xla()))
+        if self._absent:
+            parts.append(tf.zeros([self._absent], tf.float64))
+        return at(parts[0] if len(parts) == 1 else tf.concat(parts, axis=0), self._order)
+
+
+def index_of(index: Iterable[int], count: int) -> list[int] | None:
+    """An index into `count` values; None for all of them in order, which takes no operation."""
+    found = [int(i) for i in index]
+    return None if found == list(range(count)) else found
+
+
+def at(values: tf.Tensor, index: list[int] | None) -> tf.Tensor:
+    """The values at an index that `index_of` returned."""
+    return values if index is None else tf.gather(values, index)
 
 
 def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
@@ -53,8 +115,9 @@ def root_of_squares(norms: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(tf.reduce_sum(tf.square(norms)))
 
 
-def static_shape(values: tf.Tensor) -> tuple[int | None, ...] | None:
-    """The shape as far as it is known while a graph is traced."""
+def static_shape(gradient: Gradient) -> tuple[int | None, ...] | None:
+    """The shape as far as it is known while a graph is traced; of `IndexedSlices` the slices'."""
+    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
     return None if values.shape.rank is None else tuple(values.shape.as_list())
 
 

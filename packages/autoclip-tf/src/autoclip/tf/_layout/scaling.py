@@ -9,27 +9,66 @@ import numpy as np
 import tensorflow as tf
 
 from autoclip.tf._layout.conditional import Conditional
-from autoclip.tf._layout.norms import Gradient, is_small, static_shape
+from autoclip.tf._layout.norms import Gradient, at, index_of, is_small, static_shape
+from autoclip.tf._private import compiled_by_xla
 
-__all__ = ["scale"]
+__all__ = ["Scaling"]
 
 
-def scale(
-    gradients: Sequence[Gradient], factors: tf.Tensor, xla: bool, may_be_zero: bool
+class Scaling:
+    """Multiplies gradients by the coefficients of their rows.
+
+    Args:
+        gradients: gradients with the shapes and dtypes to come; None for none.
+        rows: the row of each gradient.
+        count: the number of rows.
+    """
+
+    def __init__(
+        self, gradients: Sequence[Gradient | None], rows: Sequence[int], count: int
+    ) -> None:
+        self._present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        self._index = index_of(self._present, len(gradients))
+        self._rows = index_of([rows[i] for i in self._present], count)
+        self._is_one_for_all = count == 1
+
+    def apply(
+        self,
+        gradients: Sequence[Gradient | None],
+        coefficients: tf.Tensor,
+        zeroed: tf.Tensor | None,
+    ) -> list[Gradient | None]:
+        """The products; see `Layout.scale`."""
+        if self._is_one_for_all:  # a scalar costs no operation for each gradient
+            factors = tf.reshape(coefficients, [])
+        else:
+            factors = at(tf.reshape(coefficients, [-1]), self._rows)
+        if zeroed is not None:
+            factors = tf.where(at(zeroed, self._index), tf.zeros((), tf.float64), factors)
+        # Constants to a tape, eagerly and in a graph: eagerly they have been on the host.
+        factors = tf.stop_gradient(factors)
+        given = [gradients[i] for i in self._present]
+        scaled = list(gradients)
+        for i, product in zip(self._present, _products(given, factors, zeroed is not None)):
+            scaled[i] = product
+        return scaled
+
+
+def _products(
+    gradients: Sequence[Gradient], factors: tf.Tensor, may_be_zero: bool
 ) -> list[Gradient]:
     """The gradients times their factors, of the same dtypes and kinds.
 
     Args:
         gradients: tensors and IndexedSlices; of these only the stored values are multiplied.
-        factors: float64[n] in 0 … 1, or float64[] for one that all gradients share.
-        xla: True if the operations are compiled by XLA, which multiplies all gradients.
-            Otherwise large gradients with the factor 1 are returned as they are.
+        factors: float64[n] in 0 … 1, or float64[] for one that all gradients share. XLA multiplies
+            all gradients; elsewhere large ones with the factor 1 are returned as they are.
         may_be_zero: True if a factor can be 0, which turns NaN and infinity into 0 too.
     """
     values = [tf.convert_to_tensor(_values_of(gradient)) for gradient in gradients]
     if tf.executing_eagerly():
         products = _multiplied_eagerly(values, factors, may_be_zero)
-    elif xla:
+    elif compiled_by_xla():
         products = _all_multiplied(values, factors, may_be_zero)
     elif tf.config.list_logical_devices("GPU"):
         # The host would wait for the device at each condition, so there is one for all.
