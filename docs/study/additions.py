@@ -71,6 +71,7 @@ def parts(study: Confirmation) -> dict[str, str]:
         "extra-pixels-sgd": scores("pixels", "SGD", "SGD, lr ×3"),
         "extra-sweep": scores("rows", *(name for name in SWEEP if name.startswith("SGD"))),
         "extra-control": scores("control", "Adam", "Adam, lr ×30"),
+        "extra-gpt": scores("gpt", "Adam, cosine", "Adam, lr ×10, cosine"),
         "extra-clustering": clustering_table(study),
         "extra-progress": progress_table(study),
         "extra-versions": f"All tasks ran with {versions_text(study)}.",

@@ -213,7 +213,7 @@ SUPPLEMENT = {
         # A random policy's return is about 22; one that always pushes to one side gets 9.
         floor=9.0,
         failed=50.0,
-        seeds=4,
+        seeds=2,
         seconds=9.0,
         conditions=(condition("Adam", 3e-3), condition("Adam", 3e-3, factor=30)),
     ),
