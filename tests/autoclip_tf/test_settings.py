@@ -237,6 +237,47 @@ class TestChangingSettings:
         assert [group["quantile"] for group in other.param_groups] == [0.3, 0.8]
 
 
+class SetQuantiles(keras.callbacks.Callback):
+    """Writes settings before the first batch, when the optimizer has no variables yet."""
+
+    def on_train_begin(self, logs=None):
+        for group, quantile in zip(self.model.optimizer.clipper.param_groups, (0.25, 0.75)):
+            group["quantile"] = quantile
+
+
+class TestBeforeTheVariablesAreKnown:
+    def test_a_callback_writes_settings(self, model, fit):
+        expected, ours = model(), model()
+        for each, quantiles in ((expected, (0.25, 0.75)), (ours, (0.5, 0.9))):
+            groups = [{"match": "kernel", "quantile": quantiles[0]}]
+            optimizer = QuantileClip.as_optimizer(
+                keras.optimizers.SGD(0.01), quantile=quantiles[1], group_settings=groups
+            )
+            each.compile(optimizer=optimizer, loss="mse")
+        fit(expected)
+        fit(ours, callbacks=[SetQuantiles()])
+        found = ours.optimizer.clipper
+        assert [group["quantile"] for group in found.param_groups] == [0.25, 0.75]
+        for weight, other in zip(expected.weights, ours.weights):
+            np.testing.assert_array_equal(weight.numpy(), other.numpy())
+        assert found.get_config() == expected.optimizer.clipper.get_config()
+
+    def test_wrong_values_and_global_clipping(self):
+        clipper = QuantileClip(global_clipping=True, group_settings=[{"match": "a"}])
+        for group in clipper.param_groups:  # which share their settings
+            with pytest.raises(ValueError, match="quantile"):
+                group["quantile"] = 2.0
+        group, other = clipper.param_groups
+        group["quantile"] = 0.5
+        other["history_length"] = 3
+        assert [each["quantile"] for each in clipper.param_groups] == [0.5, 0.5]
+        assert clipper.defaults["history_length"] == 3
+        variable = tf.Variable(tf.zeros(4), name="a")
+        for size in (8.0, 1.0, 2.0, 9.0):
+            [(clipped, _)] = clipper([(tf.fill([4], size / 2), variable)])
+        assert float(tf.norm(clipped)) == pytest.approx(2.0)
+
+
 class TestAStepAndAfter:
     def test_last_is_never_of_an_older_step(self):
         variable = tf.Variable([0.0])

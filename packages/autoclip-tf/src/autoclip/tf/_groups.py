@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 from autoclip.core import adapter as core
-from autoclip.core.adapter import ClipperSettings, Group, GroupSettings
+from autoclip.core.adapter import ClipperSettings, Group, GroupSettings, ParamGroup
 from autoclip.tf._private import (
     check_backend,
     name_of,
@@ -48,6 +49,32 @@ class Groups(core.Groups[Variable]):
             for match, overrides in map(_pattern, _list_of(group_settings))
         ]
         self.index: dict[str, int] = {}
+
+    def views(self, histories: core.Histories[Any]) -> list[ParamGroup]:
+        """The groups as dicts whose settings can be written, also before `build`.
+
+        A callback may write them before the first batch, when no group knows its variables yet.
+        """
+        if len(self):
+            return super().views(histories)
+        groups = [*self.patterns, Group[Variable](self.settings.default)]
+        return [
+            ParamGroup(
+                {"params": [], **self.labels(group), **self.settings_of(group).settings},
+                lambda name, value, group=group: self._change_unbuilt(group, name, value),
+            )
+            for group in groups
+        ]
+
+    def _change_unbuilt(self, group: Group[Variable], name: str, value: Any) -> Any:
+        is_default = self.mode.has_one_row or self._follows_default(group)
+        present = self.settings.default if is_default else group.settings
+        settings = self.checked(present.merged({name: value}))
+        if is_default:
+            self.settings = dataclasses.replace(self.settings, default=settings)
+        else:
+            group.settings = settings
+        return settings.settings[name]
 
     def all_settings(self) -> list[GroupSettings]:
         """The settings of all groups that there are or can be."""
