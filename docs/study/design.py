@@ -194,7 +194,7 @@ SUPPLEMENT = {
     "convolution": CONFIRMATION["convolution"],
     "pixels": CONFIRMATION["pixels"],
     "images": replace(TASKS["images"], seeds=3),
-    "separation": replace(TASKS["separation"], seeds=1, conditions=(CLUSTERING, FORGETTING)),
+    "separation": replace(TASKS["separation"], seeds=2, conditions=(CLUSTERING, FORGETTING)),
     "gpt": replace(
         TASKS["characters"],
         title="Characters of Python's sources, GPT of 3.2 million parameters (PyTorch)",
