@@ -7,6 +7,7 @@ process is as new as if it had just done so, and may hang or die without harm to
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import json
 import os
@@ -217,6 +218,9 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     preloaded = module_at(sys.argv[1])
+    # The frameworks' objects: each process would look through them, and so copy their memory.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line), preloaded)), file=answers, flush=True)
     os._exit(0)  # to unload the frameworks takes seconds
