@@ -69,6 +69,8 @@ def parts(study: Confirmation) -> dict[str, str]:
         "extra-bad": scores("convolution", "SGD, bad inputs", "Adam, bad inputs"),
         "extra-zclip": scores("convolution", "SGD", "SGD, lr ×10", "Adam", "Adam, lr ×10"),
         "extra-pixels-sgd": scores("pixels", "SGD", "SGD, lr ×3"),
+        "extra-pixels-adam": scores("pixels", "Adam", "Adam, lr ×3"),
+        "extra-convolution": scores("convolution", "SGD, lr ×3", "Adam, lr ×3"),
         "extra-sweep": scores("rows", *(name for name in SWEEP if name.startswith("SGD"))),
         "extra-control": scores("control", "Adam", "Adam, lr ×30"),
         "extra-gpt": scores("gpt", "Adam, cosine", "Adam, lr ×10, cosine"),
