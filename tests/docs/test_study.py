@@ -60,6 +60,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.nightly  # with the others, half a minute of training
 def test_each_task_trains_every_kind_of_arm_from_the_same_start(quick: Path) -> None:
     files = sorted(quick.iterdir())
     assert [file.stem for file in files] == ["characters", "digits", "images", "separation"]
@@ -77,6 +78,7 @@ def test_each_task_trains_every_kind_of_arm_from_the_same_start(quick: Path) -> 
             assert by_arm["none"]["test"] == by_arm["tuned constant"]["test"]
 
 
+@pytest.mark.nightly
 def test_an_interrupted_study_goes_on(quick: Path) -> None:
     path = quick / "digits.json"
     before = {file.name: file.read_bytes() for file in quick.iterdir()}
@@ -92,6 +94,7 @@ def test_an_interrupted_study_goes_on(quick: Path) -> None:
     assert all(file.read_bytes() == before[file.name] for file in quick.iterdir() if file != path)
 
 
+@pytest.mark.nightly
 def test_the_page_is_filled_in_from_results(report: Any, quick: Path, tmp_path: Path) -> None:
     page = tmp_path / "study.md"
     report.write(quick, output=page)
@@ -192,6 +195,7 @@ def test_mcnemar_looks_at_the_pairs_that_differ(
         assert p == pytest.approx(min(1.0, 2.0 ** (1 - int(differ.sum()))))
 
 
+@pytest.mark.nightly
 def test_a_slice_of_the_confirmation_gives_the_stored_numbers() -> None:
     """`hatch run study:check`. After a change that rounds differently: `… --update`."""
     done = subprocess.run([sys.executable, str(STUDY / "check.py")], capture_output=True, text=True)
