@@ -277,6 +277,18 @@ class TestBeforeTheVariablesAreKnown:
             [(clipped, _)] = clipper([(tf.fill([4], size / 2), variable)])
         assert float(tf.norm(clipped)) == pytest.approx(2.0)
 
+    @pytest.mark.parametrize("built", [False, True])
+    def test_a_configuration_under_global_clipping_holds_written_settings(self, built):
+        groups = [{"match": "a"}, {"match": "b"}]
+        clipper = QuantileClip(global_clipping=True, group_settings=groups)
+        if built:
+            clipper.build([tf.Variable([0.0], name=name) for name in "ab"])
+        clipper.param_groups[0]["quantile"] = 0.5
+        copy = QuantileClip.from_config(clipper.get_config())
+        assert copy.defaults == clipper.defaults
+        assert copy.defaults["quantile"] == 0.5
+        assert copy.get_config() == clipper.get_config()
+
 
 class TestAStepAndAfter:
     def test_last_is_never_of_an_older_step(self):

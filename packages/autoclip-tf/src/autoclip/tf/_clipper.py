@@ -524,7 +524,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
         settings = dict(default.settings)
         rule = {name: settings.pop(name) for name in default.rule.setting_names()}
         groups = [
-            {"match": each.match, **_differences(each.settings, default)}
+            {"match": each.match, **_differences(self._groups.settings_of(each), default)}
             for each in self._groups.patterns
         ]
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -10,7 +9,7 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 from autoclip.core import adapter as core
-from autoclip.core.adapter import ClipperSettings, Group, GroupSettings, ParamGroup
+from autoclip.core.adapter import ClipperSettings, Group, GroupSettings, ParamGroup, commit
 from autoclip.tf._private import (
     check_backend,
     name_of,
@@ -67,18 +66,13 @@ class Groups(core.Groups[Variable]):
         ]
 
     def _change_unbuilt(self, group: Group[Variable], name: str, value: Any) -> Any:
-        is_default = self.mode.has_one_row or self._follows_default(group)
-        present = self.settings.default if is_default else group.settings
-        settings = self.checked(present.merged({name: value}))
-        if is_default:
-            self.settings = dataclasses.replace(self.settings, default=settings)
-        else:
-            group.settings = settings
+        settings, own = self._changed(group, name, value)
+        commit(own)
         return settings.settings[name]
 
     def all_settings(self) -> list[GroupSettings]:
         """The settings of all groups that there are or can be."""
-        return [self.settings.default, *(group.settings for group in self.patterns)]
+        return [self.settings.default, *map(self.settings_of, self.patterns)]
 
     def unbuilt(self) -> Groups:
         """The same patterns and settings, without variables."""

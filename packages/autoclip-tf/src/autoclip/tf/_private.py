@@ -22,7 +22,6 @@ from tensorflow.python.saved_model.save_context import in_save_context
 __all__ = [
     "REDUCE_METHOD",
     "Saved",
-    "Trackable",
     "build_scope",
     "check_backend",
     "check_reduce_method",

@@ -31,6 +31,9 @@ __all__ = ["STATE_KEY", "Attachment", "StepResult", "check_optimizer"]
 STATE_KEY = "autoclip"
 """The key of a clipper's state in its optimizer's `state_dict()`."""
 
+# Those that an attachment may give to its optimizer.
+_ATTRIBUTES = ("clipper", "__reduce_ex__", "__deepcopy__", "state_dict", "load_state_dict")
+
 # Methods of the SAM family that update weights without `step`.
 _SAM_STEPS = ("first_step", "second_step")
 
@@ -89,7 +92,7 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
     """
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         raise TypeError(
-            f"optimizer must be an optimizer, but got the class itself. Make one first: "
+            "optimizer must be an instance, but got the class itself. Make one first: "
             f"{caller}(torch.optim.{optimizer.__name__}(model.parameters()), ...)."
         )
     if not isinstance(optimizer, Optimizer):
@@ -210,9 +213,11 @@ class Attachment(BaseAttachment, Hooks):
         commit(*changes)
 
     def _unhook(self, optimizer: Optimizer | None) -> None:
-        for name, value in list(vars(optimizer).items()) if optimizer is not None else ():
+        own = {} if optimizer is None else vars(optimizer)
+        for name in _ATTRIBUTES:
+            value = own.get(name)
             if value is self._clipper or getattr(value, "__self__", None) is self:
-                vars(optimizer).pop(name)
+                del own[name]
         while self._handles:  # the step's last: until then it is clipped
             self._handles[-1].remove()
             self._handles.pop()

@@ -66,7 +66,7 @@ class Followed:
         Raises:
             ValueError: its parameters are not these.
         """
-        positions = _places(optimizer.param_groups)
+        positions = _by_id(optimizer.param_groups)
         wanted = [[id(parameter) for parameter in parameters] for parameters in by_group]
         known = {*chain.from_iterable(wanted)}
         missing, extra = len(known - positions.keys()), len(positions.keys() - known)
@@ -101,8 +101,8 @@ class Followed:
             key in shapes and shape in (None, shapes[key])
             for key, shape in zip(self.identities, self.shapes)
         ):
-            places = _places(groups)
-            moved = dict(zip(_pairs(self.counts), map(places.__getitem__, self.identities)))
+            now_at = _by_id(groups)
+            moved = dict(zip(_pairs(self.counts), map(now_at.__getitem__, self.identities)))
             positions = [[moved[old] for old in each] for each in self.positions]
             return Followed(self.optimizer, groups, positions)
         known = [*now.counts, *repeat(0, len(self.counts) - len(now.counts))]
@@ -125,9 +125,9 @@ class Followed:
         former = dict(zip(before, _pairs(self.counts)))
         taken = dict(zip(_pairs(self.counts), self.shapes))
         shifted = [
-            (former[key], place)
-            for key, place in zip(zip(now.identities, now.shapes), _pairs(now.counts))
-            if key in former and taken.get(place, key[1]) != key[1]
+            (former[key], position)
+            for key, position in zip(zip(now.identities, now.shapes), _pairs(now.counts))
+            if key in former and taken.get(position, key[1]) != key[1]
         ]
         if shifted:
             (i, j), (k, m) = shifted[0]
@@ -170,7 +170,7 @@ def _pairs(counts: Iterable[int]) -> Iterator[tuple[int, int]]:
     return ((i, j) for i, size in enumerate(counts) for j in range(size))
 
 
-def _places(param_groups: Iterable[dict[str, Any]]) -> dict[int, tuple[int, int]]:
+def _by_id(param_groups: Iterable[dict[str, Any]]) -> dict[int, tuple[int, int]]:
     """The positions of an optimizer's parameters by their `id`."""
     return {
         id(parameter): (i, j)

@@ -161,7 +161,7 @@ class Groups(adapter.Groups[Tensor]):
         """
         counts = now.counts
         names = [name for group in self._groups for name in group.names]
-        old = {place: k for k, place in enumerate(chain.from_iterable(now.positions))}
+        old = {position: k for k, position in enumerate(chain.from_iterable(now.positions))}
         groups: list[Group[Tensor]] = []
         for i, count in enumerate(counts):
             known = sources[i] < len(self._groups)
@@ -173,8 +173,8 @@ class Groups(adapter.Groups[Tensor]):
         if self.mode.joins:
             moved = [i for _, i in sorted(zip(sources, range(len(counts))))]
             return groups, positions, moved[: len(self._histories)]
-        numbers = {place: k for k, place in enumerate(chain.from_iterable(positions))}
-        return groups, positions, [numbers[place] for place in old]
+        numbers = {position: k for k, position in enumerate(chain.from_iterable(positions))}
+        return groups, positions, [numbers[position] for position in old]
 
     def _grown(self, now: Followed) -> tuple[list[Group[Tensor]], Positions, list[int]]:
         """The clipper's own groups, with parameters that were added to the optimizer.

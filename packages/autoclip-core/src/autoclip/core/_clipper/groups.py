@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
-from autoclip.core._clipper.commit import commit
+from autoclip.core._clipper.commit import Change, commit
 from autoclip.core._clipper.histories import Histories
 from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import ClipperSettings, GroupSettings
@@ -125,8 +125,8 @@ class Groups(ABC, Generic[ParameterT]):
         ]
 
     def settings_of(self, group: Group[ParameterT]) -> GroupSettings:
-        """The settings of a group: the clipper's own if all groups share one row."""
-        return self.settings.default if self.mode.has_one_row else group.settings
+        """The settings of a group, or the clipper's own if the group has none of its own."""
+        return self.settings.default if self._shares_default(group) else group.settings
 
     def change(self, index: int, name: str, value: Any, histories: Histories[Any]) -> Any:
         """Change a setting of a group and its rows, or of all if they share one row.
@@ -144,16 +144,30 @@ class Groups(ABC, Generic[ParameterT]):
             TypeError, ValueError: the value is wrong, or `histories` refused it. Nothing has
                 changed.
         """
-        group = self._groups[index]
-        settings = self.checked(self.settings_of(group).merged({name: value}))
-        changes = histories.change(self.rows_by_group()[index], settings)
-        changes.append((vars(group), {"settings": settings}))
-        if self.mode.has_one_row or self._follows_default(group):
-            default = dataclasses.replace(self.settings, default=settings)
-            changes.append((vars(self), {"settings": default}))
-        commit(*changes)
+        settings, own = self._changed(self._groups[index], name, value)
+        commit(own, *histories.change(self.rows_by_group()[index], settings))
         histories.finish()
         return settings.settings[name]
+
+    def _changed(
+        self, group: Group[ParameterT], name: str, value: Any
+    ) -> tuple[GroupSettings, Change]:
+        """The settings of a group with another value, and the change, for `commit`, to them.
+
+        Raises:
+            TypeError, ValueError: the value is wrong.
+        """
+        settings = self.checked(self.settings_of(group).merged({name: value}))
+        if self._shares_default(group):
+            return settings, (
+                vars(self),
+                {"settings": dataclasses.replace(self.settings, default=settings)},
+            )
+        return settings, (vars(group), {"settings": settings})
+
+    def _shares_default(self, group: Group[ParameterT]) -> bool:
+        """True if the group's settings are the clipper's own."""
+        return self.mode.has_one_row or self._follows_default(group)
 
     def checked(self, settings: GroupSettings) -> GroupSettings:
         """Return settings that the framework can follow.

@@ -89,7 +89,7 @@ class Mode(str, Enum):
         """
         if self is Mode.GLOBAL:
             return [range(1) for _ in sizes]
-        counts = sizes if self is Mode.PARAMETER else [1] * len(sizes)
+        counts = [*map(self.rows_of, sizes)]
         return [range(stop - count, stop) for count, stop in zip(counts, accumulate(counts))]
 
     def row_of_parameters(self, sizes: Sequence[int]) -> list[int]:
