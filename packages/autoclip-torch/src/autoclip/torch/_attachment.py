@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,31 +52,6 @@ class StepResult(NamedTuple):
     norm: Tensor | float
     skipped: Sequence[tuple[Tensor, Tensor]] = ()
     skips_update: Tensor | None = None
-
-
-class Attachable(Protocol):
-    """The part of a clipper that an attachment calls."""
-
-    def _step(
-        self,
-        scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        can_defer: Callable[[], bool] | None = None,
-    ) -> StepResult:
-        """Clip the gradients."""
-
-    @property
-    def has_history(self) -> bool:
-        """True if a norm was recorded."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as a dict."""
-
-    def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
-        """Check a state; nothing changes."""
-
-    def commit_state(self, state: State) -> None:
-        """Adopt a checked state."""
 
 
 def check_optimizer(optimizer: Any, caller: str) -> None:
@@ -163,9 +138,7 @@ class Attachment(BaseAttachment, Hooks):
         pending: a checked state, until the optimizer has loaded its own and this is committed.
     """
 
-    def __init__(
-        self, clipper: Attachable, optimizer: Optimizer, groups: Groups | None = None
-    ) -> None:
+    def __init__(self, clipper: Any, optimizer: Optimizer, groups: Groups | None = None) -> None:
         super().__init__(clipper, optimizer)
         self.pending: State | None = None
         self._groups = groups
@@ -362,7 +335,7 @@ class Attachment(BaseAttachment, Hooks):
         entry = state_dict.get(STATE_KEY)
         if entry is not None:
             source = f"the optimizer's state_dict[{STATE_KEY!r}]"
-            self.pending = self._clipper.check_state_dict(entry, source)
+            self.pending = self._clipper._check_state_dict(entry, source)
         elif "clipper" in state_dict and "param_groups" not in state_dict:
             raise StateError(
                 f"state_dict must be an optimizer's, but got one with the keys {[*state_dict]}. If "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -21,7 +21,6 @@ from autoclip.core import (
     Report,
     Rule,
     Standard,
-    State,
 )
 from autoclip.core.adapter import (
     AttachmentHandle,
@@ -494,20 +493,6 @@ class Clipper(BaseClipper[Groups, Tensor]):
         check: Any = cls
         check([torch.zeros((), device="cpu", requires_grad=True)], *args, **settings)
         return factory
-
-    # -- state -------------------------------------------------------------------------------
-
-    def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
-        """Read a state and match it to the clipper as it is now; nothing changes.
-
-        Args:
-            state_dict: see `load_state_dict`.
-            source: its name in messages.
-
-        Raises:
-            StateError: it is damaged or does not fit.
-        """
-        return self._read_state_dict(state_dict).match(self.describe_state(), source)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own: it holds its parameters and is attached to nothing. A

@@ -130,10 +130,5 @@ class BaseClipper(Saveable, Generic[GroupsT, ArrayT]):
     def _arrange(self) -> None:
         """Bring the rows of the histories up to date with the groups."""
 
-    @property
-    def has_history(self) -> bool:
-        """True if some row has recorded a norm."""
-        return any(group.recorded.any() for group in self.export_state().groups)
-
     def __repr__(self) -> str:
         return self._groups.describe()

@@ -46,8 +46,18 @@ class Saveable(ABC):
         """Check that a saved state fits, then commit it."""
         self.commit_state(state.match(self.describe_state(), source))
 
-    def _read_state_dict(self, state_dict: Mapping[str, Any]) -> State:
-        return State.from_dict(state_dict)
+    def _check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
+        """The state in a `state_dict`, for `commit_state`; `source` is its name in messages.
+
+        Raises:
+            StateError: it is damaged or does not fit.
+        """
+        return State.from_dict(state_dict).match(self.describe_state(), source)
+
+    @property
+    def has_history(self) -> bool:
+        """True if some row has recorded a norm."""
+        return any(group.recorded.any() for group in self.export_state().groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as `{"format": "autoclip", "version": 1, "data": bytes}`.
@@ -67,7 +77,7 @@ class Saveable(ABC):
         Raises:
             StateError: it is damaged or does not fit. Nothing has changed.
         """
-        self._adopt_state(self._read_state_dict(state_dict), "state_dict")
+        self._adopt_state(State.from_dict(state_dict), "state_dict")
 
     def save(self, path: PathLike) -> None:
         """Write the state to a file that every framework's clipper loads.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autoclip.core import MaxNorm, Rule, State
+from autoclip.core import MaxNorm, Rule
 from autoclip.core.adapter import ClipperSettings
 
 __all__ = ["EngineClipper"]
@@ -61,11 +61,6 @@ class EngineClipper(MaxNorm):
         self._attachment: Any = None
 
     @property
-    def has_history(self) -> bool:
-        """True if a norm was recorded."""
-        return bool(self._history.recorded.any())
-
-    @property
     def has_stepped(self) -> bool:
         """True if there is a `last` step."""
         return self._last is not None
@@ -74,14 +69,6 @@ class EngineClipper(MaxNorm):
         """Give the engine back its own clipping. The history stays; a second call does nothing."""
         if self._attachment is not None:
             self._attachment.end()
-
-    def check_state_dict(self, state_dict: Mapping[str, Any], source: str) -> State:
-        """Check that a saved state fits; nothing changes.
-
-        Raises:
-            StateError: it is damaged or does not fit.
-        """
-        return self._read_state_dict(state_dict).match(self.describe_state(), source)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a clipper of its own, which no engine asks.
