@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from inspect import signature
 from typing import Any
 
 from torch.optim import Optimizer
@@ -19,7 +20,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from autoclip.core import Quantile, Rule
-from autoclip.core.adapter import second_clipper_message, warn_user
+from autoclip.core.adapter import BaseAttachment, second_clipper_message, warn_user
 from autoclip.torch._attachment import STATE_KEY
 from autoclip.torch._trainers.engine import EngineClipper
 
@@ -27,6 +28,14 @@ __all__ = ["EngineClipper", "attach"]
 
 # DeepSpeed takes 0 for "do not clip".
 _SMALLEST = 1e-38
+# The attributes that an attachment gives to its engine.
+_REPLACED = (
+    "_take_model_step",
+    "save_checkpoint",
+    "load_checkpoint",
+    "clip_fp32_gradients",
+    "clipper",
+)
 
 
 def attach(
@@ -76,7 +85,7 @@ def attach(
             f"The engine's config has gradient_clipping={own}. The clipper replaces it; leave "
             "it out of the config to silence this."
         )
-    _Attachment(engine, clipper).begin()
+    _Attachment(clipper, engine).begin()
     return clipper
 
 
@@ -104,37 +113,29 @@ def _refuse_unsupported(engine: Any) -> None:
         )
 
 
-class _Attachment:
-    """A clipper on an engine, with methods in place of some of the engine's.
+class _Attachment(BaseAttachment):
+    """A clipper on an engine, with methods in place of some of the engine's."""
 
-    Attributes:
-        may_lack_history: see `autoclip.torch._attachment.Attachment`; an engine does not warn.
-    """
-
-    may_lack_history = False
-
-    def __init__(self, engine: Any, clipper: EngineClipper) -> None:
-        self._engine = engine
-        self._clipper = clipper
+    def __init__(self, clipper: EngineClipper, engine: Any) -> None:
+        super().__init__(clipper, engine)
         # Without ZeRO in float32 the optimizer is torch's, and the engine clips for it.
         self._clips_itself = not hasattr(engine.optimizer, "clip_grad")
         self._norm: Any = None
         self._own = self._limit
 
     @property
-    def _limit(self) -> float:
-        holder, name = self._place
-        return float(getattr(holder, name))
-
-    @property
     def _place(self) -> tuple[Any, str]:
         """The object and attribute that hold the constant DeepSpeed clips to."""
+        engine = self.optimizer
         if self._clips_itself:
-            return self._engine._config, "gradient_clipping"
-        return self._engine.optimizer, "clip_grad"
+            return engine._config, "gradient_clipping"
+        return engine.optimizer, "clip_grad"
 
-    def begin(self) -> None:
-        engine = self._engine
+    @property
+    def _limit(self) -> float:
+        return float(getattr(*self._place))
+
+    def _hook(self, engine: Any) -> None:
         self._step, self._save, self._load = (
             engine._take_model_step,
             engine.save_checkpoint,
@@ -150,29 +151,22 @@ class _Attachment:
         self._set_limit()
         self._clipper._attachment = self
 
-    def end(self) -> None:
-        names = ["_take_model_step", "save_checkpoint", "load_checkpoint", "clipper"]
-        if self._clips_itself:
-            names.append("clip_fp32_gradients")
-        for name in names:
-            self._engine.__dict__.pop(name, None)
-        holder, name = self._place
-        setattr(holder, name, self._own)
+    def _unhook(self, engine: Any) -> None:
+        for name in _REPLACED:
+            vars(engine).pop(name, None)
+        setattr(*self._place, self._own)
         self._clipper._attachment = None
 
     def _set_limit(self) -> None:
-        limit = self._clipper.max_norm
-        holder, name = self._place
-        if self._clips_itself:  # the engine calls us only if this is positive
-            setattr(holder, name, max(limit, _SMALLEST))
-        else:
-            # Not infinity: a norm that overflows would be divided by it, which makes NaN of all.
-            setattr(holder, name, max(limit, _SMALLEST) if limit < float("inf") else 0.0)
+        limit = max(self._clipper.max_norm, _SMALLEST)
+        # An engine calls us only if this is positive. An optimizer gets no infinity: a norm that
+        # overflows would be divided by it, which makes NaN of all.
+        setattr(*self._place, limit if self._clips_itself or limit < math.inf else 0.0)
 
     # -- steps -------------------------------------------------------------------------------
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
-        engine = self._engine
+        engine = self.optimizer
         self._set_limit()  # a checkpoint brings its own
         self._norm = None
         scale = _loss_scale(engine.optimizer)
@@ -186,7 +180,7 @@ class _Attachment:
         return result
 
     def _clip_gradients(self) -> None:
-        engine = self._engine
+        engine = self.optimizer
         if all(p.grad is None for p in engine.module.parameters()):
             return  # DeepSpeed's function raises IndexError
         self._norm = clip_grad_norm_(
@@ -195,42 +189,19 @@ class _Attachment:
 
     # -- checkpoints -------------------------------------------------------------------------
 
-    def _save_checkpoint(
-        self,
-        save_dir: Any,
-        tag: Any = None,
-        client_state: Mapping[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        ours = {STATE_KEY: self._clipper.state_dict()}
-        return self._save(save_dir, tag, {**(client_state or {}), **ours}, *args, **kwargs)
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        call = signature(self._save).bind(*args, **kwargs)
+        theirs = call.arguments.get("client_state") or {}
+        call.arguments["client_state"] = {**theirs, STATE_KEY: self._clipper.state_dict()}
+        return self._save(*call.args, **call.kwargs)
 
-    def _load_checkpoint(
-        self,
-        load_dir: Any,
-        tag: Any = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        path, client_state = self._load(
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            *args,
-            **kwargs,
-        )
+    def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = self._load(*args, **kwargs)
         if path is None:
             return path, client_state
         entry = client_state.pop(STATE_KEY, None)
-        if load_optimizer_states and not load_module_only:
+        given = signature(self._load).bind(*args, **kwargs).arguments
+        if given.get("load_optimizer_states", True) and not given.get("load_module_only"):
             if entry is None:
                 warn_user(
                     f"The checkpoint {path} has no {STATE_KEY!r} entry in its client state: it was "
@@ -239,7 +210,7 @@ class _Attachment:
                 )
             else:
                 source = f"the client state of {path}"
-                self._clipper.commit_state(self._clipper.check_state_dict(entry, source))
+                self._clipper.commit_state(self._clipper._check_state_dict(entry, source))
         self._set_limit()
         return path, client_state
 
