@@ -28,8 +28,6 @@ from autoclip.torch._trainers.maker import (
     ClipperMaker,
     Clippers,
     clipper_of,
-    is_deepspeed,
-    is_fsdp1,
     name_parameters,
 )
 from autoclip.torch.logging import log_values
@@ -89,12 +87,7 @@ class AutoClipCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the optimizers exist, and their states are restored only after this."""
         model = trainer.strategy.model
-        if is_deepspeed(model):
-            self._clippers = Clippers([self._maker.attach_deepspeed(model)])
-        elif is_fsdp1(model):
-            self._clippers = Clippers(self._maker.attach_fsdp1(model, trainer.optimizers))
-        else:
-            self._clippers = Clippers(self._maker.attach(trainer.optimizers, pl_module))
+        self._clippers = Clippers(self._maker.attach(trainer.optimizers, model, pl_module))
         self._restore()
         if trainer.gradient_clip_val:
             warn_user(
@@ -119,8 +112,8 @@ class AutoClipCallback(Callback):
         self._restore()
 
     def _restore(self) -> None:
-        if self._clippers:
-            for clipper, saved in zip(self._clippers, self._restored):
+        if clippers := [*self._clippers]:
+            for clipper, saved in zip(clippers, self._restored):
                 clipper.load_state_dict(saved)
             self._restored = []
 

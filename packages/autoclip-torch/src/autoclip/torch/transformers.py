@@ -29,7 +29,6 @@ from autoclip.torch._trainers.maker import (
     ClipperClass,
     ClipperMaker,
     Clippers,
-    is_fsdp1,
 )
 from autoclip.torch.logging import log_values
 
@@ -117,17 +116,14 @@ class AutoClipCallback(TrainerCallback):
     ) -> None:
         """Attach, and read the history from the checkpoint that training resumes from."""
         optimizer = kwargs["optimizer"]
-        is_deepspeed = isinstance(optimizer, DeepSpeedOptimizerWrapper)
+        model = unwrapped = kwargs.get("model")
+        if is_deepspeed := isinstance(optimizer, DeepSpeedOptimizerWrapper):
+            model = self._engine()
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        had_clipper = hasattr(optimizer, "clipper")
-        if is_deepspeed:
-            had_clipper = False  # the trainer has loaded the engine's checkpoint already
-            clipper: Clipper | EngineClipper = self._maker.attach_deepspeed(self._engine())
-        elif is_fsdp1(kwargs.get("model")):
-            [clipper] = self._maker.attach_fsdp1(kwargs.get("model"), [optimizer])
-        else:
-            [clipper] = self._maker.attach([optimizer], kwargs.get("model"))
+        # The trainer has loaded an engine's checkpoint already.
+        had_clipper = hasattr(optimizer, "clipper") and not is_deepspeed
+        [clipper] = self._maker.attach([optimizer], model, unwrapped)
         self._clippers = Clippers([clipper])
         if state.global_step:
             self._resume(clipper, had_clipper, args, state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,18 +43,8 @@ class Clippers:
     def __init__(self, clippers: Iterable[Clipper | EngineClipper] = ()) -> None:
         self._references = [weakref.ref(clipper) for clipper in clippers]
 
-    def append(self, clipper: Clipper | EngineClipper) -> None:
-        """Add a clipper."""
-        self._references = [weakref.ref(each) for each in (*self, clipper)]
-
     def __iter__(self) -> Iterator[Clipper | EngineClipper]:
-        for reference in self._references:
-            clipper = reference()
-            if clipper is not None:
-                yield clipper
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return (each for reference in self._references if (each := reference()) is not None)
 
     def __reduce__(self) -> tuple[type[Clippers], tuple[()]]:
         return Clippers, ()
@@ -86,69 +76,59 @@ class ClipperMaker:
         # A wrong setting is to be found here, not after the model has been loaded and moved.
         self._class([torch.zeros(1, device="cpu", requires_grad=True)], **self._settings)
 
-    def attach(self, optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[Clipper]:
-        """The clippers of a trainer's optimizers.
+    def attach(
+        self, optimizers: Sequence[Optimizer], model: Any, unwrapped: nn.Module | None
+    ) -> list[Clipper | EngineClipper]:
+        """The clippers of a trainer's optimizers, or of the engine around its model.
 
         An optimizer without a clipper gets one now. Without settings, and if any optimizer came
         with a clipper, the user has chosen those that are clipped, and none is added.
 
         Args:
             optimizers: all that the trainer has.
-            model: gives the parameters their names; None for none.
+            model: its model, which may be a DeepSpeed engine or an FSDP1 module.
+            unwrapped: gives the parameters their names; None for none.
 
         Raises:
-            TypeError: one is not a torch optimizer.
-            RuntimeError: one has a clipper already, and settings were given for another one.
+            TypeError: an optimizer is not torch's.
+            ValueError: an engine clips, and the settings ask for something else than global
+                clipping.
+            RuntimeError: an optimizer or engine has a clipper already, and settings were given for
+                another one; or see `autoclip.torch.deepspeed.attach`.
 
         If it raises, no optimizer has got a clipper.
         """
-        chosen = self._without_choice(optimizers)
-        for optimizer in chosen:
+        if is_deepspeed(model):
+            from autoclip.torch import deepspeed
+
+            return [self._attached(model, deepspeed.attach, model, **self._engine_settings)]
+        if self._is_default and any(self._is_foreign(each) for each in optimizers):
+            optimizers = [each for each in optimizers if self._present(each) is not None]
+        if is_fsdp1(model):
+            from autoclip.torch import fsdp
+
+            return [
+                self._attached(each, fsdp.attach, model, each, **self._engine_settings)
+                for each in optimizers
+            ]
+        for optimizer in optimizers:
             if self._present(optimizer) is None:
                 check_optimizer(optimizer, "as_optimizer")
-        clippers = [self._attached(optimizer) for optimizer in chosen]
-        if model is not None:
-            name_parameters(clippers, model)
+        clippers = [self._attached(each, self._as_optimizer, each) for each in optimizers]
+        if unwrapped is not None:
+            name_parameters(clippers, unwrapped)
         return clippers
 
-    def _without_choice(self, optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-        """Those optimizers that are clipped."""
-        if self._is_default and any(self._is_foreign(each) for each in optimizers):
-            return [each for each in optimizers if self._present(each) is not None]
-        return list(optimizers)
+    def _as_optimizer(self, optimizer: Any) -> Any:
+        return self._class.as_optimizer(optimizer, **self._settings).clipper
 
-    def _attached(self, optimizer: Optimizer) -> Clipper:
-        present = self._present(optimizer)
-        if present is not None:
-            return cast("Clipper", present)
-        clipped: Any = self._class.as_optimizer(optimizer, **self._settings)
-        clipper: Clipper = clipped.clipper
-        self._made.append(clipper)
+    def _attached(self, owner: Any, attach: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        """The clipper that an optimizer or engine has and keeps, or else a new one."""
+        clipper = self._present(owner)
+        if clipper is None:
+            clipper = attach(*args, **settings)
+            self._made = Clippers((*self._made, clipper))
         return clipper
-
-    def attach_deepspeed(self, engine: Any) -> EngineClipper:
-        """The clipper of a DeepSpeed engine, which is attached now if it has none.
-
-        Raises:
-            ValueError: the settings ask for something else than global clipping.
-            RuntimeError: see `autoclip.torch.deepspeed.attach`.
-        """
-        from autoclip.torch import deepspeed
-
-        return self._attach_engine(deepspeed.attach, engine, owner=engine)
-
-    def attach_fsdp1(self, model: Any, optimizers: Sequence[Optimizer]) -> list[EngineClipper]:
-        """The clippers of an FSDP1 model's optimizers, as `attach` chooses them.
-
-        Raises:
-            ValueError: the settings ask for something else than global clipping.
-        """
-        from autoclip.torch import fsdp
-
-        return [
-            self._attach_engine(fsdp.attach, model, each, owner=each)
-            for each in self._without_choice(optimizers)
-        ]
 
     def _present(self, owner: Any) -> Any:
         """The clipper that an optimizer or engine has and keeps; None if it is to get one."""
@@ -160,18 +140,10 @@ class ClipperMaker:
         present = clipper_of(owner)
         return present is not None and all(present is not clipper for clipper in self._made)
 
-    def _attach_engine(
-        self, attach: Callable[..., EngineClipper], *targets: Any, owner: Any
-    ) -> EngineClipper:
-        present = self._present(owner)
-        if present is not None:
-            return cast("EngineClipper", present)
-        settings = {"global_clipping": False, **self._settings}
-        if issubclass(self._class, (QuantileClip, StandardClip)):
-            settings["rule"] = Quantile if issubclass(self._class, QuantileClip) else Standard
-        clipper = attach(*targets, **settings)
-        self._made.append(clipper)
-        return clipper
+    @property
+    def _engine_settings(self) -> dict[str, Any]:
+        rule = Standard if issubclass(self._class, StandardClip) else Quantile
+        return {"rule": rule, "global_clipping": False, **self._settings}
 
 
 def clipper_of(owner: Any) -> Any:
