@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from autoclip.core.adapter import warn_user
-from autoclip.torch._parameters import shape_of
+from autoclip.torch._parameters import shape_of, without_wrappers
 
 __all__ = ["Followed", "Positions"]
 
@@ -54,10 +54,7 @@ class Followed:
         self.identities = [*map(id, chain.from_iterable(parameters))]
         self.shapes = [*map(shape_of, chain.from_iterable(parameters))]
         self._group_identities = [*map(id, param_groups)]
-        self.is_one_to_one = len(positions) == len(self.counts) and all(
-            each == list(zip(repeat(i), range(size)))
-            for i, (each, size) in enumerate(zip(positions, self.counts))
-        )
+        self.is_one_to_one = positions == self.all_positions()
 
     @classmethod
     def found(cls, optimizer: Optimizer, by_group: Iterable[Iterable[Tensor]]) -> Followed:
@@ -149,20 +146,31 @@ class Followed:
         new = count(len(former))
         return [former[key] if key in former else next(new) for key in now._group_identities]
 
-    def new_parameters(self) -> dict[int, list[int]]:
-        """The indices of the optimizer's parameters that have no position, by their group."""
-        known = {*chain.from_iterable(self.positions)}
-        new: dict[int, list[int]] = {}
+    def all_positions(self) -> Positions:
+        """The positions of all parameters in the optimizer, by its groups."""
+        return [[(i, j) for j in range(size)] for i, size in enumerate(self.counts)]
+
+    def grown(self) -> Positions:
+        """The clipper's positions, and those of parameters that were added to the optimizer.
+
+        One joins the group of the clipper that has others of its group in the optimizer, or a new
+        group.
+        """
+        positions = [[*each] for each in self.positions]
+        known = {*chain.from_iterable(positions)}
+        owners = {i: own for own in positions for i, _ in own}
         for i, j in _pairs(self.counts):
             if (i, j) not in known:
-                new.setdefault(i, []).append(j)
-        return new
+                if i not in owners:
+                    owners[i] = []
+                    positions.append(owners[i])
+                owners[i].append((i, j))
+        return positions
 
-    def owners(self) -> dict[int, int]:
-        """The group of the clipper that has the parameters of each group of the optimizer."""
-        if self.is_one_to_one:  # also of groups that are empty
-            return {i: i for i in range(len(self.counts))}
-        return {i: k for k, positions in enumerate(self.positions) for i, _ in positions}
+    def name_of(self, i: int, j: int) -> str | None:
+        """The name of a parameter in the optimizer's groups, or None."""
+        names = self.param_groups[i].get("param_names", ())
+        return without_wrappers(names[j]) if j < len(names) else None
 
 
 def _pairs(counts: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -12,13 +12,12 @@ from torch.optim import Optimizer
 
 from autoclip.core import adapter
 from autoclip.core.adapter import Change, ClipperSettings, Group, GroupSettings, Histories, commit
-from autoclip.torch._following import Followed, Positions
+from autoclip.torch._following import Followed
 from autoclip.torch._parameters import (
     checked_names,
     hyperparameters,
     named,
     shape_of,
-    without_wrappers,
 )
 
 __all__ = ["Groups"]
@@ -40,7 +39,6 @@ class Groups(adapter.Groups[Tensor]):
     def __init__(self, settings: ClipperSettings, histories: Histories[Any]) -> None:
         super().__init__("torch", settings)
         self._histories = histories
-        self._known: set[int] = set()
         self._followed: Followed | None = None
         if self.mode.has_one_row:
             commit(*histories.insertion([settings.default]))
@@ -66,7 +64,7 @@ class Groups(adapter.Groups[Tensor]):
         Raises:
             TypeError, ValueError: see `Clipper.add_param_group`. Nothing has changed.
         """
-        known, rows = self._known.copy(), [*self._histories.settings]
+        known, rows = {*map(id, self.parameters())}, [*self._histories.settings]
         groups: list[Group[Tensor]] = []
         for params, settings, names in entries:
             found, parameters = named(params)
@@ -79,7 +77,7 @@ class Groups(adapter.Groups[Tensor]):
             known |= identities
             groups.append(Group(settings, checked, parameters))
             rows += [settings] * self.mode.rows_of(len(parameters))
-        self._replace([*self._groups, *groups], self._histories.insertion(rows), _known=known)
+        self._replace([*self._groups, *groups], self._histories.insertion(rows))
 
     def _replace(
         self, groups: list[Group[Tensor]], changes: Iterable[Change], **attributes: Any
@@ -97,7 +95,7 @@ class Groups(adapter.Groups[Tensor]):
         """
         followed = Followed.found(optimizer, self.by_group())
         groups: list[Group[Tensor]] = [Group(each.settings, each.names) for each in self._groups]
-        return vars(self), {"_groups": groups, "_known": set(), "_followed": followed}
+        return vars(self), {"_groups": groups, "_followed": followed}
 
     def holding(self) -> Change:
         """The change, for `commit`, to holding the parameters that the optimizer has now.
@@ -105,30 +103,46 @@ class Groups(adapter.Groups[Tensor]):
         Raises:
             RuntimeError: parameters have vanished from the optimizer.
         """
-        by_group = self.by_group()
-        known = {id(parameter) for parameter in chain.from_iterable(by_group)}
         groups = [
             Group(group.settings, [*group.names], [*parameters])
-            for parameters, group in zip(by_group, self._groups)
+            for parameters, group in zip(self.by_group(), self._groups)
         ]
-        return vars(self), {"_groups": groups, "_known": known, "_followed": None}
+        return vars(self), {"_groups": groups, "_followed": None}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy holds its parameters and follows no optimizer.
         own, held = self.holding()
         return {**own, **held}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._known = set(map(id, self.parameters()))
-
     def _follow_changes(self, followed: Followed) -> Followed:
-        """Follow parameters that were moved, exchanged or added; torch has no hook for that."""
+        """Follow parameters that were moved, exchanged or added; torch has no hook for that.
+
+        Groups that were the optimizer's, one to one, are again: one that has moved keeps its
+        settings, and a parameter that has moved to another group takes its history and its name
+        along, and gets the settings of that group. Other groups keep their parameters, and get
+        those that were added.
+        """
         now = followed.located()
         if followed.is_one_to_one:
-            groups, positions, moved = self._as_in_optimizer(now, followed.sources(now))
+            positions, sources = now.all_positions(), followed.sources(now)
         else:
-            groups, positions, moved = self._grown(now)
+            positions = now.grown()
+            sources = [*range(len(positions))]
+        own_names = chain.from_iterable(group.names for group in self._groups)
+        names = dict(zip(chain.from_iterable(now.positions), own_names))
+        groups: list[Group[Tensor]] = []
+        for k, (source, own) in enumerate(zip(sources, positions)):
+            known = source < len(self._groups)
+            theirs = own[0][0] if own else k
+            settings = self._groups[source].settings if known else self._settings_in(now, theirs)
+            groups.append(
+                Group(settings, [names[at] if at in names else now.name_of(*at) for at in own])
+            )
+        if self.mode.joins:
+            moved = sorted(range(len(sources)), key=sources.__getitem__)[: len(self._histories)]
+        else:
+            rows = {at: row for row, at in enumerate(chain.from_iterable(positions))}
+            moved = [rows[at] for at in names]
         found = Followed(now.optimizer, now.param_groups, positions)
         if [group.names for group in groups] == [group.names for group in self._groups] and (
             moved == [*range(len(self._histories))]
@@ -138,64 +152,10 @@ class Groups(adapter.Groups[Tensor]):
         after = self.mode.rows_by_group([len(group.names) for group in groups])
         changes: Iterable[Change] = ()
         if not self.mode.has_one_row:
-            settings = [group.settings for group, rows in zip(groups, after) for _ in rows]
-            changes = self._histories.insertion(settings, moved)
-        rows = self.version + 1, after
-        self._replace(groups, changes, _followed=found, _rows=rows)
+            settings_by_row = [group.settings for group, own in zip(groups, after) for _ in own]
+            changes = self._histories.insertion(settings_by_row, moved)
+        self._replace(groups, changes, _followed=found, _rows=(self.version + 1, after))
         return found
-
-    def _as_in_optimizer(
-        self, now: Followed, sources: Sequence[int]
-    ) -> tuple[list[Group[Tensor]], Positions, list[int]]:
-        """Groups that are the optimizer's again, one to one.
-
-        A group that has moved keeps its settings. A parameter that has moved to another group takes
-        its history and its name along, and gets the settings of that group.
-
-        Args:
-            now: the parameters where they are now.
-            sources: the former index of each group.
-
-        Returns:
-            The groups, the positions of their parameters, and for each row its number after it.
-        """
-        counts = now.counts
-        names = [name for group in self._groups for name in group.names]
-        old = {position: k for k, position in enumerate(chain.from_iterable(now.positions))}
-        groups: list[Group[Tensor]] = []
-        for i, count in enumerate(counts):
-            known = sources[i] < len(self._groups)
-            settings = self._groups[sources[i]].settings if known else self._settings_in(now, i)
-            given = _names_in(now.param_groups[i], count)
-            own = [names[old[i, j]] if (i, j) in old else given[j] for j in range(count)]
-            groups.append(Group(settings, own))
-        positions = [[(i, j) for j in range(count)] for i, count in enumerate(counts)]
-        if self.mode.joins:
-            moved = [i for _, i in sorted(zip(sources, range(len(counts))))]
-            return groups, positions, moved[: len(self._histories)]
-        numbers = {position: k for k, position in enumerate(chain.from_iterable(positions))}
-        return groups, positions, [numbers[position] for position in old]
-
-    def _grown(self, now: Followed) -> tuple[list[Group[Tensor]], Positions, list[int]]:
-        """The clipper's own groups, with parameters that were added to the optimizer.
-
-        Returns:
-            As `_as_in_optimizer`.
-        """
-        owners = now.owners()
-        groups, positions = self._groups.copy(), now.positions.copy()
-        for i, new in now.new_parameters().items():
-            if i not in owners:
-                owners[i] = len(groups)
-                groups.append(Group(self._settings_in(now, i)))
-                positions.append([])
-            k = owners[i]
-            names = _names_in(now.param_groups[i], now.counts[i])
-            groups[k] = Group(groups[k].settings, [*groups[k].names, *(names[j] for j in new)])
-            positions[k] = [*positions[k], *zip(repeat(i), new)]
-        after = self.mode.rows_by_group([len(group.names) for group in groups])
-        moved = [row for old, rows in zip(self.rows_by_group(), after) for row in rows[: len(old)]]
-        return groups, positions, moved[: len(self._histories)]
 
     def _settings_in(self, now: Followed, index: int) -> GroupSettings:
         """The settings of a group that is new in the optimizer."""
@@ -243,9 +203,3 @@ class Groups(adapter.Groups[Tensor]):
                 names.get(id(parameter)) if name is None else name
                 for name, parameter in zip(group.names, parameters)
             ]
-
-
-def _names_in(group: Mapping[str, Any], count: int) -> list[str | None]:
-    """The name of each parameter of an optimizer's group, or None."""
-    names = [*map(without_wrappers, group.get("param_names", ()))][:count]
-    return [*names, *repeat(None, count - len(names))]
