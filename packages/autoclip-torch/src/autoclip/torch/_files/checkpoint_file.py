@@ -6,15 +6,16 @@ import io
 import os
 import stat
 import zipfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import torch
 
 from autoclip.core import StateError
 from autoclip.torch._files.pickle import Unmade, read_pickle
 
-__all__ = ["CheckpointFile"]
+__all__ = ["CheckpointFile", "open_checkpoint"]
 
 # A file is a zip archive or, up to PyTorch 1.5, several pickles of which the first is a number.
 _ARCHIVE = b"PK\x03\x04"
@@ -33,42 +34,45 @@ _DTYPES = {
 }
 
 
-class CheckpointFile:
-    """A file that `torch.save` wrote, open as a context manager.
-
-    Attributes:
-        contents: dicts, lists, tuples, text, numbers, None, and `Unmade` for everything else.
+@contextmanager
+def open_checkpoint(path: str) -> Iterator[CheckpointFile]:
+    """Open a file that `torch.save` wrote.
 
     Raises:
         StateError: the file is damaged, not one of PyTorch's, or claims more than it holds.
         OSError: it cannot be read.
     """
+    with open(path, "rb", opener=_open_at_once) as file:
+        yield CheckpointFile(path, file)
 
-    def __init__(self, path: str) -> None:
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Blocking, a pipe without a writer would hang.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+class CheckpointFile:
+    """The contents of a file that `torch.save` wrote; see `open_checkpoint`.
+
+    Attributes:
+        contents: dicts, lists, tuples, text, numbers, None, and `Unmade` for everything else.
+    """
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self._path = path
-        # Opened without blocking: a pipe without a writer would hang.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        self._file = os.fdopen(os.open(path, flags), "rb")
+        self._file = file
         self._read_storage: Callable[[str], bytes]
         self._storages: dict[str, torch.Tensor] = {}
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise StateError(f"{path} is not a regular file.")
+        self._size = status.st_size
         try:
-            status = os.fstat(self._file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise StateError(f"{path} is not a regular file.")
-            self._size = status.st_size
             self.contents = self._read()
         except StateError:
-            self._file.close()
             raise
         except Exception as error:  # damage raises all kinds
-            self._file.close()
             raise StateError(f"{path} is damaged or not a PyTorch checkpoint.") from error
-
-    def __enter__(self) -> CheckpointFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
 
     def tensor(self, value: Any) -> Any:
         """Read the tensor that an `Unmade` stands for; tensors of one storage share its memory.

@@ -7,7 +7,7 @@ import argparse
 from autoclip.core import StateError
 from autoclip.core.adapter import write_file
 from autoclip.torch._files import legacy
-from autoclip.torch._files.checkpoint_file import CheckpointFile
+from autoclip.torch._files.checkpoint_file import open_checkpoint
 from autoclip.torch._files.reading import legacy_clippers
 
 __all__ = ["add_arguments"]
@@ -40,7 +40,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with CheckpointFile(arguments.old) as file:
+    with open_checkpoint(arguments.old) as file:
         found = legacy_clippers(file)
         if arguments.history is not None:
             found = {path: each for path, each in found.items() if path == arguments.history}
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         [saved] = found.values()
         try:
-            state = legacy.convert(legacy.with_tensors(saved, file.tensor), arguments.group_sizes)
+            state = legacy.convert(saved, file.tensor, arguments.group_sizes)
         except StateError as error:
             raise StateError(f"{arguments.old}: {error}") from error
     write_file(arguments.new, state.to_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from autoclip.core import ParameterInfo, Quantile, Standard, State, StateError
 from autoclip.core.adapter import GroupSettings, Mode, is_recorded
 
-__all__ = ["convert", "is_clipper", "with_tensors"]
+__all__ = ["convert", "is_clipper"]
 
 # The setting of each rule of 0.2.1, in addition to history_length.
 _SETTINGS = {"quantile": "quantile", "standard": "deviations"}
@@ -35,29 +34,11 @@ def is_clipper(entry: Mapping[Any, Any]) -> bool:
     )
 
 
-def with_tensors(saved: Mapping[Any, Any], made: Callable[[Any], Any]) -> dict[str, Any]:
-    """Copy an entry of a checkpoint, with tensors for the objects that stand for them.
-
-    Args:
-        saved: an entry for which `is_clipper` is true.
-        made: a function that returns the tensor for such an object, and any other value as it is.
-
-    Raises:
-        StateError: it has another layout than 0.2.1 wrote, or `made` raises.
-    """
-    with _explaining():
-        groups = saved["param_groups"]
-        _check_distinct(map(id, groups), "a parameter group")
-        state = {
-            key: {"history": made(entry["history"])} if isinstance(entry, Mapping) else made(entry)
-            for key, entry in saved["state"].items()
-        }
-        # A quantile could be a tensor.
-        by_group = [{key: made(value) for key, value in group.items()} for group in groups]
-    return {"state": state, "param_groups": by_group}
-
-
-def convert(saved: Mapping[str, Any], group_sizes: Sequence[int] | None = None) -> State:
+def convert(
+    saved: Mapping[Any, Any],
+    tensor: Callable[[Any], Any],
+    group_sizes: Sequence[int] | None = None,
+) -> State:
     """Make a state from the `state_dict()` of a clipper of autoclip 0.2.1.
 
     It has no names and no shapes. 0.2.1 recorded every norm, also zeros and NaN, which are dropped.
@@ -66,11 +47,13 @@ def convert(saved: Mapping[str, Any], group_sizes: Sequence[int] | None = None) 
     all groups of an optimizer into one group, which `group_sizes` divides again.
 
     Args:
-        saved: the state_dict, with tensors.
+        saved: an entry of a checkpoint for which `is_clipper` is true.
+        tensor: a function that returns the tensor for an object that stands for one in the entry,
+            and any other value as it is.
         group_sizes: the number of parameters of each group; None for the groups that it has.
 
     Raises:
-        StateError: it has another layout, or no history.
+        StateError: it has another layout, or no history, or `tensor` raises.
         ValueError: the sizes do not add up to its number of parameters.
     """
     with _explaining():
@@ -80,8 +63,14 @@ def convert(saved: Mapping[str, Any], group_sizes: Sequence[int] | None = None) 
             raise StateError("The clipper of autoclip 0.2.1 had recorded nothing.")
         _check_distinct(map(id, groups), "a parameter group")
         _check_distinct((each for group in groups for each in group["params"]), "a parameter")
-        own = GroupSettings(rule, include_current=False)
-        settings = [own.merged(_settings(group, rule.name)) for group in groups]
+        name, own = _SETTINGS[rule.name], GroupSettings(rule, include_current=False)
+        settings = [
+            # A quantile could be a tensor then.
+            own.merged(
+                {name: float(tensor(group[name])), "history_length": group["history_length"]}
+            )
+            for group in groups
+        ]
         identifiers = [list(group["params"]) for group in groups]
     if group_sizes is not None:
         sizes = [*map(len, identifiers)]
@@ -95,46 +84,43 @@ def convert(saved: Mapping[str, Any], group_sizes: Sequence[int] | None = None) 
         settings *= len(identifiers)
     mode = Mode.GLOBAL if "global_history" in state else Mode.PARAMETER
     with _explaining():
-        clean = _Cleaning()
-        empty = {"history": torch.zeros(0)}
-        histories = [state.get(each, empty)["history"] for ids in identifiers for each in ids]
+        histories = [
+            tensor(state[each]["history"]) if each in state else torch.zeros(0)
+            for ids in identifiers
+            for each in ids
+        ]
         if mode.has_one_row:
-            histories = [state["global_history"]]
+            histories = [tensor(state["global_history"])]
+        _check_size(histories)
         lengths = [each.history_length for each in mode.by_row(settings, [*map(len, identifiers)])]
-        windows = [clean(each)[-length:] for each, length in zip(histories, lengths)]
+        windows = [_recorded(each)[-length:] for each, length in zip(histories, lengths)]
         recorded = np.array([len(window) for window in windows], np.int64)
         infos = [[ParameterInfo(None, None)] * len(ids) for ids in identifiers]
         made = State.of("torch", mode, settings, infos, windows, recorded)
         return replace(made, library_version="0.2.1")
 
 
-def _settings(group: Mapping[str, Any], rule: str) -> dict[str, Any]:
-    name = _SETTINGS[rule]
-    # A quantile could be a tensor then.
-    return {name: float(group[name]), "history_length": group["history_length"]}
-
-
-class _Cleaning:
-    """Takes histories out of tensors. Together they take no more memory than the tensors do."""
-
-    def __init__(self) -> None:
-        self._taken: Counter[int] = Counter()  # bytes, of each storage
-
-    def __call__(self, history: object) -> npt.NDArray[np.float32]:
+def _check_size(histories: Sequence[object]) -> None:
+    """Refuse histories that together take more memory than what is stored."""
+    claimed, stored = 0, {}
+    for history in histories:
         if not isinstance(history, torch.Tensor):
             raise StateError(
                 f"A history of autoclip 0.2.1 is a tensor, but got {type(history).__name__}."
             )
-        storage = history.untyped_storage()
-        self._taken[storage.data_ptr()] += history.numel() * history.element_size()
-        if self._taken[storage.data_ptr()] > storage.nbytes():
-            raise StateError(
-                "The histories of autoclip 0.2.1 have more numbers than are stored: a tensor is "
-                "expanded, or is there several times."
-            )
-        norms = history.detach().to("cpu", torch.float32).reshape(-1).numpy()
-        kept: npt.NDArray[np.float32] = norms[is_recorded(norms)]
-        return kept
+        claimed += history.nbytes
+        stored[history.untyped_storage().data_ptr()] = history.untyped_storage().nbytes()
+    if claimed > sum(stored.values()):
+        raise StateError(
+            "The histories of autoclip 0.2.1 have more numbers than are stored: a tensor is "
+            "expanded, or is there several times."
+        )
+
+
+def _recorded(history: torch.Tensor) -> npt.NDArray[np.float32]:
+    norms = history.detach().to("cpu", torch.float32).reshape(-1).numpy()
+    kept: npt.NDArray[np.float32] = norms[is_recorded(norms)]
+    return kept
 
 
 def _check_distinct(things: Iterable[Any], name: str) -> None:

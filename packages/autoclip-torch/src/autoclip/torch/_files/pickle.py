@@ -9,6 +9,7 @@ a checkpoint may hold Python objects of any kind.
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,31 @@ __all__ = ["Unmade", "as_bytes", "read_pickle"]
 
 _MAX_INSTRUCTIONS = 20_000_000
 """A checkpoint of 100,000 tensors has 3 million instructions."""
+
+# Instructions by the number of items that they take from the stack, or all since the last mark.
+_COUNTS = {
+    1: ("TUPLE1", "APPEND", "BUILD", "BINPERSID"),
+    2: ("TUPLE2", "SETITEM", "STACK_GLOBAL", "REDUCE", "NEWOBJ"),
+    3: ("TUPLE3", "NEWOBJ_EX"),
+}
+_TAKE = {name: count for count, names in _COUNTS.items() for name in names}
+_TAKE_SINCE_MARK = {"TUPLE", "FROZENSET", "APPENDS", "ADDITEMS", "SETITEMS"}
+# Instructions that only push something.
+_PUSH_ARGUMENT = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_PUSH_NEW: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": lambda: Unmade("builtins.set"),
+    "FROZENSET": lambda: Unmade("builtins.frozenset"),
+}
 
 
 @dataclass(eq=False)
@@ -65,90 +91,53 @@ def read_pickle(file: Any, storages: list[Unmade] | None = None) -> Any:
     memo: dict[int, Any] = {}
     stack: list[Any] = []
     below: list[list[Any]] = []  # a stack for each mark
-
-    def since_mark() -> list[Any]:
-        nonlocal stack
-        items, stack = stack, below.pop()
-        return items
-
     argument: Any
     for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         if number > _MAX_INSTRUCTIONS:
             raise ValueError("the pickle has too many instructions")
-        match instruction.name:
+        name = instruction.name
+        items: list[Any] = []
+        if name in _TAKE_SINCE_MARK:
+            items, stack = stack, below.pop()
+        elif name in _TAKE:
+            start = len(stack) - _TAKE[name]
+            items, stack[start:] = stack[start:], []
+        match name:
+            case _ if name in _PUSH_ARGUMENT:
+                stack.append(argument)
+            case _ if name in _PUSH_NEW:
+                stack.append(_PUSH_NEW[name]())
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
-                stack.append(argument)
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
-                stack.append(argument)
-            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8" | "SHORT_BINSTRING":
-                stack.append(argument)
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(instruction.name == "NEWTRUE")
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_SET":
-                stack.append(Unmade("builtins.set"))
             case "MARK":
                 below.append(stack)
                 stack = []
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(instruction.name[-1])
-                items = stack[len(stack) - size :]
-                stack[len(stack) - size :] = [tuple(items)]
-            case "TUPLE":
-                items = since_mark()
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(items))
-            case "FROZENSET":
-                items = since_mark()
-                stack.append(Unmade("builtins.frozenset"))
-            case "APPEND":
-                items = [stack.pop()]
+            case "APPEND" | "APPENDS" | "ADDITEMS":
                 _extend(stack[-1], items)
-            case "APPENDS" | "ADDITEMS":
-                items = since_mark()
-                _extend(stack[-1], items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                items = [key, value]
-                _update(stack[-1], items)
-            case "SETITEMS":
-                items = since_mark()
+            case "SETITEM" | "SETITEMS":
                 _update(stack[-1], items)
             case "GLOBAL":
                 stack.append(Unmade(argument.replace(" ", ".", 1)))
             case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(Unmade(".".join((module, name))))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_call(function, arguments))
-            case "NEWOBJ_EX":
-                _, arguments, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(_call(function, arguments))
-            case "BUILD":
-                stack.pop()  # the object's state
+                stack.append(Unmade(".".join(items)))
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+                stack.append(_call(*items[:2]))
             case "BINPERSID":
-                stack.append(Unmade(STORAGE, stack.pop()))
+                stack.append(Unmade(STORAGE, *items))
                 if storages is not None:
                     storages.append(stack[-1])
-            case "PROTO" | "FRAME":
+            case "BUILD" | "PROTO" | "FRAME":  # an object's state, and nothing
                 pass
             case "STOP":
                 [result] = stack
                 return result
-            case name:
+            case _:
                 raise ValueError(f"the pickle has the instruction {name}")
     raise ValueError("the pickle does not end")
 

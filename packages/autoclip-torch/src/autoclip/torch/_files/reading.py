@@ -11,7 +11,7 @@ from typing import Any
 from autoclip.core import State, StateError
 from autoclip.core.inspect import printable
 from autoclip.torch._files import legacy
-from autoclip.torch._files.checkpoint_file import CheckpointFile
+from autoclip.torch._files.checkpoint_file import CheckpointFile, open_checkpoint
 from autoclip.torch._files.pickle import Unmade, as_bytes
 
 __all__ = ["find_file", "legacy_clippers", "read_file", "state_dicts"]
@@ -38,7 +38,7 @@ def read_file(path: str) -> dict[str, State]:
         StateError: the file or a history in it is damaged, or clippers of autoclip 0.2.1 saved it.
         OSError: it cannot be read.
     """
-    with CheckpointFile(path) as file:
+    with open_checkpoint(path) as file:
         states: dict[str, State] = {}
         parsed: dict[int, State] = {}  # many paths may have the same bytes
         for where, entry in _state_dicts(file):
@@ -62,7 +62,7 @@ def state_dicts(path: str) -> dict[str, dict[str, Any]]:
         StateError: the file is damaged.
         OSError: it cannot be read.
     """
-    with CheckpointFile(path) as file:
+    with open_checkpoint(path) as file:
         return {
             where: {**entry, "data": as_bytes(entry["data"])} for where, entry in _state_dicts(file)
         }
