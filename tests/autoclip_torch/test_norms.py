@@ -22,17 +22,33 @@ CPU = torch.device("cpu")
 Measure = Callable[[Sequence["Tensor | None"]], npt.NDArray[np.float64]]
 
 
-def on_cpu(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+# More gradients than are measured one by one.
+OTHERS = [torch.ones(1)] * 21
+
+
+def of_few(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
     return norms.CpuNorms(gradients).of(gradients)
+
+
+def of_many(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+    together = [*gradients, *OTHERS]
+    return norms.CpuNorms(together).of(together)[: len(gradients)]
 
 
 def on_device(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
     return norms.DeviceNorms(gradients, CPU).of(gradients).numpy()
 
 
-@pytest.fixture(params=[on_cpu, on_device], ids=["cpu", "device"])
+@pytest.fixture(params=[of_few, of_many], ids=["few", "many"], scope="module")
+def on_cpu(request: pytest.FixtureRequest) -> Measure:
+    """Norms of a few gradients in torch, or of many in NumPy."""
+    chosen: Measure = request.param
+    return chosen
+
+
+@pytest.fixture(params=[of_few, of_many, on_device], ids=["few", "many", "device"])
 def measure(request: pytest.FixtureRequest) -> Measure:
-    """Norms in NumPy, or by a device's operations on CPU tensors."""
+    """Norms in the CPU's memory, or by a device's operations on CPU tensors."""
     chosen: Measure = request.param
     return chosen
 
@@ -56,7 +72,7 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 # -- accuracy ----------------------------------------------------------------------------------
 
 
-def test_forty_million_elements_and_an_outlier() -> None:
+def test_forty_million_elements_and_an_outlier(on_cpu: Measure) -> None:
     gradient = normal((1000, 1000)).repeat(40, 1)
     square = 40 * float(gradient[:1000].double().square().sum())
     assert on_cpu([gradient])[0] == pytest.approx(math.sqrt(square), rel=1e-6)
@@ -70,7 +86,7 @@ def test_forty_million_elements_and_an_outlier() -> None:
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 4095, 2**18 + 1, 3_000_001])
 @pytest.mark.parametrize("outlier", [None, 4096.0])
 def test_float32_and_float64_on_the_cpu(
-    dtype: torch.dtype, size: int, outlier: float | None
+    on_cpu: Measure, dtype: torch.dtype, size: int, outlier: float | None
 ) -> None:
     gradient = normal((size,), dtype)
     if outlier is not None:
@@ -81,7 +97,9 @@ def test_float32_and_float64_on_the_cpu(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex32])
 @pytest.mark.parametrize("size", [1, 300, 2**18 + 7, 1_000_003])
 @pytest.mark.parametrize("outlier", [None, 4096.0])
-def test_sixteen_bits_on_the_cpu(dtype: torch.dtype, size: int, outlier: float | None) -> None:
+def test_sixteen_bits_on_the_cpu(
+    on_cpu: Measure, dtype: torch.dtype, size: int, outlier: float | None
+) -> None:
     gradient = normal((size,), dtype)
     if outlier is not None:
         gradient[size // 3] = outlier
@@ -106,7 +124,7 @@ def test_eight_bits(measure: Measure, dtype: torch.dtype) -> None:
 
 
 @given(npst.arrays(np.float32, st.integers(0, 600), elements=st.floats(-1e4, 1e4, width=32)))
-def test_any_moderate_vector(values: npt.NDArray[np.float32]) -> None:
+def test_any_moderate_vector(on_cpu: Measure, values: npt.NDArray[np.float32]) -> None:
     gradient = torch.from_numpy(values)
     assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
 
@@ -119,6 +137,7 @@ def test_any_moderate_vector(values: npt.NDArray[np.float32]) -> None:
     )
 )
 def test_any_finite_vector_whatever_its_range(
+    on_cpu: Measure,
     values: npt.NDArray[np.float32],
 ) -> None:
     gradient = torch.from_numpy(values)
@@ -139,13 +158,15 @@ SIZES = {
     ("dtype", "size"), [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
 )
 @pytest.mark.parametrize("count", [1, 1000])
-def test_tiny_and_huge_elements_on_the_cpu(dtype: torch.dtype, size: float, count: int) -> None:
+def test_tiny_and_huge_elements_on_the_cpu(
+    on_cpu: Measure, dtype: torch.dtype, size: float, count: int
+) -> None:
     gradient = torch.full((count,), size, dtype=torch.float64).to(dtype)
     assert 0.0 < exact(gradient) < math.inf
     assert on_cpu([gradient])[0] == pytest.approx(exact(gradient), rel=1e-6)
 
 
-def test_tiny_beside_huge_elements_on_the_cpu() -> None:
+def test_tiny_beside_huge_elements_on_the_cpu(on_cpu: Measure) -> None:
     gradient = torch.full((1000,), 1e-30)
     gradient[7] = 1e-10  # its square is a normal number, the others' are not
     assert on_cpu([gradient])[0] == pytest.approx(1e-10, rel=1e-6)
@@ -241,7 +262,7 @@ def test_views(measure: Measure, name: str) -> None:
 @pytest.mark.parametrize("name", ["transposed", "channels last"])
 @pytest.mark.parametrize("size", [64, 256])
 def test_a_dense_gradient_in_another_order_is_not_copied(
-    monkeypatch: pytest.MonkeyPatch, name: str, size: int
+    on_cpu: Measure, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
     """A copy of the largest gradient would double what a step needs of memory."""
     gradient = (
@@ -322,7 +343,7 @@ def test_mixed_dtypes_and_layouts_keep_their_places(measure: Measure) -> None:
         sparse(torch.float32, [[3, 3, 0]], (5, 7)),
         normal((600,), torch.float16),
         normal((2, 3), torch.complex64),
-        normal((1000,)) * 1e-30 if measure is on_cpu else normal((1000,)),
+        normal((1000,)) * 1e-30 if measure is not on_device else normal((1000,)),
         normal((1,)),
     ]
     expected = [0.0 if g is None else exact(g) for g in gradients]
@@ -331,13 +352,13 @@ def test_mixed_dtypes_and_layouts_keep_their_places(measure: Measure) -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_gradient_measures_the_same_alone_and_among_others() -> None:
+def test_a_gradient_measures_the_same_alone_and_among_others(on_cpu: Measure) -> None:
     gradients = [normal((size,), seed=size) for size in (1, 10, 256, 1000, 5000)]
     together = on_cpu(gradients)
     assert together.tolist() == [on_cpu([gradient])[0] for gradient in gradients]
 
 
-def test_gradients_that_fill_several_buffers() -> None:
+def test_gradients_that_fill_several_buffers(on_cpu: Measure) -> None:
     """More small elements than are gathered at a time, of two dtypes, vectors and matrices."""
     gradients: list[Tensor | None] = []
     for k in range(300):
@@ -374,12 +395,16 @@ def make_layout(gradients: Sequence[Tensor | None], numpy: bool) -> Layout:
     st.lists(st.sampled_from([1.0, 0.5, 0.3, 1e-3]), min_size=12, max_size=12),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_a_layout_measures_and_scales_like_one_gradient_at_a_time(
-    gradients: list[Tensor | None], factors: list[float], numpy: bool, shared: bool
+    gradients: list[Tensor | None], factors: list[float], numpy: bool, shared: bool, many: bool
 ) -> None:
+    if many:
+        gradients += [each.clone() for each in OTHERS]
+        factors += [0.7] * len(OTHERS)
     layout = make_layout(gradients, numpy)
-    coefficients = np.array(factors[: 1 if shared else len(gradients)])
+    coefficients = np.array(factors[:1] if shared else factors[: len(gradients)])
     before = [None if g is None else g.clone() for g in gradients]
     for part in layout.parts.values():
         if isinstance(part.norms, norms.CpuNorms):

@@ -37,7 +37,7 @@ from autoclip.core.adapter import (
 from autoclip.torch._attachment import Attachment, StepResult, check_optimizer
 from autoclip.torch._groups import Groups
 from autoclip.torch._histories import Histories
-from autoclip.torch._layout import Layout, layout_of, row_devices
+from autoclip.torch._layout import Layout, is_distributed, layout_of, row_devices
 from autoclip.torch._ops import as_tensor
 from autoclip.torch._parameters import (
     OptimizerGroup,
@@ -246,8 +246,16 @@ class Clipper(BaseClipper[Groups, Tensor]):
         groups, histories = self._groups, self._histories
         parameters = groups.parameters()
         gradients: list[Tensor | None] = [*map(_gradient, parameters)]
-        layout = layout_of(parameters, gradients, groups, histories, self._layout)
-        self._layout = layout
+        layout = self._layout
+        # In a process by itself, with all gradients here, no parameter can have become sharded.
+        if not (
+            layout is not None
+            and layout.is_complete
+            and layout.fits(gradients)
+            and not is_distributed()
+        ):
+            layout = layout_of(parameters, gradients, groups, histories, layout)
+            self._layout = layout
         if layout.is_empty:
             return self._step_without_gradients()
         if layout.version != (groups.version, histories.version):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import compress
-from operator import attrgetter, eq, is_
+from itertools import compress, count
+from operator import attrgetter, eq
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +39,8 @@ __all__ = ["Layout", "Part"]
 _SMALLEST, _LARGEST = 1e-280, 1e300
 # At or below this many numbers, Python floats are faster than NumPy arrays.
 _FEW = 64
-_shape, _dtype, _layout = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
-_device, _is_cpu = attrgetter("device"), attrgetter("is_cpu")
+_traits = attrgetter("shape", "dtype", "layout", "device")
+_traits_on_cpu = attrgetter("shape", "dtype", "layout", "is_cpu")
 
 
 class Part(NamedTuple):
@@ -62,6 +62,7 @@ class Layout:
 
     Attributes:
         parts: the gradients of each device, in the order of the gradients.
+        is_complete: True if no gradient is missing.
         is_empty: True if there is no gradient.
         version: the versions of groups and histories that `arrange` was called for.
         storages: the storages of the rows that record a norm.
@@ -77,16 +78,16 @@ class Layout:
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
         # The class tells a FakeTensor, which has no memory, from the tensor it stands for.
         self._types = [*map(type, gradients)]
-        here = [gradient is not None for gradient in gradients]
-        self._here = None if all(here) else here
+        self._here = [gradient is not None for gradient in gradients]
         present = [gradient for gradient in gradients if gradient is not None]
-        self._shapes = [*map(_shape, present)]
-        self._dtypes = [*map(_dtype, present)]
-        self._layouts = [*map(_layout, present)]
-        self._devices = [*map(_device, present)]
-        self._is_on_cpu = all(map(_is_cpu, present))
+        self.is_complete = len(present) == len(gradients)
+        devices = [gradient.device for gradient in present]
+        # A comparison of devices takes longer than all others.
+        is_on_cpu = all(device.type == "cpu" for device in devices)
+        self._traits_of = _traits_on_cpu if is_on_cpu else _traits
+        self._traits = [*map(self._traits_of, present)]
         indices: dict[torch.device, list[int]] = {}
-        for i, device in zip(compress(range(len(here)), here), self._devices):
+        for i, device in zip(compress(count(), self._here), devices):
             indices.setdefault(device, []).append(i)
         self.parts = {
             device: Part(CpuNorms(gradients, members), CpuScaling(gradients, members))
@@ -109,19 +110,9 @@ class Layout:
         """
         if [*map(type, gradients)] != self._types:
             return False
-        here = gradients if self._here is None else [*compress(gradients, self._here)]
-        # No tuple or list of them all: the garbage collector would look at thousands.
-        return (
-            all(map(eq, map(_shape, here), self._shapes))
-            and all(map(is_, map(_dtype, here), self._dtypes))
-            and all(map(is_, map(_layout, here), self._layouts))
-            # A comparison of devices takes longer than all else here.
-            and (
-                all(map(_is_cpu, here))
-                if self._is_on_cpu
-                else all(map(eq, map(_device, here), self._devices))
-            )
-        )
+        here = gradients if self.is_complete else compress(gradients, self._here)
+        # No list of them all: the garbage collector would look at thousands of tuples.
+        return all(map(eq, map(self._traits_of, here), self._traits))
 
     # -- rows --------------------------------------------------------------------------------
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["refuse_managed"]
+__all__ = ["is_distributed", "refuse_managed"]
+
+is_distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else bool
+"""True if this process trains together with others."""
 
 _FSDP1 = (
     "FullyShardedDataParallel (FSDP1) leaves each process with pieces of flattened parameters, "
@@ -42,7 +45,7 @@ def refuse_managed(parameters: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: they are managed by FSDP1, DeepSpeed's ZeRO or Megatron.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return
     for parameter in parameters:
         attributes = parameter.__dict__

@@ -33,7 +33,8 @@ __all__ = [
 
 # A float32 sum of many squares loses the small ones: torch's norm of 16 M elements is off
 # by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Sums over rows of at most
-# 512 elements, combined in float64, are right to 3e-7 for any outlier, and as fast as memory.
+# 512 elements, combined in float64, are right to 3e-7 for any outlier, and as fast as memory. So
+# are float32 sums over at most 512 of such rows, to 6e-7.
 _ROW = 512
 # Up to this size gathering a gradient with others costs less than a call of its own.
 _SMALL = 2**12
@@ -41,8 +42,8 @@ _SMALL = 2**12
 _LARGE = 2**18
 # torch.cat takes vectors as they are, in a fifth of the time, but is one more call.
 _MANY_VECTORS = 32
-# At or below this many numbers, Python floats are faster than NumPy arrays.
-_FEW = 8
+# At or below this many gradients, a call of torch's for each is faster than gathering them.
+_FEW = 20
 # Elements that are gathered, or widened from 16 bits, at a time: the bound of temporary memory.
 _CHUNK = 2**18
 # Below this mean square the squares of single elements may underflow in float32.
@@ -154,6 +155,33 @@ class _Sums(NamedTuple):
     in_rows: list[tuple[int, int, npt.NDArray[np.float64]]]
 
 
+class _Alone(NamedTuple):
+    """A gradient that torch measures: from the norms of its rows if it is large.
+
+    NumPy takes less time for many in a loop. But after a backward pass its code has left the
+    caches, and for a few gradients it takes twice as long as torch's.
+
+    Attributes:
+        index: the gradient's index.
+        length: of its rows; 1 for a gradient without rows.
+        dtype: in which the last sum is made; None for the gradient's own.
+        least: the smallest square that has lost nothing to underflow.
+    """
+
+    index: int
+    length: int
+    dtype: torch.dtype | None
+    least: float
+
+    @classmethod
+    def of(cls, index: int, length: int, gradient: Tensor) -> _Alone:
+        """A gradient with rows of `length`."""
+        elements = gradient.numel()
+        is_short = gradient.dtype in _WIDE and elements // length <= _ROW
+        dtype = None if is_short else torch.float64
+        return cls(index, length, dtype, _SMALL_MEAN_SQUARE * elements)
+
+
 class CpuNorms:
     """Measures gradients in the CPU's memory.
 
@@ -165,6 +193,7 @@ class CpuNorms:
     def __init__(self, gradients: Gradients, indices: Iterable[int] | None = None) -> None:
         self._sums: list[_Sums] = []
         self._others: list[int] = []
+        self._few: list[_Alone] = []
         self._smallest_squares = np.full(len(gradients), -1.0)
         # For each dtype: arrays and vectors to be gathered, gradients to be taken in rows.
         plain: dict[torch.dtype, tuple[list[int], list[int], list[int]]] = {}
@@ -183,6 +212,11 @@ class CpuNorms:
                 in_rows.append(i)
             else:
                 self._others.append(i)
+        if len(gradients) <= _FEW and not self._others:
+            for arrays, vectors, in_rows in plain.values():
+                self._few += [_Alone.of(i, 1, gradients[i]) for i in (*arrays, *vectors)]
+                self._few += [_Alone.of(i, _row_length(sizes[i]), gradients[i]) for i in in_rows]
+            return
         for arrays, vectors, in_rows in plain.values():
             if arrays and len(vectors) < _MANY_VECTORS:
                 arrays, vectors = sorted(arrays + vectors), []
@@ -195,6 +229,8 @@ class CpuNorms:
             float64[n]: within 1e-6 of the exact norm for float32 and float64, 1e-3 for 16 bits. 0
             for None, and not finite exactly if the gradient holds a NaN or an infinity.
         """
+        if self._few:
+            return self._of_few(gradients)
         found = np.zeros(len(gradients))
         with np.errstate(over="ignore", invalid="ignore"):
             for indices, starts, squares, gathered, in_rows in self._sums:
@@ -214,13 +250,21 @@ class CpuNorms:
             norms[i] = _careful_norm(_flat(_norm_values(gradients[i])))
         return norms
 
+    def _of_few(self, gradients: Gradients) -> npt.NDArray[np.float64]:
+        norms = [0.0] * len(gradients)
+        for i, length, dtype, least in self._few:
+            gradient = values = gradients[i]
+            if length > 1:
+                flat = gradient if gradient.is_contiguous() else _flat(gradient)
+                values = vector_norm(flat.view(-1, length), dim=1)
+            norm = vector_norm(values, dtype=dtype).item()
+            is_sure = least < norm * norm < math.inf
+            norms[i] = norm if is_sure else _careful_norm(_flat(_norm_values(gradient)))
+        return np.array(norms)
+
     def _unsure(self, squares: npt.NDArray[np.float64]) -> Sequence[int]:
         """The indices of sums that may not be right."""
-        least = self._smallest_squares
-        if len(least) <= _FEW:
-            pairs = enumerate(zip(squares.tolist(), least.tolist()))
-            return [i for i, (square, bound) in pairs if not bound < square < math.inf]
-        sure = squares > least
+        sure = squares > self._smallest_squares
         if np.count_nonzero(sure) == len(sure) and math.isfinite(np.add.reduce(squares)):
             return []
         unsure: list[int] = np.flatnonzero(~(sure & np.isfinite(squares))).tolist()

@@ -23,6 +23,8 @@ __all__ = ["CpuScaling", "DeviceScaling"]
 
 # Smaller coefficients lose digits in float32, or become zero.
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
+# At or below this many numbers, Python floats are faster than NumPy arrays.
+_FEW = 16
 # Up to this size gradients on a device are scaled together; a larger one has a launch of its own.
 _SMALL = 2**16
 # How many elements are gathered, or at most widened from 16 bits, at a time.
@@ -83,9 +85,8 @@ class CpuScaling:
                     self._buffers.append(buffer.numpy())
                 self._factors[i] = views[dtype]
         self._overlaps = Overlaps(gradients, self._indices)
-        self._is_elsewhere = np.array([g is not None for g in gradients], np.bool_)
-        self._is_elsewhere[self._indices] = False
-        self._are_all_here = not self._is_elsewhere.any()
+        self._is_here = np.zeros(len(gradients), np.bool_)
+        self._is_here[self._indices] = True
 
     def apply(
         self,
@@ -101,13 +102,16 @@ class CpuScaling:
             renew: for gradients that share memory with others.
         """
         is_shared = len(coefficients) == 1
-        below = coefficients < 1.0
-        if not (is_shared or self._are_all_here):
-            below &= ~self._is_elsewhere  # the coefficients of a group are those on every device
-        clipped = below.nonzero()[0].tolist()
+        # The coefficients of a group are those on every device.
+        if is_shared:
+            clipped = self._indices if coefficients[0] < 1.0 else []
+        elif len(coefficients) <= _FEW:
+            numbers = coefficients.tolist()
+            clipped = [i for i in self._indices if numbers[i] < 1.0]
+        else:
+            clipped = ((coefficients < 1.0) & self._is_here).nonzero()[0].tolist()
         if not clipped:
             return
-        clipped = self._indices if is_shared else clipped
         self._overlaps.separate(gradients, clipped, renew)
         for buffer in self._buffers:
             buffer[: len(coefficients)] = coefficients
