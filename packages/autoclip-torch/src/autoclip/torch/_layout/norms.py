@@ -162,24 +162,24 @@ class _Alone(NamedTuple):
     caches, and for a few gradients it takes twice as long as torch's.
 
     Attributes:
-        index: the gradient's index.
+        member: the gradient's index.
         length: of its rows; 1 for a gradient without rows.
         dtype: in which the last sum is made; None for the gradient's own.
         least: the smallest square that has lost nothing to underflow.
     """
 
-    index: int
+    member: int
     length: int
     dtype: torch.dtype | None
     least: float
 
     @classmethod
-    def of(cls, index: int, length: int, gradient: Tensor) -> _Alone:
-        """A gradient with rows of `length`."""
+    def of(cls, member: int, length: int, gradient: Tensor) -> _Alone:
+        """The `member`-th gradient, with rows of `length`."""
         elements = gradient.numel()
         is_short = gradient.dtype in _WIDE and elements // length <= _ROW
         dtype = None if is_short else torch.float64
-        return cls(index, length, dtype, _SMALL_MEAN_SQUARE * elements)
+        return cls(member, length, dtype, _SMALL_MEAN_SQUARE * elements)
 
 
 class CpuNorms:
