@@ -40,7 +40,7 @@ class AnyWindows(Protocol):
 WindowsT = TypeVar("WindowsT", bound=AnyWindows)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Report(Generic[ArrayT]):
     """One step, row by row.
 

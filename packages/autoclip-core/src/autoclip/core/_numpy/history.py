@@ -37,7 +37,7 @@ class _Windows:
     ops = OPS
 
     def __init__(self, settings: Sequence[GroupSettings], ring: RingBuffer) -> None:
-        self.settings, self.ring = settings, ring
+        self.settings, self.ring, self.shape = settings, ring, (len(settings),)
         self.numbers = {
             # Rows with the same setting share the results that a rule computes from it.
             name: OPS.common(column) if name.startswith("rule/") else column
@@ -297,7 +297,7 @@ class History(BaseHistory, Saveable):
         """
         windows = self._windows
         given = np.array(norms, np.float64)  # a copy: the report keeps it
-        if given.shape != (len(windows.settings),):
+        if given.shape != windows.shape:
             raise ValueError(
                 f"norms must be one a row, shape ({self.rows},), but got shape {given.shape}."
             )
