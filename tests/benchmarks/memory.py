@@ -61,9 +61,10 @@ def in_tensorflow(rule: Rule, rows: int, history_length: int) -> int:
 
 
 def _values(history: object, kind: type) -> Iterator[object]:
-    """The attributes of a kind, also those one level down."""
+    """The attributes of a kind, also those of what the history holds."""
     for value in vars(history).values():
-        inner = value if isinstance(value, dict) else getattr(value, "_variables", {})
+        inner = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        inner = inner.get("_variables", inner)
         for found in (value, *inner.values()):
             if isinstance(found, kind):
                 yield found
@@ -86,6 +87,8 @@ def main() -> None:
         for rule in RULES:
             for rows, length in SIZES:
                 size = measure(rule, rows, length)
+                if size < 4 * rows * length:
+                    raise RuntimeError(f"{name} holds its norms where this does not look")
                 beyond = max(0.0, size - 8 * rows * length) / rows
                 print(
                     f"{name:<32}{rule.name:<10}{rows:>6}{length:>16,}"
