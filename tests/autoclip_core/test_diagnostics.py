@@ -32,7 +32,13 @@ STREAMS = st.integers(0, 2**32 - 1).map(
     lambda seed: np.random.default_rng(seed).lognormal(size=(30, 3)).astype(np.float32)
 )
 RULES = st.sampled_from(
-    [Quantile(0.5), Quantile(0.9, factor=1.1), Standard(1.0), Standard(0.5, decay=0.9)]
+    [
+        Quantile(0.5),
+        Quantile(0.9, factor=1.1),
+        Standard(1.0),
+        Standard(0.5, decay=0.9),
+        Standard(1.0, log=True),
+    ]
 )
 
 
@@ -146,7 +152,7 @@ def test_rows_together_are_summarized_as_each_alone(
 
 
 def test_twenty_thousand_parameters_take_a_second() -> None:
-    """Of this process; recorded norm by norm it takes ten times as long, and more."""
+    """Of this process; recorded row by row it takes ten times as long, and more."""
     rows, steps = 20_000, 200
     norms = np.random.default_rng(0).lognormal(size=(rows, steps)).astype(np.float32)
     group = GroupState.from_windows(
@@ -157,7 +163,7 @@ def test_twenty_thousand_parameters_take_a_second() -> None:
     )
     start = time.process_time()
     found = summarize(State("quantile", "parameter", "torch", (group,))).rows
-    assert time.process_time() - start < 5.0  # about 0.6 on a quiet machine
+    assert time.process_time() - start < 5.0  # about 1 on a quiet machine
     thresholds = np.quantile(norms.astype(np.float64), 0.9, axis=1)
     assert [row.threshold for row in found] == thresholds.tolist()
 
