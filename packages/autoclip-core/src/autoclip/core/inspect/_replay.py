@@ -105,10 +105,10 @@ def _rule_thresholds(
         float64[rows, steps]; infinite before the oldest norm.
     """
     found = np.full(norms.shape, np.inf)
-    steps = norms.shape[1]
     # The window holds all recorded norms: none leaves it here.
+    length = max(1, norms.shape[1])
     plain = {
-        each: GroupSettings(each.rule, max(1, steps), warmup_steps=0, include_current=True)
+        each: GroupSettings(each.rule, length, warmup_steps=0, include_current=True)
         for each in dict.fromkeys(settings)
     }
     for rows in rows_by_storage([plain[each] for each in settings]):
@@ -118,8 +118,8 @@ def _rule_thresholds(
             found[rows] = _running_moments(norms[rows], rules)
             continue
         history = History.of(own)
-        for step in range(steps):
-            found[rows, step] = history.record(norms[rows, step]).thresholds
+        after = [history.record(each).thresholds for each in norms[rows].T]
+        found[rows] = np.transpose(after)
     return found
 
 

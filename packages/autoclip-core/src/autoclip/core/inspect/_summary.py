@@ -243,11 +243,11 @@ def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
 
 
 def _median(window: npt.NDArray[np.float32]) -> float:
-    """The median of a window; NaN if it is empty. In a fifth of the time of `numpy.median`."""
+    """The median of a window; NaN if it is empty. Several times as fast as `numpy.median`."""
     if not len(window):
         return math.nan
-    middle = np.sort(window)[[(len(window) - 1) // 2, len(window) // 2]]
-    return float(middle.mean(dtype=np.float64))
+    low, high = np.sort(window)[[(len(window) - 1) // 2, len(window) // 2]].tolist()
+    return float((low + high) / 2)
 
 
 def _json(value: Any) -> Any:
