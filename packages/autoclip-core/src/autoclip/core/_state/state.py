@@ -64,16 +64,6 @@ class ParameterInfo:
         shape = "unknown shape" if self.shape is None else f"shape {brief_repr(self.shape)}"
         return f"{name} of {shape}"
 
-    def fits(self, other: ParameterInfo, same_framework: bool) -> bool:
-        """True if the two can be the same parameter.
-
-        Within a framework shapes are equal. Across frameworks only the element counts are: a
-        Linear weight and a Dense kernel are each other's transpose.
-        """
-        if self.shape is None or other.shape is None or self.shape == other.shape:
-            return True
-        return not same_framework and math.prod(self.shape) == math.prod(other.shape)
-
 
 def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
     """The name of each parameter, group by group; its group and number if it has none.

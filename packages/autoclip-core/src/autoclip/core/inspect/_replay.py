@@ -193,7 +193,7 @@ def shares_clipped(
     for some in np.array_split(
         np.arange(len(windows)), -(-len(windows) * len(quantiles) // _ROWS_AT_ONCE) or 1
     ):
-        rows = np.repeat(some, len(quantiles))
+        rows = np.repeat(some, len(quantiles)).tolist()
         found = replay(
             [other for row in some for other in others[settings[row]]],
             [windows[row] for row in rows],
