@@ -636,7 +636,7 @@ def test_a_longer_window_keeps_its_newest_norms() -> None:
     info = weight(2)
     long = GroupSettings(HALF, 10).settings
     saved = GroupState.from_windows(long, [info], [[1.0, 2.0, 3.0]], [7])
-    ours = GroupState.empty(long | {"history_length": 2}, [info], 1)
+    ours = GroupState.from_windows(long | {"history_length": 2}, [info], [[]], [0])
     states = [State("quantile", "parameter", "torch", (group,)) for group in (saved, ours)]
     with pytest.warns(UserWarning, match="history_length=10 there and 2 here"):
         assert rows(states[0].match(states[1])) == [([2.0, 3.0], 7)]

@@ -9,17 +9,15 @@ import secrets
 import stat
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from io import BufferedWriter
-from types import TracebackType
 from typing import Union
 
 from autoclip.core._errors import StateError
 from autoclip.core._state.safetensors import (
     MAX_FILE_BYTES,
-    check_beginning,
-    check_header,
-    header_end,
+    read_header,
 )
 
 if sys.platform != "win32":
@@ -40,23 +38,17 @@ class _Removed(Exception):
     """Another process has removed the temporary file."""
 
 
-class _ErrorsIgnored:
+@contextmanager
+def _errors_ignored() -> Iterator[None]:
     """A block whose failing system calls do not matter.
 
-    Exceptions that a signal handler raises do, and TimeoutError is an OSError.
+    Exceptions that a signal handler raises do: TimeoutError is an OSError, without an `errno`.
     """
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> bool:
-        return _is_of_the_system(error)
-
-
-def _is_of_the_system(error: object) -> bool:
-    return isinstance(error, OSError) and error.errno is not None
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
 
 
 def write_file(path: PathLike, data: bytes) -> None:
@@ -91,7 +83,7 @@ def write_file(path: PathLike, data: bytes) -> None:
         raise OSError(errno.EBUSY, "another process removes its temporary file")
     except OSError as error:
         # The user knows the name that was passed, not that of a temporary file.
-        if _is_of_the_system(error) and error.filename in (None, target, temporary):
+        if error.errno is not None and error.filename in (None, target, temporary):
             error.filename = str(path)
             del error.filename2
         raise
@@ -124,7 +116,9 @@ def _write(temporary: str, target: str, old: os.stat_result | None, data: bytes)
     try:
         # From the system call to the file object no line of Python runs that could be interrupted.
         with open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
-            _lock(file)
+            if sys.platform != "win32":
+                with _errors_ignored():  # some file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
             if not _exists(temporary):  # removed between its creation and the lock
                 raise _Removed
             file.write(data)
@@ -137,7 +131,7 @@ def _write(temporary: str, target: str, old: os.stat_result | None, data: bytes)
         if sys.platform == "win32":  # an open file cannot be renamed there
             os.replace(temporary, target)
     except BaseException as error:
-        with _ErrorsIgnored():
+        with _errors_ignored():
             os.unlink(temporary)
         if isinstance(error, _Removed):
             return False
@@ -154,12 +148,6 @@ def _exists(path: str) -> bool:
     return True
 
 
-def _lock(file: BufferedWriter) -> None:
-    if sys.platform != "win32":
-        with _ErrorsIgnored():  # some file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-
-
 def _temporary_name(target: str) -> str:
     folder, name = os.path.split(target)
     return os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(8)}.tmp")
@@ -173,9 +161,9 @@ def _stem(name: str) -> str:
 def _keep_access(temporary: str, old: os.stat_result) -> None:
     # Mounts without owners or permissions refuse these calls, and all their files are alike.
     if sys.platform != "win32":
-        with _ErrorsIgnored():
+        with _errors_ignored():
             os.chown(temporary, old.st_uid, old.st_gid)
-    with _ErrorsIgnored():
+    with _errors_ignored():
         os.chmod(temporary, stat.S_IMODE(old.st_mode) & 0o777)
 
 
@@ -183,10 +171,10 @@ def _remove_abandoned(target: str) -> None:
     """Remove temporary files that killed processes left of earlier attempts to write `target`."""
     folder, name = os.path.split(target)
     pattern = re.compile(rf"\.{re.escape(_stem(name))}\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
-    with _ErrorsIgnored(), os.scandir(folder) as entries:
+    with _errors_ignored(), os.scandir(folder) as entries:
         for entry in entries:
             if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with _ErrorsIgnored():
+                with _errors_ignored():
                     _remove_if_abandoned(entry.path)
 
 
@@ -199,7 +187,7 @@ def _remove_if_abandoned(temporary: str) -> None:
             except OSError as error:
                 # The process that writes it is alive; or this file system has no locks, or, as
                 # NFS, none for files open for reading.
-                if isinstance(error, BlockingIOError) or not _is_of_the_system(error):
+                if isinstance(error, BlockingIOError) or error.errno is None:
                     raise
             else:
                 os.unlink(temporary)  # while it is locked, so that its writer may notice
@@ -213,7 +201,7 @@ def _sync_folder(folder: str) -> None:
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = None
-    with _ErrorsIgnored():  # some network file systems do not sync folders
+    with _errors_ignored():  # some network file systems do not sync folders
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(descriptor)
@@ -248,16 +236,13 @@ def read_file(path: PathLike) -> bytes:
                     f"{MAX_FILE_BYTES}. Load the file that save wrote."
                 )
             # Before another program's file of gigabytes fills the memory.
-            beginning = file.read(9)
-            check_beginning(beginning, status.st_size, name)
-            file.seek(0)
-            check_header(file.read(header_end(beginning)), name)
+            read_header(file, status.st_size, name)
             file.seek(0)
             return file.read(status.st_size)
     except IsADirectoryError as error:
         raise _not_regular(name) from error
     except OSError as error:
-        if _is_of_the_system(error) and error.filename is None:
+        if error.errno is not None and error.filename is None:
             error.filename = name
         raise
 

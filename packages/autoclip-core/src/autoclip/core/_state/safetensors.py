@@ -7,13 +7,15 @@ is taken, strict JSON, and the digest. It knows the container, `state.py` the co
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +25,13 @@ import safetensors.numpy
 from autoclip.core._errors import StateError
 
 __all__ = [
+    "DTYPES",
     "MAX_FILE_BYTES",
     "MAX_HEADER_BYTES",
     "SealedTensors",
     "brief_repr",
-    "check_beginning",
-    "check_header",
     "check_size",
-    "header_end",
+    "read_header",
 ]
 
 MAX_FILE_BYTES = 2**33
@@ -46,7 +47,7 @@ _NO_DIGEST = "0" * 64
 _BYTES_PER_CONTAINER = 8
 _MAX_NUMBER_LENGTH = 100
 _STRING_OR_CONTAINER = re.compile(rb'"[^"]*"|[\[{]')
-_DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4")}
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 2
@@ -93,7 +94,7 @@ class SealedTensors:
             StateError: the file would be larger than `parse` allows.
         """
         arrays = {
-            name: np.ascontiguousarray(array, _DTYPES[dtype])
+            name: np.ascontiguousarray(array, DTYPES[dtype])
             for name, (dtype, array) in tensors.items()
         }
         text = json.dumps(
@@ -109,7 +110,7 @@ class SealedTensors:
             data = safetensors.numpy.save(arrays, {_KEY: f"{before}{digest}{after}"})
         except safetensors.SafetensorError as error:
             raise _too_large_a_header(source) from error
-        if header_end(data) > 8 + MAX_HEADER_BYTES:  # older releases write larger ones
+        if _header_length(data) > MAX_HEADER_BYTES:  # older releases write larger ones
             raise _too_large_a_header(source)
         check_size(len(data), source)
         return data
@@ -124,9 +125,7 @@ class SealedTensors:
             StateError: it is no such file.
         """
         check_size(len(data), source)
-        check_beginning(data[:9], len(data), source)
-        header = data[8 : header_end(data)]
-        check_header(header, source)
+        header = read_header(io.BytesIO(data), len(data), source)
         # The library reads metadata from files only, not from bytes.
         metadata = _parse_json(header, source, "header").get("__metadata__")
         try:
@@ -190,7 +189,7 @@ class SealedTensors:
                     f"{self.source} is not a valid AutoClip state: its tensor {name!r} is "
                     f"{entry['dtype']}{brief_repr(entry['shape'])}, not {dtype}[n]."
                 )
-            array = np.frombuffer(entry["data"], _DTYPES[dtype])
+            array = np.frombuffer(entry["data"], DTYPES[dtype])
             arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
         return arrays
 
@@ -208,51 +207,41 @@ def check_size(size: int, source: str) -> None:
         )
 
 
-def header_end(first: bytes) -> int:
-    """The offset at which a file's header ends, from its first 8 bytes."""
-    return 8 + int.from_bytes(first[:8], "little")
-
-
-def check_beginning(first: bytes, size: int, source: str) -> None:
-    """Refuse a file that cannot be a state, as far as its first bytes show that.
+def read_header(file: BinaryIO, size: int, source: str) -> bytes:
+    """Read a file's header, without its size, and refuse another program's file.
 
     Args:
-        first: the first 9 bytes, or as many as there are.
+        file: the file, at its beginning.
         size: the number of all bytes.
         source: the file's name for errors.
 
     Raises:
-        StateError: it cannot be a state.
+        StateError: it cannot be a state, as far as its size and its header show that.
     """
     if size < 10:
         raise StateError(
             f"{source} is not an AutoClip state: it has only {size} bytes. "
             "It may be empty or cut off."
         )
+    length, first = _header_length(file.read(8)), file.read(1)
     available = min(size - 8, MAX_HEADER_BYTES)
-    if first[8:9] != b"{" or header_end(first) > 8 + available:
+    if first != b"{" or length > available:
         raise StateError(
             f"{source} is damaged, cut off, or not an AutoClip state: it does not begin with a "
             f"safetensors header of at most {available} bytes. "
             "Load another copy or an earlier checkpoint."
         )
-
-
-def check_header(header: bytes, source: str) -> None:
-    """Refuse another program's safetensors file before the whole of it is read.
-
-    Args:
-        header: the file's header.
-        source: the file's name for errors.
-
-    Raises:
-        StateError: it is not the header of a state.
-    """
+    header = first + file.read(length - 1)
     if f'"{_KEY}"'.encode() not in header:
         raise StateError(
             f"{source} holds no AutoClip history: it is a safetensors file of something else. "
             "Load the file that save wrote."
         )
+    return header
+
+
+def _header_length(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
 
 
 def _too_large_a_header(source: str) -> StateError:
@@ -282,8 +271,8 @@ def _parse_json(data: bytes, source: str, part: str) -> Any:
             data.decode(),  # json.loads would also take UTF-16 and UTF-32
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_constant,
-            parse_int=_parse_int,
-            parse_float=_parse_float,
+            parse_int=partial(_number, int),
+            parse_float=partial(_number, float),
         )
     # Deeply nested JSON raises RecursionError; treat it as invalid.
     except (ValueError, RecursionError) as error:
@@ -310,17 +299,11 @@ def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _parse_int(literal: str) -> int:
+def _number(kind: type[int] | type[float], literal: str) -> float:
     # int() takes quadratic time; before Python 3.10.7 it had no limit of its own.
     if len(literal) > _MAX_NUMBER_LENGTH:
         raise ValueError(f"a number has {len(literal)} characters; {_MAX_NUMBER_LENGTH} are valid")
-    return int(literal)
-
-
-def _parse_float(literal: str) -> float:
-    if len(literal) > _MAX_NUMBER_LENGTH:
-        raise ValueError(f"a number has {len(literal)} characters; {_MAX_NUMBER_LENGTH} are valid")
-    value = float(literal)
+    value = kind(literal)
     if not math.isfinite(value):
         raise ValueError(f"{literal} is beyond float64")
     return value

@@ -20,7 +20,7 @@ from autoclip.core._rules.rule import MAX_NAME
 from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import GroupSettings
 from autoclip.core._state.matching import match_states
-from autoclip.core._state.safetensors import SealedTensors, brief_repr, check_size
+from autoclip.core._state.safetensors import DTYPES, SealedTensors, brief_repr, check_size
 from autoclip.core._version import __version__
 
 __all__ = [
@@ -116,19 +116,6 @@ class GroupState:
             recorded=np.asarray(recorded, np.int64),
         )
 
-    @classmethod
-    def empty(
-        cls, settings: Mapping[str, Any], parameters: Sequence[ParameterInfo], rows: int
-    ) -> GroupState:
-        """Make a group whose rows have recorded nothing: the description of a clipper's group."""
-        return cls(
-            settings=dict(settings),
-            parameters=tuple(parameters),
-            values=np.empty(0, np.float32),
-            lengths=np.zeros(rows, np.int64),
-            recorded=np.zeros(rows, np.int64),
-        )
-
     def windows(self) -> list[npt.NDArray[np.float32]]:
         """One float32[length] a row, oldest norm first."""
         ends = np.cumsum(self.lengths).tolist()
@@ -179,25 +166,23 @@ class State:
             windows: of each row, oldest norm first.
             recorded: int64[rows], how many norms each row has ever recorded.
         """
-        groups = []
         infos = mode.in_state(parameters)
-        for each, own, rows in zip(settings, infos, mode.rows_by_group([*map(len, infos)])):
-            values = each.settings
-            groups.append(
-                GroupState.empty(values, own, len(rows))
-                if windows is None or recorded is None
-                else GroupState.from_windows(
-                    values, own, windows[rows.start : rows.stop], recorded[rows.start : rows.stop]
-                )
+        by_group = mode.rows_by_group([*map(len, infos)])
+        if windows is None or recorded is None:
+            rows = by_group[-1].stop if by_group else 0
+            windows, recorded = [np.empty(0, np.float32)] * rows, np.zeros(rows, np.int64)
+        groups = tuple(
+            GroupState.from_windows(
+                each.settings,
+                own,
+                windows[rows.start : rows.stop],
+                recorded[rows.start : rows.stop],
             )
-        return cls(settings[0].rule.name, mode, framework, tuple(groups), __version__)
+            for each, own, rows in zip(settings, infos, by_group)
+        )
+        return cls(settings[0].rule.name, mode, framework, groups, __version__)
 
     # -- rows --------------------------------------------------------------------------------
-
-    @property
-    def sizes(self) -> list[int]:
-        """The number of parameters of each group."""
-        return [len(group.parameters) for group in self.groups]
 
     @property
     def row_names(self) -> tuple[str, ...]:
@@ -239,7 +224,7 @@ class State:
             ],
         }
         _refuse_first(_metadata_faults({**metadata, "sha256": ""}), source)
-        check_size(sum(_nbytes(group) for group in self.groups), source)
+        check_size(sum(4 * g.values.size + 16 * g.lengths.size for g in self.groups), source)
         _refuse_first(self._history_faults(), source)
         tensors = {
             f"groups.{i}.{name}": (dtype, getattr(group, name))
@@ -367,14 +352,10 @@ class State:
         """Faults in the tensors of a state whose metadata is right."""
         for i, group in enumerate(self.groups):
             [rows] = map(len, self.mode.rows_by_group([len(group.parameters)]))
-            for name, dtype in (
-                ("lengths", np.int64),
-                ("recorded", np.int64),
-                ("values", np.float32),
-            ):
+            for name, dtype in _TENSORS.items():
                 found = getattr(group, name).dtype
-                if not np.can_cast(found, dtype):
-                    yield f"group {i} has {name} of dtype {found}, not {np.dtype(dtype)}"
+                if not np.can_cast(found, DTYPES[dtype]):
+                    yield f"group {i} has {name} of dtype {found}, not {DTYPES[dtype].name}"
             values = group.values
             lengths, recorded = group.lengths.astype(np.int64), group.recorded.astype(np.int64)
             if lengths.shape != (rows,) or recorded.shape != (rows,):
@@ -396,10 +377,6 @@ class State:
             # Written so that NaN, which min and max return if there is one, is refused.
             if held and not (values.min() >= SMALLEST_NORM and values.max() < np.inf):
                 yield f"group {i} holds a norm that is zero, negative, NaN or infinite"
-
-
-def _nbytes(group: GroupState) -> int:
-    return 4 * group.values.size + 8 * group.lengths.size + 8 * group.recorded.size
 
 
 def _check_version(version: object, source: str) -> None:
@@ -450,8 +427,9 @@ def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
         if fault:
             yield f"group {i}: {fault}"
         for k, parameter in enumerate(group["parameters"]):
-            if not _is_parameter(parameter):
-                yield f"parameter {k} of group {i} {_parameter_fault(parameter)}"
+            fault = _parameter_fault(parameter)
+            if fault:
+                yield f"parameter {k} of group {i} {fault}"
 
 
 def _settings_fault(settings: Mapping[str, Any]) -> str | None:
@@ -486,27 +464,18 @@ def _is_setting(value: object, depth: int) -> bool:
     return all(_is_setting(each, depth - 1) for each in value)
 
 
-def _is_parameter(parameter: Any) -> bool:
-    if not isinstance(parameter, dict) or parameter.keys() != {"name", "shape"}:
-        return False
-    name, shape = parameter["name"], parameter["shape"]
-    return (name is None or isinstance(name, str)) and (shape is None or _is_shape(shape))
-
-
-def _is_shape(shape: Any) -> bool:
-    return (
-        isinstance(shape, list)
-        and len(shape) <= _MAX_RANK
-        and all(type(n) is int and 0 <= n < 2**63 for n in shape)
-    )
-
-
-def _parameter_fault(parameter: Any) -> str:
+def _parameter_fault(parameter: Any) -> str | None:
     if not isinstance(parameter, dict) or parameter.keys() != {"name", "shape"}:
         return f"is {brief_repr(parameter)}, not an object of name and shape"
     name, shape = parameter["name"], parameter["shape"]
     if not (name is None or isinstance(name, str)):
         return f"has the name {brief_repr(name)}, not a string or null"
+    if shape is None or (
+        isinstance(shape, list)
+        and len(shape) <= _MAX_RANK
+        and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    ):
+        return None
     return (
         f"has the shape {brief_repr(shape)}, not null or at most {_MAX_RANK} sizes from 0 to "
         "2**63 - 1"
