@@ -41,7 +41,13 @@ _ELSEWHERE = {
         "write the history in an autoclip 0.2.1 checkpoint to a file",
     )
 }
-_KINDS = ("overview", "norms", "distribution", "clipped")
+# The functions of `plot`, and the arguments that they take from the command.
+_KINDS = {
+    "overview": ("row", "quantiles"),
+    "norms": ("row",),
+    "distribution": ("row", "quantiles"),
+    "clipped": (),
+}
 
 # A shell's status for a program that a signal ended: 128 and the signal's number.
 _INTERRUPTED = 128 + 2
@@ -118,8 +124,10 @@ def _escaping(stream: Any) -> Iterator[None]:
             stream.reconfigure(errors=old)
 
 
-def _words(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _fail(message: str, code: int) -> int:
@@ -283,13 +291,8 @@ def _plot(arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         # Of characters that matplotlib's font does not have.
         warnings.simplefilter("ignore", UserWarning)
-        if arguments.kind == "clipped":
-            figure = plot.clipped(state)
-        elif arguments.kind == "norms":
-            figure = plot.norms(state, arguments.row)
-        else:
-            draw = plot.overview if arguments.kind == "overview" else plot.distribution
-            figure = draw(state, arguments.row, quantiles=arguments.quantiles)
+        options = {name: getattr(arguments, name) for name in _KINDS[arguments.kind]}
+        figure = getattr(plot, arguments.kind)(state, **options)
         figure.savefig(arguments.output, dpi=150)
     return 0
 
@@ -316,9 +319,7 @@ def _checked(name: str) -> tuple[dict[str, object], int]:
         _, states = _read(name)
     except StateError as error:
         return {"ok": False, "error": str(error)}, 1
-    except OSError as error:
+    except (OSError, ImportError) as error:
         return {"ok": False, "error": _words(error)}, 2
-    except ImportError as error:
-        return {"ok": False, "error": str(error)}, 2
     rows = sum(len(group.lengths) for each in states.values() for group in each.groups)
     return {"ok": True, "histories": len(states), "rows": rows}, 0

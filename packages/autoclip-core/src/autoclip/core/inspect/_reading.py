@@ -11,10 +11,12 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from autoclip.core._errors import StateError
+from autoclip.core._rules.rule import RULES
+from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state.files import CHECKPOINT_FILE, PathLike, read_file
-from autoclip.core._state.state import State
+from autoclip.core._state.state import GroupState, State
 
-__all__ = ["READERS", "find_states", "read_states"]
+__all__ = ["READERS", "find_states", "read_states", "settings_of"]
 
 READERS = "autoclip.readers"
 """The entry point group of functions that find histories in a framework's files.
@@ -197,3 +199,19 @@ def _call(reader: EntryPoint, name: str) -> Any:
         raise
     except Exception as error:  # a reader is someone else's code
         raise StateError(f"{name} cannot be read by {reader.value}: {error!r:.300}") from error
+
+
+def settings_of(rule: str, group: GroupState) -> GroupSettings | None:
+    """The settings to compute thresholds with; None if the rule or a value is not known here.
+
+    A file of another release may lack a setting, which then has its default, or have others.
+    """
+    if rule not in RULES:
+        return None
+    saved = group.settings
+    own = {name: saved[name] for name in RULES[rule].setting_names() if name in saved}
+    shared = {name: saved[name] for name in CLIPPER_SETTINGS if name in saved}
+    try:
+        return GroupSettings(RULES[rule].from_settings(own), **shared)
+    except (TypeError, ValueError):
+        return None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._numpy.history import History
-from autoclip.core._rules.rule import RULES
-from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
-from autoclip.core._state.state import GroupState, State
+from autoclip.core._settings.settings import GroupSettings
+from autoclip.core._state.state import State
+from autoclip.core.inspect._reading import settings_of
 from autoclip.core.inspect._replay import Replay, replay
 from autoclip.core.inspect._text import printable
 
@@ -30,7 +30,6 @@ class Rows:
         groups: int[rows], the group that each row belongs to.
         windows: float32[length] a row, oldest norm first.
         recorded: int64[rows], how many norms each row has ever recorded.
-        settings: of each row; None if the rule is not registered in this process.
     """
 
     state: State
@@ -38,26 +37,22 @@ class Rows:
     groups: list[int]
     windows: list[npt.NDArray[np.float32]]
     recorded: npt.NDArray[np.int64]
-    settings: list[GroupSettings] | None
 
     @classmethod
     def of(cls, state: State) -> Rows:
         """The rows of a state."""
         groups = [i for i, group in enumerate(state.groups) for _ in group.lengths]
-        by_group = [_settings_of(state.rule, group) for group in state.groups]
-        known = [settings for settings in by_group if settings is not None]
-        windows, recorded = state.by_row()
-        return cls(
-            state,
-            state.row_names,
-            groups,
-            windows,
-            recorded,
-            [known[i] for i in groups] if len(known) == len(by_group) else None,
-        )
+        return cls(state, state.row_names, groups, *state.by_row())
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def settings(self) -> list[GroupSettings] | None:
+        """The settings of each row; None if the rule is not registered in this process."""
+        by_group = [settings_of(self.state.rule, group) for group in self.state.groups]
+        known = [settings for settings in by_group if settings is not None]
+        return [known[i] for i in self.groups] if len(known) == len(by_group) else None
 
     @property
     def shows_clipping(self) -> bool:
@@ -66,14 +61,12 @@ class Rows:
 
     def only(self, row: int) -> Rows:
         """One row alone."""
-        settings = None if self.settings is None else [self.settings[row]]
-        return Rows(
-            self.state,
-            (self.names[row],),
-            [self.groups[row]],
-            [self.windows[row]],
-            self.recorded[[row]],
-            settings,
+        return replace(
+            self,
+            names=(self.names[row],),
+            groups=[self.groups[row]],
+            windows=[self.windows[row]],
+            recorded=self.recorded[[row]],
         )
 
     def newest(self, count: int) -> list[npt.NDArray[np.float32]]:
@@ -126,25 +119,20 @@ class Rows:
             raise KeyError(f"{len(found)} rows have {row!r} in their names: {some}.")
         raise KeyError(f"There is no row {row!r}. The {len(self)} rows are {some}.")
 
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """float64[rows]: `Replay.shares`; NaN if the norms do not show clipping."""
+        if self.replay is None or not self.shows_clipping:
+            return np.full(len(self), np.nan)
+        return self.replay.shares
+
+    @property
+    def coefficients(self) -> npt.NDArray[np.float64]:
+        """float64[rows]: `Replay.coefficients`; NaN if the norms do not show clipping."""
+        if self.replay is None or not self.shows_clipping:
+            return np.full(len(self), np.nan)
+        return self.replay.coefficients
+
     def hardest_first(self) -> npt.NDArray[np.int64]:
         """int64[rows]: all rows, lowest mean coefficient first; empty windows come last."""
-        coefficients = np.full(len(self), np.nan)
-        if self.replay is not None and self.shows_clipping:
-            coefficients = self.replay.coefficients
-        return np.argsort(coefficients, kind="stable")  # NaN comes last
-
-
-def _settings_of(rule: str, group: GroupState) -> GroupSettings | None:
-    """The settings to compute thresholds with; None if the rule or a value is not known here.
-
-    A file of another release may lack a setting, which then has its default, or have others.
-    """
-    if rule not in RULES:
-        return None
-    saved = group.settings
-    own = {name: saved[name] for name in RULES[rule].setting_names() if name in saved}
-    shared = {name: saved[name] for name in CLIPPER_SETTINGS if name in saved}
-    try:
-        return GroupSettings(RULES[rule].from_settings(own), **shared)
-    except (TypeError, ValueError):
-        return None
+        return np.argsort(self.coefficients, kind="stable")  # NaN comes last

@@ -213,9 +213,6 @@ def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
     (2.5, 0.75)
     """
     rows = rows_of(source)
-    shares = coefficients = np.full(len(rows), np.nan)
-    if rows.replay is not None and rows.shows_clipping:
-        shares, coefficients = rows.replay.shares, rows.replay.coefficients
     shapes: list[tuple[int, ...] | None] = [None] * len(rows)
     if not rows.state.mode.joins:
         shapes = [each.shape for group in rows.state.groups for each in group.parameters]
@@ -229,16 +226,15 @@ def summarize(source: Source, report: Report[Any] | None = None) -> Summary:
         (float(window[-1]) if len(window) else math.nan for window in rows.windows),
         map(_median, rows.windows),
         rows.thresholds.tolist(),
-        shares.tolist(),
-        coefficients.tolist(),
+        rows.shares.tolist(),
+        rows.coefficients.tolist(),
     )
-    last = {} if report is None else log_values(report)
-    by_name = {}
+    last, by_name, notices = {}, {}, state_notices(rows.state)
     if report is not None:
+        last = log_values(report)
         by_name = dict(zip(report.names, np.asarray(report.coefficients, np.float64).tolist()))
-    notices = state_notices(rows.state)
-    if report is not None and not recorded_rows(report).any():
-        notices.append(idle_notice("The last step", last["autoclip/total_norm"]))
+        if not recorded_rows(report).any():
+            notices.append(idle_notice("The last step", last["autoclip/total_norm"]))
     return Summary(rows.state, tuple(summaries), last, by_name, tuple(notices), rows)
 
 

@@ -11,6 +11,7 @@ from autoclip.core._rules.quantile import Quantile
 from autoclip.core._rules.rule import RULES
 from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state.state import GroupState, State
+from autoclip.core.inspect._reading import settings_of
 
 if TYPE_CHECKING:
     from autoclip.core.inspect._summary import RowSummary, Summary
@@ -80,20 +81,15 @@ def describe(summary: Summary, max_rows: int | None, width: int) -> str:
 
 def _settings(rule: str, group: GroupState) -> str:
     """The settings of a group: the rule's, `history_length`, and those that are not the default."""
-    known = RULES.get(rule)
-    own = () if known is None else known.setting_names()
-    try:
-        chosen = {name: group.settings[name] for name in own if name in group.settings}
-        made = Quantile() if known is None else known.from_settings(chosen)
-        usual = {name: GroupSettings(made).settings[name] for name in CLIPPER_SETTINGS}
-    except (TypeError, ValueError):
-        usual = {}
+    own = RULES[rule].setting_names() if rule in RULES else ()
+    known = settings_of(rule, group)
+    defaults = GroupSettings(Quantile() if known is None else known.rule).settings
+    usual = {name: defaults[name] for name in CLIPPER_SETTINGS if name != "history_length"}
     order = [*own, "history_length", *CLIPPER_SETTINGS, *sorted(group.settings)]
     return ", ".join(
         f"{printable(name)}={group.settings[name]!r}"
         for name in dict.fromkeys(order)
-        if name in group.settings
-        and (name == "history_length" or name not in usual or group.settings[name] != usual[name])
+        if name in group.settings and (name not in usual or group.settings[name] != usual[name])
     )
 
 

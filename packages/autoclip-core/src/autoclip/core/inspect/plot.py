@@ -137,22 +137,19 @@ def overview(
     """
     rows = rows_of(source)
     index = _index(rows, row)
-    if len(rows) == 1:
-        figure, axes = _pyplot().subplots(2, 1, figsize=(8.0, 7.0), layout="constrained")
-        above, below = axes
-    else:
-        height = max(7.0, 1.3 + 0.2 * min(len(rows), 40))
-        figure, axes = _pyplot().subplot_mosaic(
-            [["norms", "clipped"], ["distribution", "clipped"]],
-            figsize=(14.0, height),
-            width_ratios=[1.3, 1.0],
-            layout="constrained",
-        )
-        above, below = axes["norms"], axes["distribution"]
+    mosaic, size, widths = [["norms"], ["distribution"]], (8.0, 7.0), [1.0]
+    if len(rows) > 1:
+        mosaic, widths = [["norms", "clipped"], ["distribution", "clipped"]], [1.3, 1.0]
+        size = 14.0, max(7.0, 1.3 + 0.2 * min(len(rows), 40))
+    figure: Figure
+    figure, axes = _pyplot().subplot_mosaic(
+        mosaic, figsize=size, width_ratios=widths, layout="constrained"
+    )
+    _draw_norms(rows, index, axes["norms"])
+    _draw_distribution(rows, index, quantiles, axes["distribution"])
+    if "clipped" in axes:
         _draw_clipped(rows, 40, axes["clipped"])
-    _draw_norms(rows, index, above)
-    _draw_distribution(rows, index, quantiles, below)
-    return figure  # type: ignore[no-any-return]
+    return figure
 
 
 def use_files_only() -> None:
@@ -197,37 +194,31 @@ def _draw_norms(rows: Rows, row: int, ax: Axes) -> None:
         _say(ax, "nothing was recorded yet")
         return
     one = rows.only(row)
-    replay = one.replay
     newest = int(rows.recorded[row])
     steps = np.arange(newest - len(window), newest) + 1
     ax.plot(steps, window, ".", color=_BLUE, markersize=3, label="norm")
-    if replay is not None:
-        shown = len(replay.thresholds[0])
-        thresholds = np.where(np.isfinite(replay.thresholds[0]), replay.thresholds[0], np.nan)
-        exact = replay.counts[0]
-        ax.plot(
-            steps[-shown:], np.where(exact, thresholds, np.nan), color=_ORANGE, label="threshold"
+    if one.replay is not None:
+        [thresholds], [exact], [spikes] = (
+            one.replay.thresholds,
+            one.replay.counts,
+            one.replay.clipped,
         )
+        recent = steps[-len(thresholds) :]
+        limits = np.where(np.isfinite(thresholds), thresholds, np.nan)
+        ax.plot(recent, np.where(exact, limits, np.nan), color=_ORANGE, label="threshold")
         if not exact.all():
-            # One step more, so that the two lines meet.
-            older = thresholds[: int(np.argmax(exact)) + 1]
-            ax.plot(
-                steps[-shown:][: len(older)],
-                older,
-                ":",
-                color=_ORANGE,
-                label="threshold, from few norms",
-            )
+            older = slice(int(np.argmax(exact)) + 1)  # one step more, so that the two lines meet
+            label = "threshold, from few norms"
+            ax.plot(recent[older], limits[older], ":", color=_ORANGE, label=label)
         if one.shows_clipping:
-            spikes = replay.clipped[0] & exact
-            share = 100 * replay.shares[0]
+            clipped = np.flatnonzero(spikes & exact)
             ax.plot(
-                steps[-shown:][spikes],
-                window[-shown:][spikes],
+                recent[clipped],
+                window[-len(recent) :][clipped],
                 ".",
                 color=_RED,
                 markersize=5,
-                label=f"clipped ({share:.3g} %)",
+                label=f"clipped ({100 * one.shares[0]:.3g} %)",
             )
     if window.max() > _MOST_SPREAD * window.min():
         ax.set_yscale("log")
@@ -297,21 +288,18 @@ def _draw_far(
     ax: Axes,
 ) -> None:
     """Draw one bar for norms far above the others, behind the last mark."""
-    if ax.get_xscale() == "log":
-        begin = last * (edges[-1] / edges[-2]) ** 3
-        end = begin * (edges[-1] / edges[-2]) ** 2
-    else:
-        begin = last + 3 * (edges[-1] - edges[-2])
-        end = begin + 2 * (edges[-1] - edges[-2])
+    scale, inverse = (np.log, np.exp) if ax.get_xscale() == "log" else (np.asarray, np.asarray)
+    [width] = np.diff(scale(edges[-2:]))
+    begin, middle, end = inverse(scale(last) + width * np.array([3, 4, 5]))
     number = f"{len(far)} norm{'s' * (len(far) != 1)}"
     reach = f"{far[0]:.3g}" if far[0] == far[-1] else f"{far[0]:.3g} to {far[-1]:.3g}"
-    ax.bar(
-        begin, len(far), end - begin, align="edge", color=_RED, label=f"{number} far above: {reach}"
-    )
+    label = f"{number} far above: {reach}"
+    ax.bar(begin, len(far), end - begin, align="edge", color=_RED, label=label)
     ax.annotate(
         "≫",
-        ((begin * end) ** 0.5 if ax.get_xscale() == "log" else (begin + end) / 2, len(far)),
-        *((0, 2), "data", "offset points"),
+        (middle, len(far)),
+        xytext=(0, 2),
+        textcoords="offset points",
         ha="center",
         color=_RED,
     )
@@ -364,16 +352,11 @@ def _spread(positions: npt.NDArray[np.float64], space: float) -> npt.NDArray[np.
 
 def _draw_clipped(rows: Rows, max_rows: int, ax: Axes) -> None:
     ax.set_xlabel("share of norms clipped, %")
-    replay = rows.replay
-    if replay is None or not rows.shows_clipping:
-        _say(
-            ax,
-            f"the rule {rows.state.rule!r} is not registered here"
-            if replay is None
-            else "norms were recorded after clipping",
-        )
+    if not rows.shows_clipping:
+        unknown = f"the rule {rows.state.rule!r} is not registered here"
+        _say(ax, unknown if rows.settings is None else "norms were recorded after clipping")
         return
-    shares = 100 * replay.shares
+    shares = 100 * rows.shares
     known = shares[~np.isnan(shares)]
     if not len(known):
         _say(ax, "nothing was recorded yet")
