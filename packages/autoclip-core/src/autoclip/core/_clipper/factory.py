@@ -7,7 +7,7 @@ import inspect
 from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 __all__ = ["OptimizerFactory", "make_factory"]
 
@@ -24,9 +24,11 @@ class _Clipping:
     args: tuple[Any, ...]
     settings: Mapping[str, Any]
 
-    def attach_to(self, optimizer: OptimizerT) -> OptimizerT:
-        made: OptimizerT = self.clipper_class.as_optimizer(optimizer, *self.args, **self.settings)
-        return made
+    def attach_to(self, optimizer: Any) -> Any:
+        return self.clipper_class.as_optimizer(optimizer, *self.args, **self.settings)
+
+    def factory_of(self, optimizer_class: type) -> Any:
+        return self.clipper_class.optimizer_factory(optimizer_class, *self.args, **self.settings)
 
 
 class OptimizerFactory(ABCMeta):
@@ -46,8 +48,7 @@ class OptimizerFactory(ABCMeta):
         """An optimizer of the factory's optimizer class, made from its arguments, that clips."""
         clipping = vars(cls).get(_CLIPPING)
         if clipping is None:  # a subclass of a factory makes its own instances
-            inherited: _Clipping = getattr(cls, _CLIPPING)
-            return inherited.attach_to(super().__call__(*args, **kwargs))
+            return getattr(cls, _CLIPPING).attach_to(super().__call__(*args, **kwargs))
         return clipping.attach_to(cls.__bases__[0](*args, **kwargs))
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -114,11 +115,10 @@ def make_factory(
     names = ("__module__", "__qualname__", "__doc__")
     copied = {name: getattr(optimizer_class, name) for name in names}
     clipping = _Clipping(clipper_class, tuple(args), dict(settings))
-    factory: Any = OptimizerFactory(
-        optimizer_class.__name__, (optimizer_class,), {**copied, _CLIPPING: clipping}
+    contents = {**copied, _CLIPPING: clipping}
+    return cast(
+        "type[OptimizerT]", OptimizerFactory(optimizer_class.__name__, (optimizer_class,), contents)
     )
-    made: type[OptimizerT] = factory
-    return made
 
 
 def _not_a_class(call: str, given: Any, base: type) -> str:
@@ -134,25 +134,11 @@ def _not_a_class(call: str, given: Any, base: type) -> str:
     return message
 
 
-def _restore(
-    clipper_class: Any,
-    optimizer_class: type,
-    args: tuple[Any, ...],
-    settings: Mapping[str, Any],
-) -> Any:
-    return clipper_class.optimizer_factory(optimizer_class, *args, **settings)
-
-
 def _reduce(factory: OptimizerFactory) -> str | tuple[Callable[..., Any], tuple[Any, ...]]:
     clipping = vars(factory).get(_CLIPPING)
     if clipping is None:  # a subclass, which its module has under its name
         return factory.__qualname__
-    return _restore, (
-        clipping.clipper_class,
-        factory.__bases__[0],
-        clipping.args,
-        clipping.settings,
-    )
+    return clipping.factory_of, (factory.__bases__[0],)
 
 
 # Pickle looks for classes under their names, where the optimizer's own class would be found.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,17 +17,18 @@ __all__ = ["check_fields", "check_flag", "check_known_settings", "setting"]
 _KEY = "autoclip"
 
 
+_COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}
+_NUMBERS: dict[type, type] = {float: Real, int: Integral}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """The values that a setting may have."""
+    """The values that a setting may have: of a type, within bounds, or one of some words."""
 
     kind: type
-    optional: bool
-    gt: float | None
-    ge: float | None
-    lt: float | None
-    le: float | None
-    choices: tuple[str, ...]
+    optional: bool = False
+    bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    choices: tuple[str, ...] = ()
 
     @property
     def takes(self) -> str:
@@ -40,53 +42,40 @@ class _Limits:
         return f"{text} or None" if self.optional else text
 
     def _number(self) -> str:
-        low = self.ge if self.gt is None else self.gt
-        high = self.le if self.lt is None else self.lt
-        if self.kind is float and low is not None and high is not None:
-            opening, closing = "[" if self.gt is None else "(", "]" if self.lt is None else ")"
+        if self.kind is float and len(self.bounds) == 2:
+            low, high = self.bounds.values()
+            opening = "[" if "≥" in self.bounds else "("
+            closing = "]" if "≤" in self.bounds else ")"
             return f"a real number in {opening}{low:g}, {high:g}{closing}"
-        limits = [
-            f"{sign} {_short(limit)}"
-            for sign, limit in (("≥", self.ge), (">", self.gt), ("≤", self.le), ("<", self.lt))
-            if limit is not None
-        ]
         noun = "an int" if self.kind is int else "a finite real number"
-        return f"{noun} {' and '.join(limits)}".rstrip()
-
-    def fits(self, value: float) -> bool:
-        return (
-            (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
+        limits = " and ".join(f"{sign} {_short(limit)}" for sign, limit in self.bounds.items())
+        return f"{noun} {limits}".rstrip()
 
     def check(self, name: str, value: Any) -> Any:
         """Return `value` in the setting's own type, or raise TypeError or ValueError."""
         if value is None and self.optional:
             return None
-        if self.kind in (int, float):
+        if self.kind in _NUMBERS:
             value = _plain_number(value)
-        expected: Any = {float: Real, int: Integral}.get(self.kind, self.kind)
+        number: Any = value if type(value) is self.kind else self._converted(name, value)
+        fits = all(_COMPARE[sign](number, limit) for sign, limit in self.bounds.items())
+        if self.kind is float:
+            fits = fits and math.isfinite(number)
+        if not fits or (self.choices and number not in self.choices):
+            raise ValueError(f"{name} must be {self.takes}, but got {value!r:.200}.")
+        return number
+
+    def _converted(self, name: str, value: Any) -> Any:
         # bool is an int to Python, and True for a number is almost certainly a mistake.
-        is_flag = self.kind is not bool and isinstance(value, bool)
-        if is_flag or not isinstance(value, expected):
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS.get(self.kind, self.kind)):
             raise TypeError(
                 f"{name} must be {self.takes}, but got {value!r:.200} of type "
                 f"{type(value).__name__}."
             )
-        if self.kind is float:
-            try:
-                number = float(value)
-            except OverflowError:  # an int or a Fraction beyond float64, so outside every range
-                number = math.nan
-            fits = math.isfinite(number) and self.fits(number)
-        else:
-            number = self.kind(value)
-            fits = value in self.choices if self.choices else self.fits(number)
-        if not fits:
-            raise ValueError(f"{name} must be {self.takes}, but got {value!r:.200}.")
-        return number
+        try:
+            return self.kind(value)
+        except OverflowError:  # an int or a Fraction beyond float64, so outside every range
+            return math.inf
 
 
 def _short(limit: float) -> str:
@@ -96,13 +85,8 @@ def _short(limit: float) -> str:
 
 def _plain_number(value: Any) -> Any:
     # autoclip 0.2.1 took its quantile as a 0-d tensor; a 0-d NumPy array is as unambiguous.
-    if (
-        not isinstance(value, Real)
-        and getattr(value, "shape", None) == ()
-        and hasattr(value, "item")
-    ):
-        return value.item()
-    return value
+    is_array = getattr(value, "shape", None) == () and not isinstance(value, Real)
+    return value.item() if is_array and hasattr(value, "item") else value
 
 
 def setting(
@@ -146,7 +130,9 @@ def setting(
     ValueError: factor must be a finite real number > 0, but got -1.
     """
     of = kind or (float if default is None else type(default))
-    limits = _Limits(of, default is None, gt, ge, lt, le, tuple(choices))
+    given = {"≥": ge, ">": gt, "≤": le, "<": lt}
+    bounds = {sign: limit for sign, limit in given.items() if limit is not None}
+    limits = _Limits(of, default is None, bounds, tuple(choices))
     return dataclasses.field(default=default, metadata={_KEY: limits})
 
 
@@ -169,11 +155,8 @@ def check_flag(name: str, value: Any) -> bool:
     Raises:
         TypeError: it is anything else; a number given by position would otherwise pass as a flag.
     """
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be True or False, but got {value!r:.200} of type {type(value).__name__}."
-        )
-    return value
+    flag: bool = _Limits(bool).check(name, value)
+    return flag
 
 
 def check_known_settings(given: Iterable[str], known: Iterable[str], where: str) -> None:
