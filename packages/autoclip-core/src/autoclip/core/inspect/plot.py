@@ -62,9 +62,9 @@ def norms(source: Source, row: int | str | None = None, *, ax: Axes | None = Non
         StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
-    rows = rows_of(source)
+    rows = _rows(source)
     figure, ax = _axes(ax, (8.0, 4.0))
-    _draw_norms(rows, _index(rows, row), ax)
+    _draw_norms(rows, rows.index(row), ax)
     return figure
 
 
@@ -90,9 +90,9 @@ def distribution(
         StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
-    rows = rows_of(source)
+    rows = _rows(source)
     figure, ax = _axes(ax, (8.0, 4.0))
-    _draw_distribution(rows, _index(rows, row), quantiles, ax)
+    _draw_distribution(rows, rows.index(row), quantiles, ax)
     return figure
 
 
@@ -110,8 +110,7 @@ def clipped(source: Source, *, max_rows: int = 40, ax: Axes | None = None) -> Fi
         StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
-    rows = rows_of(source)
-    _check_rows(rows)
+    rows = _rows(source)
     figure, ax = _axes(ax, (8.0, 1.3 + 0.2 * min(max(len(rows), _FEWEST_BARS), max_rows)))
     _draw_clipped(rows, max_rows, ax)
     return figure
@@ -135,8 +134,8 @@ def overview(
         StateError, OSError: the file cannot be read; see `autoclip.core.inspect.summarize`.
         ImportError: matplotlib is not installed.
     """
-    rows = rows_of(source)
-    index = _index(rows, row)
+    rows = _rows(source)
+    index = rows.index(row)
     mosaic, size, widths = [["norms"], ["distribution"]], (8.0, 7.0), [1.0]
     if len(rows) > 1:
         mosaic, widths = [["norms", "clipped"], ["distribution", "clipped"]], [1.3, 1.0]
@@ -175,14 +174,11 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return ax.figure, ax  # type: ignore[return-value]
 
 
-def _index(rows: Rows, row: int | str | None) -> int:
-    _check_rows(rows)
-    return rows.index(row)
-
-
-def _check_rows(rows: Rows) -> None:
+def _rows(source: Source) -> Rows:
+    rows = rows_of(source)
     if not len(rows):
         raise KeyError("The history has no rows, so there is nothing to draw.")
+    return rows
 
 
 def _draw_norms(rows: Rows, row: int, ax: Axes) -> None:
