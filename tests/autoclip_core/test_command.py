@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import LOAD
+from command import main as command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import autoclip.core
 from autoclip.core import GroupState, History, ParameterInfo, Quantile, State, StateError
-from autoclip.core.__main__ import main as command
 from autoclip.core.adapter import GroupSettings
 from autoclip.core.inspect import read_states, summarize
 
@@ -68,10 +69,7 @@ class TestAsAProcess:
         assert "encoder.weight.1" in found.stdout
 
     def test_it_needs_no_framework(self, file: Path) -> None:
-        code = (
-            "import sys; from autoclip.core.__main__ import main; main();"
-            "print(*sys.modules, file=sys.stderr)"
-        )
+        code = f"import sys; {LOAD} main(); print(*sys.modules, file=sys.stderr)"
         found = subprocess.run(
             [sys.executable, "-c", code, "show", file], capture_output=True, text=True
         )
@@ -123,7 +121,7 @@ class TestAsAProcess:
             # A program in the background begins with it ignored.
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "from autoclip.core import State\n"
-            "from autoclip.core.__main__ import main\n"
+            f"{LOAD}\n"
             "State.from_bytes = lambda data, source: signal.raise_signal(signal.SIGINT)\n"
             "sys.exit(main())"
         )
@@ -147,10 +145,8 @@ class TestAsAProcess:
         assert found.stderr == "autoclip: [Errno 28] No space left on device\n"
 
     def test_a_file_of_another_kind_loads_no_framework(self, tmp_path: Path) -> None:
-        code = (
-            "import sys; from autoclip.core.__main__ import main; code = main();"
-            "print(*sys.modules, file=sys.stderr); sys.exit(code)"
-        )
+        show = "print(*sys.modules, file=sys.stderr)"
+        code = f"import sys; {LOAD} code = main(); {show}; sys.exit(code)"
         (tmp_path / "notes.txt").write_text("some words about a run")
         found = subprocess.run(
             [sys.executable, "-c", code, "show", tmp_path / "notes.txt"],

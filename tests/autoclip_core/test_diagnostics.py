@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import RULES
 
 from autoclip.core import (
     GroupState,
@@ -31,14 +32,8 @@ from autoclip.core.inspect import summarize
 STREAMS = st.integers(0, 2**32 - 1).map(
     lambda seed: np.random.default_rng(seed).lognormal(size=(30, 3)).astype(np.float32)
 )
-RULES = st.sampled_from(
-    [
-        Quantile(0.5),
-        Quantile(0.9, factor=1.1),
-        Standard(1.0),
-        Standard(0.5, decay=0.9),
-        Standard(1.0, log=True),
-    ]
+EACH_RULE = st.sampled_from(
+    [RULES[name] for name in ("quantile", "factor", "standard", "decay", "log")]
 )
 
 
@@ -50,7 +45,7 @@ def recorded(stream: Any, rule: Any, **options: Any) -> tuple[History, list[Repo
 @settings(max_examples=25)
 @given(
     STREAMS,
-    RULES,
+    EACH_RULE,
     st.booleans(),
     st.sampled_from([None, 1.5]),
     st.sampled_from([0, 5]),
@@ -124,7 +119,7 @@ NUMBERS = st.fixed_dictionaries(
 @settings(max_examples=25)
 @given(
     st.integers(0, 2**32 - 1),
-    st.lists(st.tuples(RULES, NUMBERS), min_size=1, max_size=4),
+    st.lists(st.tuples(EACH_RULE, NUMBERS), min_size=1, max_size=4),
     st.lists(st.integers(0, 30), min_size=3, max_size=30),
     st.integers(0, 3),
 )
@@ -272,7 +267,7 @@ def test_also_if_it_clips_some_of_the_steps_only() -> None:
 
 
 @settings(max_examples=25)
-@given(STREAMS, RULES, st.booleans())
+@given(STREAMS, EACH_RULE, st.booleans())
 def test_norms_that_vary_are_not(stream: Any, rule: Any, equal_rows: bool) -> None:
     if equal_rows:
         stream[:] = stream[:, :1]

@@ -7,22 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 from interrupts import interrupted
-from rules import Mad
+from rules import RULES
 
-from autoclip.core import History, Quantile, Rule, Standard
+from autoclip.core import History, Rule
 
 LENGTH = 20
-
-
-RULES: list[Rule] = [
-    Quantile(0.5),
-    Standard(1.0, factor=0.5),
-    Standard(1.0, decay=0.9, shrink=True),
-    Standard(1.0, log=True),
-    Mad(1.0),
-]
+OF_EACH_KIND = [RULES[name] for name in ("quantile", "standard", "shrink", "log", "own")]
+each_rule = pytest.mark.parametrize("rule", OF_EACH_KIND, ids=str)
 # Sorted windows and whole ones of a few rows; bands and blocks of many.
-each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 each_size = pytest.mark.parametrize("rows", [2, 41])
 each_past = pytest.mark.parametrize("include_current", [True, False])
 # Where a ring grows, and where it is full.

@@ -23,8 +23,7 @@ from autoclip.core import (
     register_rule,
     setting,
 )
-from autoclip.core._rules.rule import structure_of
-from autoclip.core.adapter import RULES, GroupSettings, needs_order
+from autoclip.core.adapter import RULES, GroupSettings, needs_order, rows_by_storage
 
 
 @dataclass(frozen=True)
@@ -433,9 +432,15 @@ def test_which_rules_need_their_norms_in_order(rule: Rule, order: bool) -> None:
 
 
 def test_rows_that_are_recorded_together_differ_in_floats_alone() -> None:
-    assert structure_of(Standard(1.0, 0.5)) == structure_of(Standard(2.0, 0.25, 3.0))
-    assert structure_of(Standard()) != structure_of(Standard(decay=0.5))
-    assert structure_of(Standard()) != structure_of(Standard(shrink=True))
+    rules = [
+        Standard(1.0, 0.5),
+        Standard(2.0, 0.25, 3.0),
+        Standard(),
+        Standard(shrink=True),
+        Standard(2.0, factor=3.0),
+    ]
+    together = rows_by_storage([GroupSettings(rule) for rule in rules])
+    assert sorted(together) == [[0, 1], [2, 4], [3]]
 
 
 @pytest.mark.parametrize(

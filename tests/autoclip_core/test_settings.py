@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoclip.core import History, ParameterInfo, Quantile, Standard, State
-from autoclip.core._settings.fields import check_flag, check_known_settings
 from autoclip.core.adapter import (
     ClipperSettings,
     GroupSettings,
@@ -265,32 +264,41 @@ def test_what_is_not_a_word_is_a_wrong_type(name: str, value: Any) -> None:
     )
 
 
+each_flag = pytest.mark.parametrize("flag", ["global_clipping", "group_clipping"])
+
+
+@each_flag
 @pytest.mark.parametrize("value", [True, False])
-def test_a_flag_takes_true_and_false(value: bool) -> None:
-    assert check_flag("global_clipping", value) is value
+def test_a_flag_takes_true_and_false(flag: str, value: bool) -> None:
+    made = ClipperSettings.make("Clipper", Quantile(), **{flag: value})
+    assert made.mode.arguments[flag] is value
     assert GroupSettings(Quantile(), include_current=value).include_current is value
 
 
+@each_flag
 @pytest.mark.parametrize("value", [0, 1, 1.0, "True", np.True_])
-def test_a_flag_takes_nothing_else(value: Any) -> None:
+def test_a_flag_takes_nothing_else(flag: str, value: Any) -> None:
     says = f"must be True or False, but got {value!r} of type {type(value).__name__}."
-    with pytest.raises(TypeError, match=exactly(f"global_clipping {says}")):
-        check_flag("global_clipping", value)
+    with pytest.raises(TypeError, match=exactly(f"{flag} {says}")):
+        ClipperSettings.make("Clipper", Quantile(), **{flag: value})
     with pytest.raises(TypeError, match="include_current must be True or False or None, but got"):
         GroupSettings(Quantile(), include_current=value)
 
 
 def test_known_settings_pass() -> None:
-    check_known_settings(iter(["b", "a"]), iter(["a", "b", "c"]), "the clipper")
+    own = ClipperSettings.make("Clipper", Quantile()).for_group({"max_norm": 2.0, "quantile": 0.5})
+    assert own == GroupSettings(Quantile(0.5), max_norm=2.0)
 
 
 def test_unknown_settings_are_named_with_the_known_ones() -> None:
-    says = "group 3 got the unknown setting 'quantil'. It takes 'quantile', 'history_length'."
+    made = ClipperSettings.make("Mine", Quantile())
+    known = ", ".join(map(repr, made.defaults))
+    says = f"A parameter group of Mine got the unknown setting 'quantil'. It takes {known}."
     with pytest.raises(ValueError, match=exactly(says)):
-        check_known_settings(["quantil"], ["quantile", "history_length"], "group 3")
-    says = "group 0 got the unknown settings 'a', 'c'. It takes 'b'."
+        made.for_group({"quantil": 0.5})
+    says = f"A parameter group of Mine got the unknown settings 'a', 'c'. It takes {known}."
     with pytest.raises(ValueError, match=exactly(says)):
-        check_known_settings(["a", "b", "c"], ["b"], "group 0")
+        made.for_group({"a": 1, "quantile": 0.5, "c": 2})
 
 
 # -- the settings of a group -------------------------------------------------------------------

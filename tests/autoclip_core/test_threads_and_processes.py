@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rules import RULES as TABLE
 
-from autoclip.core import History, MaxNorm, Quantile, Rule, Standard
+from autoclip.core import History, MaxNorm, Quantile, Rule
 
-RULES: list[Rule] = [Quantile(0.9), Standard(2.0), Standard(2.0, decay=0.9, shrink=True)]
+RULES = [TABLE[name] for name in ("quantile", "standard", "shrink")]
 STEPS, ROWS = 150, 12
 
 

@@ -10,70 +10,24 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from frameworks import WAYS
+from in_tensorflow import Steps
+from in_tensorflow import steps as shared_steps
+from keras_training import build_optimizer
 from processes import ForkServer
 
 from autoclip.core import History, Quantile, Report, Rule
 
-MODES = ("eager", "graph", "xla")
 
-
-class Steps:
-    """A clipper that is called eagerly, in a tf.function, or in one compiled by XLA.
-
-    Args:
-        clipper: not built yet.
-        shapes: of the variables.
-        mode: one of MODES.
-        dtype: of the variables.
-    """
-
-    def __init__(
-        self,
-        clipper: Any,
-        shapes: Sequence[tuple[int, ...]],
-        mode: str,
-        dtype: Any = tf.float32,
-    ) -> None:
-        self.clipper = clipper
-        self.variables = [
-            tf.Variable(tf.zeros(shape, dtype), name=f"variable_{i}")
-            for i, shape in enumerate(shapes)
-        ]
-        clipper.build(self.variables)
-        self._empty = clipper.state_dict()
-
-        def step(gradients: Sequence[Any]) -> list[Any]:
-            return [gradient for gradient, _ in clipper(zip(gradients, self.variables))]
-
-        self._step = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla")
-
-    def reset(self) -> None:
-        self.clipper.load_state_dict(self._empty)
-
-    def __call__(self, *gradients: Any) -> list[Any]:
-        given = [
-            None
-            if gradient is None
-            else gradient
-            if isinstance(gradient, tf.IndexedSlices)
-            else tf.constant(gradient, variable.dtype)
-            for gradient, variable in zip(gradients, self.variables, strict=True)
-        ]
-        return self._step(given)
-
-    def windows(self) -> list[list[float]]:
-        state = self.clipper.export_state()
-        return [window.tolist() for group in state.groups for window in group.windows()]
-
-
-@pytest.fixture(scope="session", params=MODES)
+@pytest.fixture(scope="session", params=WAYS["tensorflow"])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
-def steps() -> type[Steps]:
-    return Steps
+def steps() -> Callable[..., Steps]:
+    """Makes `Steps` without a history, whose functions are traced once for all tests."""
+    return shared_steps
 
 
 def make_model(**options: Any) -> Any:
@@ -217,9 +171,16 @@ def growing(data: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray
 
 @pytest.fixture
 def fit(growing: tuple[np.ndarray, np.ndarray]) -> Callable[..., dict[str, list[float]]]:
-    """Trains a compiled model on `growing` in batches of 16, always in the same order."""
+    """Trains a compiled model on `growing` in batches of 16, always in the same order.
 
-    def run(model: Any, epochs: int = 1, **options: Any) -> dict[str, list[float]]:
+    Its optimizer is built before, if it can be, unless the first step shall: `built=False`.
+    """
+
+    def run(
+        model: Any, epochs: int = 1, built: bool = True, **options: Any
+    ) -> dict[str, list[float]]:
+        if built:
+            build_optimizer(model)
         options = {"batch_size": 16, "shuffle": False, "verbose": 0, **options}
         return model.fit(*growing, epochs=epochs, **options).history
 

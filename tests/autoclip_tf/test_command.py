@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from command import main
 
 from autoclip.core import StateError
-from autoclip.core.__main__ import main
 from autoclip.core.inspect import plot, read_states
 from autoclip.tf import QuantileClip
 from autoclip.tf.logging import log_values, summarize

@@ -48,7 +48,7 @@ def test_fit_is_the_loop_by_hand(model, growing, fit, by_hand, how, global_clipp
     )
     ours.compile(optimizer=optimizer, loss="mse", **how)
     assert ours.jit_compile is (how == FITS["xla"])  # "auto" means no on a CPU
-    fit(ours, epochs=3)
+    fit(ours, epochs=3, built=False)
     assert int(optimizer.iterations) == 12
     expected.assert_equals(ours, optimizer.clipper)
 

@@ -1,4 +1,7 @@
-"""An eager step or a load that is interrupted at any line counts in all rows, or in none."""
+"""What is interrupted at any line happens wholly or not at all: rows, settings, attachments.
+
+Steps and loads are in across_frameworks, for both frameworks.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,10 @@ from typing import Any
 import keras
 import pytest
 import tensorflow as tf
-from interrupts import counts_in_all_rows_or_in_none, data, interrupted
+from interrupts import data, interrupted
 
-from autoclip.core import Quantile, Rule
+from autoclip.core import Quantile
 from autoclip.tf import Clipper
-
-each_rule = pytest.mark.parametrize("rule", [Quantile(0.5)], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -27,43 +28,8 @@ VARIABLES = [tf.Variable([0.0], name=f"row{i}") for i in range(2)]
 WEIGHTS = [keras.Variable([0.0], name=f"weight{i}") for i in range(2)]
 
 
-def new(rule: Rule, steps: int = 0) -> Any:
-    """A clipper whose rows are recorded in two parts: their windows have other lengths."""
-    lengths = [{"match": "row0", "history_length": 3}, {"match": "row1", "history_length": 6}]
-    clipper = Clipper(rule, group_settings=lengths, include_current=False, warmup_steps=1)
-    clipper.build(VARIABLES)
-    for size in range(1, steps + 1):
-        step(clipper, float(size))
-    return clipper
-
-
 def step(clipper: Any, size: float) -> None:
     clipper([(tf.constant([size]), variable) for variable in VARIABLES])
-
-
-@each_rule
-def test_a_step_counts_in_all_rows_or_in_none(rule: Rule) -> None:
-    counts_in_all_rows_or_in_none(
-        lambda: new(rule, 1),
-        lambda clipper: step(clipper, 2.0),
-        lambda: new(rule),
-        step,
-        data(new(rule, 1)),
-        data(new(rule, 2)),
-    )
-
-
-@each_rule
-def test_a_load_counts_in_all_rows_or_in_none(rule: Rule) -> None:
-    saved = new(rule, 3).state_dict()
-    counts_in_all_rows_or_in_none(
-        lambda: new(rule, 1),
-        lambda clipper: clipper.load_state_dict(saved),
-        lambda: new(rule),
-        step,
-        data(new(rule, 1)),
-        saved["data"],
-    )
 
 
 def test_the_first_step_makes_all_rows_or_none() -> None:

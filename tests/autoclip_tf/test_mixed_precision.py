@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras_training import build_optimizer
 
 from autoclip.core import Quantile
 from autoclip.tf import QuantileClip
@@ -152,6 +153,7 @@ def test_a_storm_of_overflows_and_then_training(growing, how):
             else scaled(False, initial_scale=2.0**24)
         )
         ours.compile(optimizer=optimizer, loss="mse", auto_scale_loss=False, **how)
+        build_optimizer(ours)
         steps = []
         for _ in range(20):
             ours.train_on_batch(x[:16], y[:16])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -51,18 +49,6 @@ def feed(clipper, variables, stream):
         steps.append([gradient.numpy().tobytes() for gradient, _ in pairs])
         steps[-1].append(clipper.last.thresholds.numpy().tobytes())
     return steps
-
-
-@cache
-def made(steps, mode, kind):
-    return [steps(CLIPPERS[kind](), SHAPES, mode) for _ in range(3)]
-
-
-def compiled(steps, mode, kind):
-    """Three clippers with nothing in them, whose functions are compiled once for all tests."""
-    for run in made(steps, mode, kind):
-        run.reset()
-    return made(steps, mode, kind)
 
 
 def data_of(clipper):
@@ -119,7 +105,9 @@ class TestGoingOn:
             (5.0, 6.0),
             (9.0, 1.0),
         ]
-        without_stop, stopped, restarted = compiled(steps, mode, kind)
+        without_stop, stopped, restarted = (
+            steps(CLIPPERS[kind](), SHAPES, mode, number=i) for i in range(3)
+        )
         for i, norms in enumerate(stream):
             without_stop(*gradients_of(norms))
             if i < cut:
@@ -138,7 +126,8 @@ class TestGoingOn:
 def test_long_histories_are_the_same_in_a_graph(steps, mode):
     """There the insertion into sorted windows is compiled."""
     eager, other = (
-        steps(QuantileClip(0.5, 40_000), [(1,), (2,)], each) for each in ("eager", mode)
+        steps(QuantileClip(0.5, 40_000), [(1,), (2,)], each, number=i)
+        for i, each in enumerate(("eager", mode))
     )
     for norms in [(1.0, 9.0), (4.0, 0.0), (2.0, np.nan), (8.0, 5.0), (3.0, 7.0)]:
         for each in (eager, other):

@@ -100,39 +100,6 @@ def no_warnings() -> Any:
 # -- properties --------------------------------------------------------------------------------
 
 
-@each_rule
-@each_mode
-@examples
-@given(stream=streams)
-def test_a_step_does_what_the_core_says_of_the_true_norms(
-    path: str, rule: str, global_clipping: bool, stream: list[tuple[float | None, ...]]
-) -> None:
-    ours = parameters()
-    clipper = RULES[rule][0](ours, global_clipping=global_clipping)
-    core = History(1 if global_clipping else len(ours), RULES[rule][1], LENGTH, **PRESENT)
-    for norms in stream:
-        before = gradients_of(norms)
-        give(ours, before)
-        total = clipper.step()
-        true = [norm_of(gradient) for gradient in before]
-        together = math.sqrt(sum(norm * norm for norm in true))
-        np.testing.assert_allclose(total, together, rtol=1e-6)
-        expected = core.record([together] if global_clipping else true)
-        if all(gradient is None for gradient in before):
-            continue  # there is nothing in `last` then
-        np.testing.assert_allclose(clipper.last.norms, expected.norms, rtol=1e-6)
-        np.testing.assert_allclose(clipper.last.thresholds, expected.thresholds, rtol=1e-6)
-        np.testing.assert_allclose(clipper.last.coefficients, expected.coefficients, rtol=2e-6)
-        for mine, gradient, factor in zip(
-            ours, before, np.broadcast_to(expected.coefficients, len(ours))
-        ):
-            assert (mine.grad is None) is (gradient is None)
-            if mine.grad is not None and gradient is not None:
-                np.testing.assert_allclose(mine.grad, gradient * factor, rtol=2e-6)
-    for found, window in zip(windows(clipper), core.read(range(core.rows))[0], strict=True):
-        np.testing.assert_allclose(found, window, rtol=1e-6)
-
-
 @each_mode
 @examples
 @given(stream=streams, quantile=st.floats(0.0, 1.0), length=st.integers(1, 8))
@@ -157,68 +124,6 @@ def test_thresholds_are_numpys_quantiles_of_the_last_usable_norms(
         if any(norm is not None for norm in norms):
             expected = [np.quantile(h[-length:], quantile) if h else math.inf for h in kept]
             np.testing.assert_allclose(clipper.last.thresholds, expected, rtol=1e-6)
-
-
-@each_rule
-@each_mode
-@examples
-@given(
-    stream=st.lists(
-        st.tuples(*[st.floats(0.25, 4.0, width=32)] * len(SHAPES)), min_size=1, max_size=12
-    ),
-    exponent=st.integers(-40, 40),
-)
-def test_scaling_all_gradients_scales_thresholds_and_no_coefficient(
-    path: str,
-    rule: str,
-    global_clipping: bool,
-    stream: list[tuple[float, ...]],
-    exponent: int,
-) -> None:
-    """From 1e-12 to 1e12, by powers of two, so that nothing is rounded otherwise."""
-    reports = []
-    for factor in (1.0, 2.0**exponent):
-        ours = parameters()
-        clipper = RULES[rule][0](ours, global_clipping=global_clipping)
-        for norms in stream:
-            give(ours, [g * factor for g in gradients_of(norms) if g is not None])
-            clipper.step()
-            reports.append((clipper.last, [p.grad for p in ours]))
-    for (one, clipped), (other, scaled) in zip(reports, reports[len(stream) :]):
-        assert torch.equal(one.coefficients, other.coefficients)
-        assert torch.equal(one.thresholds * 2.0**exponent, other.thresholds)
-        for mine, theirs in zip(clipped, scaled):
-            assert mine is not None and theirs is not None
-            assert torch.equal(mine * 2.0**exponent, theirs)
-
-
-@pytest.mark.parametrize("size", [1e-16, 1e-12, 1e12, 1e18])
-@each_mode
-def test_norms_near_the_ends_of_the_range(path: str, global_clipping: bool, size: float) -> None:
-    ours = parameters()
-    clipper = QuantileClip(ours, 0.3, global_clipping=global_clipping)
-    run(clipper, ours, [[size] * 3, [3 * size] * 3])
-    wanted = size * 1.6 * (math.sqrt(3) if global_clipping else 1.0)
-    np.testing.assert_allclose(clipper.last.thresholds, wanted, rtol=1e-5)
-    for mine in ours:
-        assert norm_of(mine.grad) == pytest.approx(1.6 * size, rel=1e-5)
-
-
-@each_mode
-@examples
-@given(stream=streams)
-def test_quantile_one_never_clips(
-    path: str, global_clipping: bool, stream: list[tuple[float | None, ...]]
-) -> None:
-    ours = parameters()
-    clipper = QuantileClip(ours, 1.0, LENGTH, global_clipping)
-    for norms in stream:
-        before = gradients_of(norms)
-        give(ours, before)
-        clipper.step()
-        for mine, gradient in zip(ours, before):
-            if gradient is not None:
-                np.testing.assert_array_equal(mine.grad, gradient)  # bit by bit, and NaN is NaN
 
 
 @each_rule
@@ -934,25 +839,6 @@ def test_mistakes_raise_what_torchs_optimizers_raise(mistake: str) -> None:
 def test_where_we_are_stricter_than_torch(make: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind):
         QuantileClip(make())
-
-
-@pytest.mark.parametrize(
-    ("settings_given", "kind", "name"),
-    [
-        ({"quantile": 1.5}, ValueError, "quantile"),
-        ({"history_length": 10.0}, TypeError, "history_length"),
-        ({"global_clipping": 1}, TypeError, "global_clipping"),
-        ({"global_clipping": True, "group_clipping": True}, ValueError, "Choose one"),
-        ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite"),
-        ({"quantil": 0.5}, TypeError, "quantil"),
-    ],
-)
-def test_settings_are_checked_by_the_core(
-    settings_given: Any, kind: type[Exception], name: str
-) -> None:
-    for make in (QuantileClip, lambda p, **s: QuantileClip.as_optimizer(SGD(p, lr=0.1), **s)):
-        with pytest.raises(kind, match=name):
-            make(parameters(), **settings_given)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from command import main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoclip.core import StateError
-from autoclip.core.__main__ import main
 from autoclip.core.inspect import read_states
 from autoclip.torch import QuantileClip, StandardClip
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import multiprocessing
 import pickle
-from abc import ABC
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -15,31 +13,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rules import FACTORIES as TABLE
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
-from autoclip.core import Quantile, Standard
-from autoclip.torch import Clipper, QuantileClip, StandardClip
+import autoclip.torch
+from autoclip.core import Quantile
+from autoclip.torch import Clipper, QuantileClip
 
-FACTORIES = {
-    "quantile": QuantileClip.optimizer_factory(SGD, quantile=0.5, history_length=16),
-    "positional": QuantileClip.optimizer_factory(SGD, 0.5, 16, True),
-    "standard": StandardClip.optimizer_factory(SGD, deviations=0.5, warmup_steps=2),
-    "rule": Clipper.optimizer_factory(SGD, Standard(0.5), group_clipping=True, warmup_steps=2),
+FACTORIES: dict[str, Any] = {
+    name: getattr(autoclip.torch, clipper).optimizer_factory(SGD, *args, **settings)
+    for name, (clipper, args, settings) in TABLE.items()
 }
-EACH = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
-PLAIN = {
-    "quantile": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, history_length=16),
-    "positional": lambda optimizer: QuantileClip.as_optimizer(optimizer, 0.5, 16, True),
-    "standard": lambda optimizer: StandardClip.as_optimizer(optimizer, 0.5, warmup_steps=2),
-    "rule": lambda optimizer: Clipper.as_optimizer(
-        optimizer, Standard(0.5), group_clipping=True, warmup_steps=2
-    ),
-}
-
-
-class Abstract(ABC, SGD):
-    """As pytorch_optimizer's: its metaclass is ABCMeta."""
 
 
 class Doubling(QuantileClip.optimizer_factory(SGD, quantile=0.5)):  # type: ignore[misc]
@@ -70,7 +55,9 @@ def model() -> nn.Module:
 def test_it_makes_what_as_optimizer_makes(name: str, sizes: list[float]) -> None:
     one, other = model(), model()
     made = FACTORIES[name](one.parameters(), lr=0.1, momentum=0.5)
-    attached = PLAIN[name](SGD(other.parameters(), lr=0.1, momentum=0.5))
+    clipper, args, settings = TABLE[name]
+    plain = SGD(other.parameters(), lr=0.1, momentum=0.5)
+    attached = getattr(autoclip.torch, clipper).as_optimizer(plain, *args, **settings)
     assert type(made) is SGD
     assert torch.equal(train(made, one, sizes), train(attached, other, sizes))
     assert str(made.state_dict()) == str(attached.state_dict())
@@ -88,32 +75,6 @@ def test_groups_keep_their_settings() -> None:
         [{"params": [layer.weight], "quantile": 0.2}, {"params": [layer.bias]}], lr=0.1
     )
     assert [group["quantile"] for group in optimizer.clipper.param_groups] == [0.2, 0.5]
-
-
-@pytest.mark.parametrize("kind", [SGD, AdamW, Abstract])
-def test_it_passes_for_the_optimizers_class(kind: type[Optimizer]) -> None:
-    factory = QuantileClip.optimizer_factory(kind)
-    assert inspect.isclass(factory) and issubclass(factory, kind)
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        assert getattr(factory, name) == getattr(kind, name)
-    assert inspect.signature(factory) == inspect.signature(kind)
-    assert inspect.signature(factory.__init__) == inspect.signature(kind.__init__)
-    weight = torch.zeros(3, requires_grad=True)
-    assert isinstance(factory([weight], lr=0.1), factory)
-    assert not isinstance(Adam([weight]), factory)
-
-
-@EACH
-def test_copies_and_pickles_are_equal_and_clip(factory: Any) -> None:
-    copies = [copy.copy(factory), copy.deepcopy(factory)]
-    copies += [
-        pickle.loads(pickle.dumps(factory, protocol))
-        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
-    ]
-    for each in copies:
-        assert each == factory and hash(each) == hash(factory)
-        optimizer = each(model().parameters(), lr=0.1)
-        assert optimizer.clipper.defaults == factory(model().parameters(), lr=0.1).clipper.defaults
 
 
 def test_factories_of_other_settings_or_classes_differ() -> None:
@@ -160,40 +121,3 @@ def test_help_shows_every_setting() -> None:
     names = list(inspect.signature(QuantileClip.optimizer_factory).parameters)
     expected = ["optimizer_class", "quantile", "history_length", "global_clipping"]
     assert names[:4] == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "match"),
-    [
-        ({"quantile": 2.0}, ValueError, "quantile"),
-        ({"quantile": "high"}, TypeError, "quantile"),
-        ({"percentile": 10}, TypeError, "percentile"),
-        ({"global_clipping": True, "group_clipping": True}, ValueError, "Choose one"),
-    ],
-)
-def test_settings_are_checked_when_it_is_made(
-    settings: dict[str, Any], error: type[Exception], match: str
-) -> None:
-    with pytest.raises(error, match=match):
-        QuantileClip.optimizer_factory(SGD, **settings)
-
-
-@pytest.mark.parametrize(
-    ("given", "match"),
-    [
-        (SGD([torch.zeros(1)], lr=0.1), r"there is as_optimizer"),
-        (functools.partial(SGD, lr=0.1), r"partial\(QuantileClip\.optimizer_factory\(SGD"),
-        (nn.Linear, r"must be a subclass of torch's Optimizer, got <class .*Linear"),
-        ("adam", "got 'adam'"),
-        (FACTORIES["standard"], "have a clipper already"),
-    ],
-)
-def test_only_classes_of_optimizers(given: Any, match: str) -> None:
-    with pytest.raises(TypeError, match=match):
-        QuantileClip.optimizer_factory(given)
-
-
-def test_on_a_clipper_it_raises() -> None:
-    clipper = QuantileClip([torch.zeros(1, requires_grad=True)])
-    with pytest.raises(TypeError, match=r"QuantileClip\.optimizer_factory .* on the class"):
-        clipper.optimizer_factory(SGD)

@@ -10,10 +10,10 @@ from typing import Any
 import hostile_files
 import pytest
 import torch
+from command import main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoclip.core.__main__ import main
 from autoclip.core.inspect import read_states
 from autoclip.torch import QuantileClip
 

@@ -1,4 +1,7 @@
-"""A step or a load that is interrupted at any line counts in all rows of a clipper, or in none."""
+"""What is interrupted at any line happens wholly or not at all: parameters, settings, hooks.
+
+Steps and loads are in across_frameworks, for both frameworks.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interrupts import counts_in_all_rows_or_in_none, data, interrupted
+from interrupts import data, interrupted
+from rules import each_mode
 
-from autoclip.core import Quantile, Rule, Standard
-from autoclip.torch import Clipper, QuantileClip
-
-RULES: list[Rule] = [Quantile(0.5), Standard(1.0, decay=0.9)]
-each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
+from autoclip.torch import QuantileClip
 
 
 @pytest.fixture(autouse=True)
@@ -25,66 +25,11 @@ def grad_mode() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
-def new(rule: Rule, steps: int = 0) -> Any:
-    """A clipper whose rows are recorded in two parts: their windows have other lengths."""
-    weights = [torch.zeros(1, requires_grad=True) for _ in range(4)]
-    groups = [
-        {"params": weights[:2], "history_length": 3},
-        {"params": weights[2:], "history_length": 20},
-    ]
-    clipper = Clipper(groups, rule, include_current=False, warmup_steps=1)
-    for size in range(1, steps + 1):
-        step(clipper, float(size))
-    return clipper
-
-
 def step(clipper: Any, size: float) -> None:
     for group in clipper.param_groups:
         for weight in group["params"]:
             weight.grad = torch.tensor([size])
     clipper.step()
-
-
-@each_rule
-@pytest.mark.parametrize("steps", [2, 16, 30])
-def test_a_step_counts_in_all_rows_or_in_none(path: str, rule: Rule, steps: int) -> None:
-    counts_in_all_rows_or_in_none(
-        lambda: new(rule, steps),
-        lambda clipper: step(clipper, float(steps + 1)),
-        lambda: new(rule),
-        step,
-        data(new(rule, steps)),
-        data(new(rule, steps + 1)),
-    )
-
-
-@each_rule
-def test_a_load_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
-    saved = new(rule, 17).state_dict()
-    counts_in_all_rows_or_in_none(
-        lambda: new(rule, 5),
-        lambda clipper: clipper.load_state_dict(saved),
-        lambda: new(rule),
-        step,
-        data(new(rule, 5)),
-        saved["data"],
-    )
-
-
-@each_rule
-def test_a_reset_counts_in_all_rows_or_in_none(path: str, rule: Rule) -> None:
-    counts_in_all_rows_or_in_none(
-        lambda: new(rule, 5),
-        lambda clipper: clipper.reset(),
-        lambda: new(rule),
-        step,
-        data(new(rule, 5)),
-        data(new(rule)),
-    )
-
-
-MODES: list[dict[str, bool]] = [{}, {"group_clipping": True}, {"global_clipping": True}]
-each_mode = pytest.mark.parametrize("mode", MODES, ids=["parameter", "group", "global"])
 
 
 def attached(mode: dict[str, bool], steps: int = 3) -> Any:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from command import main
 from torch import nn
 from torch.optim import SGD
 
-from autoclip.core.__main__ import main
 from autoclip.torch import Clipper, QuantileClip, StandardClip, StateError
 
 # What 0.2.1 called a parameter: its `id` in a process that is long gone.

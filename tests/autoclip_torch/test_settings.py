@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,54 +13,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import TensorHistory, numpy_path, windows_of
-from rules import Mad
+from rules import Mad, Recent, each_mode, each_rule
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoclip.core import History, Quantile, Rule, Standard, register_rule, setting
+from autoclip.core import History, Quantile, Rule, Standard
 from autoclip.core.adapter import GroupSettings
 from autoclip.torch import Clipper, QuantileClip, StandardClip
 
 CPU = torch.device("cpu")
 
 
-@register_rule
-@dataclass(frozen=True)
-class Recent(Rule):
-    """Some exponentially weighted deviations above the weighted mean, and a lower target."""
-
-    deviations: float = setting(1.0, ge=0)
-    decay: float = setting(0.9, gt=0, lt=1)
-    halves: bool = setting(False)
-    name: ClassVar[str] = "torch_tests_recent"
-
-    @staticmethod
-    def threshold(window: Any, deviations: Any, decay: Any, halves: bool) -> Any:
-        weights = decay**window.age
-        mean = window.sum(weights * window.norms) / window.sum(weights)
-        square = window.sum(weights * (window.norms - mean) ** 2) / window.sum(weights)
-        return mean + deviations * square**0.5
-
-    @staticmethod
-    def clip_to(
-        window: Any, norm: Any, threshold: Any, deviations: Any, decay: Any, halves: bool
-    ) -> Any:
-        return threshold / 2 if halves else threshold
-
-
-RULES: list[Rule] = [
-    Quantile(0.3),
-    Quantile(0.6, factor=1.5),
-    Standard(0.5),
-    Standard(1.0, decay=0.8),
-    Standard(0.5, factor=1.2, shrink=True),
-    Standard(0.5, decay=0.9, log=True),
-    Mad(1.0),
-    Recent(0.5),
-    Recent(0.5, 0.7, halves=True),
-]
-each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 examples = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Of two norms of different steps none is within the rounding of the other's threshold, also if the
@@ -253,7 +216,7 @@ def test_one_nan_that_is_zeroed_does_not_let_the_others_pass(path: str, how: Any
 # -- writing settings ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [{}, {"group_clipping": True}, {"global_clipping": True}])
+@each_mode
 def test_param_groups_can_be_written(path: str, mode: Any) -> None:
     ours = parameters(1)
     clipper = QuantileClip(ours, 1.0, **mode)
@@ -338,17 +301,6 @@ def test_written_settings_are_those_of_a_clipper_made_with_them(
     assert found[0] == found[1]
 
 
-def test_a_rule_is_an_instance() -> None:
-    for make in (
-        lambda: Clipper(parameters(), Quantile),  # type: ignore[arg-type]
-        lambda: Clipper.as_optimizer(SGD(parameters(), lr=0.1), Quantile),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(TypeError, match=r"got the class Quantile. Make an instance: Quantile"):
-            make()
-    with pytest.raises(TypeError, match="rule must be a Rule"):
-        Clipper(parameters(), 0.9)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("rule", [Mad(1.0), Recent(0.5)], ids=str)
 def test_a_rule_of_ones_own_is_attached_saved_and_loaded(rule: Rule) -> None:
     def train(optimizer: Any, sizes: Sequence[float]) -> None:
@@ -390,7 +342,7 @@ def spiky(
 
 
 @pytest.mark.parametrize("how", ["attached", "by hand"])
-@pytest.mark.parametrize("mode", [{}, {"group_clipping": True}, {"global_clipping": True}])
+@each_mode
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_skipped_parameter_is_left_untouched(
     path: str, how: str, mode: dict[str, Any], fused: bool
@@ -434,29 +386,9 @@ def test_zero_on_spike_keeps_what_was_recorded(path: str) -> None:
 # -- the rest ------------------------------------------------------------------------------------
 
 
-def test_the_handle_is_a_context_manager() -> None:
-    ours = parameters(1)
-    optimizer = SGD(ours, lr=0.1)
-    clipper = QuantileClip(ours)
-    with clipper.attach(optimizer):
-        give(ours, [1.0])
-        optimizer.step()
-        assert optimizer.clipper is clipper  # type: ignore[attr-defined]
-    assert not hasattr(optimizer, "clipper")
-    optimizer.step()
-    assert recorded(clipper) == [[1.0]]
-
-
 def test_the_class_of_an_optimizer_is_not_an_optimizer() -> None:
     with pytest.raises(TypeError, match=r"as_optimizer\(torch\.optim\.SGD\(model"):
         QuantileClip.as_optimizer(SGD)  # type: ignore[type-var]
-
-
-def test_as_optimizer_is_called_on_the_class() -> None:
-    """On an instance it would drop that one's settings."""
-    clipper = QuantileClip(parameters(), 0.1)
-    with pytest.raises(TypeError, match=r"clipper\.attach\(optimizer\)"):
-        clipper.as_optimizer(SGD(parameters(), lr=0.1))
 
 
 class WithoutInit(SGD):
@@ -537,7 +469,7 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fres
 
 
 @each_rule
-@pytest.mark.parametrize("mode", [{}, {"group_clipping": True}, {"global_clipping": True}])
+@each_mode
 @pytest.mark.parametrize("choice", [{}, {"on_nonfinite": "zero", "on_spike": "zero"}])
 def test_a_step_on_a_device_waits_for_nothing(
     mode: dict[str, Any], choice: dict[str, Any], rule: Rule

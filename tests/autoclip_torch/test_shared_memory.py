@@ -10,18 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rules import MODES, each_mode
 from torch import Tensor
 from torch.func import grad
 
 from autoclip.torch import Clipper, QuantileClip
 
 examples = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-each_mode = pytest.mark.parametrize("mode", ["parameter", "group", "global"])
-MODES: dict[str, dict[str, Any]] = {
-    "parameter": {},
-    "group": {"group_clipping": True},
-    "global": {"global_clipping": True},
-}
 
 BUFFER = 400
 # Each makes a gradient of a buffer, from a number.
@@ -47,12 +42,12 @@ def parameters_for(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros(g.shape, dtype=g.dtype, requires_grad=True) for g in gradients]
 
 
-def clipper_of(parameters: Sequence[Tensor], mode: str, **more: Any) -> Clipper:
+def clipper_of(parameters: Sequence[Tensor], mode: dict[str, bool], **more: Any) -> Clipper:
     half = (len(parameters) + 1) // 2
     groups = [{"params": [*parameters[:half]]}]
     if half < len(parameters):
         groups.append({"params": [*parameters[half:]]})
-    return QuantileClip(groups, 0.5, **MODES[mode], **more)
+    return QuantileClip(groups, 0.5, **mode, **more)
 
 
 def buffer_of(size: float) -> Tensor:
@@ -65,7 +60,7 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def assert_like_gradients_of_their_own(
     make: Callable[[float], Sequence[Tensor]],
-    mode: str,
+    mode: dict[str, bool],
     sizes: Sequence[float] = (1.0, 4.0, 2.0),
     **more: Any,
 ) -> None:
@@ -84,7 +79,9 @@ def assert_like_gradients_of_their_own(
 @each_mode
 @examples
 @given(views=views)
-def test_views_of_one_buffer(path: str, mode: str, views: list[tuple[str, int]]) -> None:
+def test_views_of_one_buffer(
+    path: str, mode: dict[str, bool], views: list[tuple[str, int]]
+) -> None:
     def make(size: float) -> list[Tensor]:
         buffer = buffer_of(size)
         return [VIEWS[name](buffer, k) for name, k in views]
@@ -93,7 +90,7 @@ def test_views_of_one_buffer(path: str, mode: str, views: list[tuple[str, int]])
 
 
 @each_mode
-def test_one_tensor_for_many_parameters(path: str, mode: str) -> None:
+def test_one_tensor_for_many_parameters(path: str, mode: dict[str, bool]) -> None:
     def make(size: float) -> list[Tensor]:
         return [buffer_of(size)] * 40
 
@@ -101,7 +98,7 @@ def test_one_tensor_for_many_parameters(path: str, mode: str) -> None:
 
 
 @each_mode
-def test_every_dtype(path: str, mode: str) -> None:
+def test_every_dtype(path: str, mode: dict[str, bool]) -> None:
     dtypes = [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128]
 
     def make(size: float) -> list[Tensor]:
@@ -112,7 +109,7 @@ def test_every_dtype(path: str, mode: str) -> None:
 
 
 @each_mode
-def test_sparse_gradients(path: str, mode: str) -> None:
+def test_sparse_gradients(path: str, mode: dict[str, bool]) -> None:
     def make(size: float) -> list[Tensor]:
         values = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)) * size
         table = torch.sparse_coo_tensor([[1, 4]], values, (5, 3), check_invariants=True)
@@ -132,7 +129,7 @@ def test_sparse_gradients(path: str, mode: str) -> None:
 
 @pytest.mark.parametrize("size", [3, 5000, 300_000])
 @each_mode
-def test_what_autograd_grad_returns(path: str, mode: str, size: int) -> None:
+def test_what_autograd_grad_returns(path: str, mode: dict[str, bool], size: int) -> None:
     """A sum has one tensor for both terms; a view of a parameter has a view."""
     ours = [torch.ones(size, requires_grad=True), torch.ones(size, requires_grad=True)]
     ours.append(torch.ones(1, size, requires_grad=True))
@@ -151,7 +148,7 @@ def test_what_autograd_grad_returns(path: str, mode: str, size: int) -> None:
 
 
 @each_mode
-def test_what_torch_func_grad_returns(path: str, mode: str) -> None:
+def test_what_torch_func_grad_returns(path: str, mode: dict[str, bool]) -> None:
     """The gradient of a sum has one element, expanded."""
     weight = torch.zeros(3, requires_grad=True)
     clipper = clipper_of([weight], mode)
@@ -163,13 +160,13 @@ def test_what_torch_func_grad_returns(path: str, mode: str) -> None:
     assert weight.grad.tolist() == pytest.approx([2.0] * 3)
 
 
-@pytest.mark.parametrize("mode", ["parameter", "group"])
-def test_groups_with_different_settings(path: str, mode: str) -> None:
+@pytest.mark.parametrize("mode", [MODES["parameter"], MODES["group"]], ids=str)
+def test_groups_with_different_settings(path: str, mode: dict[str, bool]) -> None:
     """The same memory has a coefficient for each parameter."""
     ours = [torch.zeros(4, requires_grad=True) for _ in range(2)]
     clipper = QuantileClip(
         [{"params": ours[:1], "quantile": 0.0}, {"params": ours[1:], "quantile": 1.0}],
-        **MODES[mode],
+        **mode,
     )
     for size in (1.0, 8.0):
         gradient = torch.full((4,), size)
@@ -210,7 +207,9 @@ def test_a_skipped_parameter_gets_its_gradient_back_as_it_was(path: str) -> None
 
 @pytest.mark.parametrize("count", [3, 40])
 @each_mode
-def test_disjoint_views_of_one_buffer_stay_in_it(path: str, mode: str, count: int) -> None:
+def test_disjoint_views_of_one_buffer_stay_in_it(
+    path: str, mode: dict[str, bool], count: int
+) -> None:
     """The gradients of DDP are such views, and of other engines that keep them together."""
     buffer = torch.zeros(7 * count)
     ours = [torch.zeros(7, requires_grad=True) for _ in range(count)]

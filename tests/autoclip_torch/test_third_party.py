@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from rules import each_mode
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -587,7 +588,7 @@ def test_every_setting_is_tried() -> None:
 
 
 @pytest.mark.parametrize("how", ["as_optimizer", "attach", "wrapped"])
-@pytest.mark.parametrize("mode", [{}, {"group_clipping": True}, {"global_clipping": True}])
+@each_mode
 def test_an_optimizers_hyperparameter_is_no_setting(how: str, mode: dict[str, Any]) -> None:
     """Whatever its name: the clipper's settings are those that it was given."""
     model = make_model()

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from rules import MODES
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
@@ -26,11 +27,6 @@ from autoclip.torch import Clipper, QuantileClip, StandardClip
 torch_xla = pytest.importorskip("torch_xla", reason="needs PyTorch/XLA: hatch run xla:test")
 metrics: Any = pytest.importorskip("torch_xla.debug.metrics")
 
-MODES: dict[str, dict[str, Any]] = {
-    "parameter": {},
-    "group": {"group_clipping": True},
-    "global": {"global_clipping": True},
-}
 each_mode = pytest.mark.parametrize("mode", MODES)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 SHAPES = [(5,), (3, 700), (), (300, 300)]

@@ -18,18 +18,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "harness"))
 import hostile_files
+from command import LOAD
 
 KINDS = {
     "torch": (hostile_files.TORCH, "autoclip.torch", "check"),
     "legacy": (hostile_files.LEGACY, "autoclip.torch", "convert"),
     "keras": (hostile_files.KERAS, "autoclip.tf", "check"),
 }
-CHILD = """
+CHILD = f"""
+{LOAD}
 import importlib, json, resource, sys, time, warnings
 module, limit, *arguments = sys.argv[1:]
 warnings.simplefilter("ignore")
 importlib.import_module(module)
-from autoclip.core.__main__ import main
 resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
 print("ready", flush=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

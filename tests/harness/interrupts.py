@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from hypothesis import settings
 
 LINES = 16
@@ -76,34 +75,3 @@ def interrupted(prepare: Callable[[], Any], act: Callable[[Any], object]) -> Ite
 def data(clipper: Any) -> Any:
     """The history of a clipper, as bytes."""
     return clipper.state_dict()["data"]
-
-
-def counts_in_all_rows_or_in_none(
-    prepare: Callable[[], Any],
-    act: Callable[[Any], object],
-    new: Callable[[], Any],
-    step: Callable[[Any, float], object],
-    before: Any,
-    after: Any,
-) -> None:
-    """Check that a clipper, interrupted at any line, goes on as one that loads what it holds.
-
-    Args:
-        prepare: makes a clipper.
-        act: what is interrupted.
-        new: makes a clipper without a history, for the same parameters.
-        step: takes a step in which each parameter's gradient has a norm.
-        before: the clipper's data without `act`.
-        after: its data with it.
-    """
-    found = []
-    for clipper in interrupted(prepare, act):
-        found.append((before, after).index(data(clipper)))
-        other = new()
-        other.load_state_dict(clipper.state_dict())
-        for each in (clipper, other):
-            step(each, 9.0)
-        np.testing.assert_array_equal(clipper.last.thresholds, other.last.thresholds)
-        assert data(clipper) == data(other)
-    assert (found[0], found[-1]) == (0, 1)
-    assert found == sorted(found)

@@ -78,10 +78,10 @@ assert "torch" not in sys.modules
 }
 
 IMPORT_AND_LOCATE = """
+import importlib
 import autoclip.torch
 from autoclip.torch import QuantileClip
-import autoclip.torch._clipper
-assert QuantileClip is autoclip.torch._clipper.QuantileClip
+assert QuantileClip is importlib.import_module(QuantileClip.__module__).QuantileClip
 print(autoclip.torch.__file__)
 """
 
