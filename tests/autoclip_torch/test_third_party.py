@@ -237,6 +237,24 @@ def test_a_clipper_inside_and_one_outside_are_refused(path: str) -> None:
     QuantileClip.as_optimizer(unrelated)  # of other parameters
 
 
+class Unprintable(nn.Parameter):
+    def __repr__(self) -> str:  # type: ignore[override]
+        raise AssertionError("printing a parameter copies it from its device")
+
+
+def test_the_search_for_optimizers_inside_prints_no_parameter() -> None:
+    """The keys of an optimizer's state are parameters."""
+    parameter = Unprintable(torch.ones(3))
+    optimizer = AdamW([parameter])
+    for attach in (lambda: None, lambda: QuantileClip.as_optimizer(optimizer)):
+        attach()
+        parameter.grad = torch.ones(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was trained before
+            optimizer.step()
+    assert optimizer.clipper.has_history  # type: ignore[attr-defined]
+
+
 # -- own state_dict and load_state_dict ----------------------------------------------------------
 
 

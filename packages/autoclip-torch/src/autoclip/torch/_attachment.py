@@ -15,27 +15,20 @@ from torch.utils.hooks import RemovableHandle
 
 from autoclip.core import State, StateError
 from autoclip.core.adapter import (
-    BaseAttachment,
     Change,
     commit,
     second_clipper_message,
     warn_user,
 )
-from autoclip.torch._copies import Hooks, deepcopy_with, reduce_with
+from autoclip.torch._copies import CopyableAttachment
 from autoclip.torch._groups import Groups
-from autoclip.torch._parameters import SettingsInGroups, clipped_inside, wrapped_optimizers
+from autoclip.torch._parameters import SettingsInGroups, clipped_inside, optimizers_in
 from autoclip.torch._private import disable_dynamo, is_fake
 
 __all__ = ["STATE_KEY", "Attachment", "StepResult", "check_optimizer"]
 
 STATE_KEY = "autoclip"
 """The key of a clipper's state in its optimizer's `state_dict()`."""
-
-# Those that an attachment may give to its optimizer.
-_ATTRIBUTES = ("clipper", "__reduce_ex__", "__deepcopy__", "state_dict", "load_state_dict")
-
-# Methods of the SAM family that update weights without `step`.
-_SAM_STEPS = ("first_step", "second_step")
 
 
 class StepResult(NamedTuple):
@@ -107,7 +100,7 @@ def _refuse_clipped_inside(optimizer: Optimizer) -> None:
 
 def _hint_of_inner(wrapper: object) -> str:
     """A hint at the optimizer that an object wraps; empty if there is none."""
-    names = [f"`.{name}`" for name in wrapped_optimizers(wrapper)]
+    names = [f"`{path}`" for path in optimizers_in(wrapper)]
     if names:
         return f"Attach to the optimizer inside, its attribute {' or '.join(names)}."
     if type(wrapper).__module__.startswith("fastai."):
@@ -126,7 +119,7 @@ def _without_init(optimizer: Optimizer) -> str:
     )
 
 
-class Attachment(BaseAttachment, Hooks):
+class Attachment(CopyableAttachment):
     """A clipper on an optimizer: its hooks, and the state between them.
 
     Args:
@@ -187,8 +180,7 @@ class Attachment(BaseAttachment, Hooks):
 
     def _unhook(self, optimizer: Optimizer | None) -> None:
         own = {} if optimizer is None else vars(optimizer)
-        for name in _ATTRIBUTES:
-            value = own.get(name)
+        for name, value in [*own.items()]:
             if value is self._clipper or getattr(value, "__self__", None) is self:
                 del own[name]
         while self._handles:  # the step's last: until then it is clipped
@@ -303,14 +295,6 @@ class Attachment(BaseAttachment, Hooks):
             self._set_found_inf = False
             optimizer.__dict__.pop("found_inf", None)
 
-    # -- copies ------------------------------------------------------------------------------
-
-    def _reduce_ex(self, protocol: Any) -> Any:
-        return reduce_with(self.optimizer, self._clipper, protocol)
-
-    def _deepcopy(self, memo: dict[int, Any]) -> Any:
-        return deepcopy_with(self.optimizer, self._clipper, memo)
-
     # -- state -------------------------------------------------------------------------------
 
     @disable_dynamo
@@ -373,7 +357,8 @@ class Attachment(BaseAttachment, Hooks):
 
 def _warn_of_other_steps(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
-    if all(hasattr(optimizer, step) for step in _SAM_STEPS):
+    # Methods of the SAM family that update weights without `step`.
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         warn_user(
             f"AutoClip clips in {name}.step(closure), but not in {name}.first_step and "
             "second_step. If you call these yourself, do not attach the clipper: make it from the "

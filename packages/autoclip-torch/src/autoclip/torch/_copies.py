@@ -15,28 +15,45 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from autoclip.core.adapter import warn_user
+from autoclip.core.adapter import BaseAttachment, warn_user
 
-__all__ = ["Hooks", "deepcopy_with", "reduce_with"]
-
-
-def reduce_with(optimizer: Optimizer, clipper: Any, protocol: Any) -> Any:
-    """`optimizer.__reduce_ex__(protocol)`, for a copy that gets a copy of `clipper` too."""
-    reduced = type(optimizer).__reduce_ex__(optimizer, protocol)
-    if isinstance(reduced, str):  # the name of a global, of which there is only one
-        return reduced
-    make, arguments, *rest = reduced
-    state, items, pairs, setter = [*rest, None, None, None, None][:4]
-    return _make_copy, (make, arguments), (state, setter, clipper), items, pairs
+__all__ = ["CopyableAttachment"]
 
 
-def deepcopy_with(optimizer: Optimizer, clipper: Any, memo: dict[int, Any]) -> Any:
-    """`optimizer.__deepcopy__(memo)` of a class that has one, with a copy of `clipper`."""
-    own: Any = type(optimizer)
-    twin = own.__deepcopy__(optimizer, memo)
-    if isinstance(twin, Optimizer) and twin is not optimizer:
-        _attach(copy.deepcopy(clipper, memo), twin)
-    return twin
+class CopyableAttachment(BaseAttachment):
+    """An attachment whose methods stand on the optimizer; in copies of that they do nothing."""
+
+    def _reduce_ex(self, protocol: Any) -> Any:
+        """`optimizer.__reduce_ex__(protocol)`, for a copy that gets a copy of the clipper too."""
+        own: Any = type(self.optimizer)
+        reduced = own.__reduce_ex__(self.optimizer, protocol)
+        if isinstance(reduced, str):  # the name of a global, of which there is only one
+            return reduced
+        make, arguments, *rest = reduced
+        state, items, pairs, setter = [*rest, None, None, None, None][:4]
+        return _make_copy, (make, arguments), (state, setter, self._clipper), items, pairs
+
+    def _deepcopy(self, memo: dict[int, Any]) -> Any:
+        """`optimizer.__deepcopy__(memo)` of a class that has one, with a copy of the clipper."""
+        twin = type(self.optimizer).__deepcopy__(self.optimizer, memo)
+        if isinstance(twin, Optimizer) and twin is not self.optimizer:
+            _attach(copy.deepcopy(self._clipper, memo), twin)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
+
+
+class _Nothing:
+    """Stands for an attachment in copies and pickles, until `_remove_traces` removes it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._do_nothing
+
+    def _do_nothing(self, *_: Any) -> None:
+        """Never called."""
 
 
 def _make_copy(make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -78,26 +95,7 @@ def _remove_traces(twin: Optimizer) -> None:
 
 
 def _is_ours(method: Any) -> bool:
-    return isinstance(getattr(method, "__self__", None), Hooks)
-
-
-class Hooks:
-    """Owner of the methods that stand on an optimizer; copies of it do nothing."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _NoHooks, ()
-
-
-class _NoHooks(Hooks):
-    """Stands for `Hooks` in copies and pickles, until `_remove_traces` removes it."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._do_nothing
-
-    def _do_nothing(self, *_: Any) -> None:
-        """Never called."""
+    return isinstance(getattr(method, "__self__", None), (CopyableAttachment, _Nothing))
 
 
 class _Unclipped:

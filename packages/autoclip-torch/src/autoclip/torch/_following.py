@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from itertools import chain, count, repeat
+from itertools import chain, count
 from operator import lt
 from typing import Any
 
@@ -102,8 +102,7 @@ class Followed:
             moved = dict(zip(_pairs(self.counts), map(now_at.__getitem__, self.identities)))
             positions = [[moved[old] for old in each] for each in self.positions]
             return Followed(self.optimizer, groups, positions)
-        known = [*now.counts, *repeat(0, len(self.counts) - len(now.counts))]
-        if len(known) > len(now.counts) or any(map(lt, known, self.counts)):
+        if len(now.counts) < len(self.counts) or any(map(lt, now.counts, self.counts)):
             raise RuntimeError(
                 f"The optimizer's groups had {self.counts} parameters and have {now.counts} now. "
                 "AutoClip cannot tell whose histories are gone. Make a new clipper for the new "

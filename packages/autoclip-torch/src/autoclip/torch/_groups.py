@@ -14,7 +14,6 @@ from autoclip.core import adapter
 from autoclip.core.adapter import Change, ClipperSettings, Group, GroupSettings, Histories, commit
 from autoclip.torch._following import Followed
 from autoclip.torch._parameters import (
-    checked_names,
     hyperparameters,
     named,
     shape_of,
@@ -67,14 +66,10 @@ class Groups(adapter.Groups[Tensor]):
         known, rows = {*map(id, self.parameters())}, [*self._histories.settings]
         groups: list[Group[Tensor]] = []
         for params, settings, names in entries:
-            found, parameters = named(params)
-            checked = checked_names(found if names is None else names, len(parameters))
-            identities = {id(parameter) for parameter in parameters}
-            if len(identities) != len(parameters):
-                raise ValueError("A parameter group has the same parameter more than once.")
-            if not known.isdisjoint(identities):
+            checked, parameters = named(params, names)
+            if not known.isdisjoint(map(id, parameters)):
                 raise ValueError("Some parameters appear in more than one parameter group.")
-            known |= identities
+            known.update(map(id, parameters))
             groups.append(Group(settings, checked, parameters))
             rows += [settings] * self.mode.rows_of(len(parameters))
         self._replace([*self._groups, *groups], self._histories.insertion(rows))

@@ -46,51 +46,42 @@ class Histories(adapter.Histories[Any]):
 class _InPlace(Windows):
     """Windows that change in place, where a captured CUDA graph finds them.
 
-    Three tensors change one after the other; after an interrupt between them, `unfinished` does the
+    Several tensors change one after the other; after an interrupt between them, `finish` does the
     rest.
     """
 
-    unfinished: Callable[[], None] | None = None
+    _unfinished: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def replace(self, slot: Tensor, came: Tensor, left: Tensor, counts: Tensor) -> Windows:
         """See `Windows.replace`."""
-        self._note(partial(self._replace_again, slot, came, counts))
+        vars(self)["_unfinished"] = slot, came, counts, self.before
         super().replace(slot, came, left, counts)
         self.counts.copy_(counts)
-        self._note(None)
+        vars(self)["_unfinished"] = None
         return self
-
-    def _replace_again(self, slot: Tensor, came: Tensor, counts: Tensor) -> None:
-        self.values.scatter_(1, slot, came)
-        if self.ordered is not None:
-            self.ordered.copy_(self.ops.sort(self.values))
-        self.counts.copy_(counts)
 
     def copy_(self, values: Tensor, counts: Tensor, before: Tensor) -> None:
         """Replace the contents: all of them, even if interrupted."""
-        self._note(partial(self._copy, values, counts, before))
+        slots = self.ops.slots(values.shape[1]).expand_as(values)
+        vars(self)["_unfinished"] = slots, values, counts, before
         self.finish()
 
-    def _copy(self, values: Tensor, counts: Tensor, before: Tensor) -> None:
-        self.values.copy_(values)
+    def finish(self) -> None:
+        """Complete an interrupted change."""
+        if self._unfinished is None:
+            return
+        slots, came, counts, before = self._unfinished
+        self.values.scatter_(1, slots, came)
         if self.ordered is not None:
             self.ordered.copy_(self.ops.sort(self.values))
         self.counts.copy_(counts)
         self.before.copy_(before)
+        vars(self)["_unfinished"] = None
 
     @property
     def lengths(self) -> Any:
         """See `Windows.lengths`; not cached, since counts change in place."""
         return self.counts.clamp(max=self.history_length)
-
-    def finish(self) -> None:
-        """Complete an interrupted change."""
-        if self.unfinished is not None:
-            self.unfinished()
-            self._note(None)
-
-    def _note(self, unfinished: Callable[[], None] | None) -> None:
-        object.__setattr__(self, "unfinished", unfinished)
 
     def __reduce__(self) -> Any:
         self.finish()
@@ -213,20 +204,19 @@ class TensorHistory(BaseTensorHistory):
         self, windows: list[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> Callable[[], None]:
         used = max(map(len, windows))
-        present = capacity = self._windows.values.shape[1]
+        target = self._windows  # where a captured CUDA graph writes
+        present = capacity = target.values.shape[1]
         while capacity < used:
             capacity = min(2 * capacity, self.history_length)
+        if capacity > present:
+            target = self._allocated(capacity)
         packed = pack(windows, recorded, self.history_length, capacity)
         contents = tuple(torch.from_numpy(each).to(self.device) for each in packed)
-        larger = self._allocated(capacity) if capacity > present else None
-        return partial(self._adopt, larger, used, contents)
+        return partial(self._adopt, target, used, contents)
 
-    def _adopt(self, larger: _InPlace | None, used: int, contents: tuple[Tensor, ...]) -> None:
+    def _adopt(self, target: _InPlace, used: int, contents: tuple[Tensor, ...]) -> None:
         # A bound that is too large does no harm if an interrupt comes now.
         self._used = max(self._used, used)
-        if larger is None:  # a captured CUDA graph writes where they are now
-            self._windows.copy_(*contents)
-        else:
-            larger.copy_(*contents)
-            self._windows = larger
+        target.copy_(*contents)
+        self._windows = target
         self._used = used

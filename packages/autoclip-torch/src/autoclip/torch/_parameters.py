@@ -15,16 +15,15 @@ __all__ = [
     "OptimizerGroups",
     "ParamsT",
     "SettingsInGroups",
-    "checked_names",
     "clipped_inside",
     "entries_of",
     "hyperparameters",
     "named",
     "names_in",
+    "optimizers_in",
     "overrides_of",
     "shape_of",
     "without_wrappers",
-    "wrapped_optimizers",
 ]
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -116,41 +115,46 @@ def hyperparameters(optimizer: object) -> set[str]:
 
     Some have the name of a clipper's setting: dozens of optimizers have `warmup_steps`.
     """
-    inside = wrapped_optimizers(optimizer).values()
+    inside = optimizers_in(optimizer).values()
     defaults = [getattr(each, "defaults", {}) for each in (optimizer, *inside)]
     return {name for each in defaults for name in each} - {"params", "param_names"}
 
 
-def wrapped_optimizers(wrapper: object) -> dict[str, Optimizer]:
-    """The torch optimizers among the attributes of an object, by the attributes' names."""
-    attributes = getattr(wrapper, "__dict__", {})
-    return {name: each for name, each in attributes.items() if isinstance(each, Optimizer)}
+def optimizers_in(wrapper: object) -> dict[str, Optimizer]:
+    """The torch optimizers in an object's attributes, or in their items, by path as Python."""
+    found: dict[str, Optimizer] = {}
+    for name, value in getattr(wrapper, "__dict__", {}).items():
+        if isinstance(value, Optimizer):
+            found[f".{name}"] = value
+            continue
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, (list, tuple)):
+            items = enumerate(value)
+        elif isinstance(value, Mapping):
+            items = value.items()
+        # An optimizer's state has thousands of items, whose keys are tensors.
+        held = [(key, each) for key, each in items if isinstance(each, Optimizer)]
+        found |= {f".{name}[{key!r}]": each for key, each in held}
+    return found
 
 
 def clipped_inside(optimizer: Optimizer) -> tuple[str, Optimizer] | None:
     """An optimizer with a clipper inside another one, which updates some of the same parameters.
 
     Returns:
-        Its attribute in `optimizer`, as Python, and itself; None if there is none.
+        Its path in `optimizer`, as Python, and itself; None if there is none.
     """
     own = {id(each) for group in optimizer.param_groups for each in group["params"]}
     waiting, seen = [("", optimizer)], {id(optimizer)}
     for path, outer in waiting:
-        for name, value in vars(outer).items():
-            found: Iterable[tuple[str, Any]] = [("", value)]
-            if isinstance(value, (list, tuple)):
-                found = ((f"[{i}]", each) for i, each in enumerate(value))
-            elif isinstance(value, Mapping):
-                found = ((f"[{key!r}]", each) for key, each in value.items())
-            for index, inner in found:
-                if not isinstance(inner, Optimizer) or id(inner) in seen:
-                    continue
-                seen.add(id(inner))
-                inside = f"{path}.{name}{index}"
-                waiting.append((inside, inner))
-                theirs = (each for group in inner.param_groups for each in group["params"])
-                if "clipper" in vars(inner) and not own.isdisjoint(map(id, theirs)):
-                    return inside, inner
+        for name, inner in optimizers_in(outer).items():
+            if id(inner) in seen:
+                continue
+            seen.add(id(inner))
+            waiting.append((path + name, inner))
+            theirs = (each for group in inner.param_groups for each in group["params"])
+            if "clipper" in vars(inner) and not own.isdisjoint(map(id, theirs)):
+                return path + name, inner
     return None
 
 
@@ -174,19 +178,26 @@ def entries_of(parameters: ParamsT | OptimizerGroups) -> list[Any]:
     return entries if isinstance(entries[0], dict) else [{"params": entries}]
 
 
-def named(params: Any) -> tuple[list[str | None], list[Tensor]]:
+def named(params: Any, names: Iterable[Any] | None) -> tuple[list[str | None], list[Tensor]]:
     """Names and tensors of a group's parameters.
 
+    Wrappers leave no trace in names: a model may be compiled when it is saved and not when it is
+    loaded.
+
+    Args:
+        params: a tensor, or an iterable of tensors or (name, tensor) pairs.
+        names: the name of each; None for those in the pairs.
+
     Raises:
-        TypeError, ValueError: they are a set, or one is not a tensor or not a leaf.
+        TypeError, ValueError: they are a set, one is not a tensor or not a leaf, or there twice; a
+            name is not a string, or some are missing.
     """
     if isinstance(params, Tensor):
         params = [params]
     _refuse_set(params)
-    names: list[str | None] = []
-    parameters: list[Tensor] = []
-    for entry in params:
-        name, parameter = entry if isinstance(entry, tuple) else (None, entry)
+    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
+    parameters = [parameter for _, parameter in pairs]
+    for parameter in parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(
                 f"A clipper can only clip the gradients of tensors, but one of the parameters is "
@@ -196,9 +207,21 @@ def named(params: Any) -> tuple[list[str | None], list[Tensor]]:
             raise ValueError(
                 "Gradients are kept on leaf tensors only, but one of the parameters is not a leaf."
             )
-        names.append(name)
-        parameters.append(parameter)
-    return names, parameters
+    names = [name for name, _ in pairs] if names is None else list(names)
+    for name in names:
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(
+                f"A parameter's name is a string, but got one of type {torch.typename(name)}."
+            )
+    if None in names and any(name is not None for name in names):
+        raise ValueError("Either all parameters of a group have names or none has.")
+    if len(names) != len(parameters):
+        raise ValueError(
+            f"A parameter group has {len(parameters)} parameters, but {len(names)} names."
+        )
+    if len({*map(id, parameters)}) != len(parameters):
+        raise ValueError("A parameter group has the same parameter more than once.")
+    return [None if name is None else without_wrappers(name) for name in names], parameters
 
 
 def _refuse_set(parameters: object) -> None:
@@ -220,28 +243,6 @@ def names_in(model: nn.Module) -> dict[int, str]:
 def without_wrappers(name: str) -> str:
     """A parameter's name without the traces of `torch.compile`, FSDP and checkpointing wrappers."""
     return _WRAPPERS.sub("", name)
-
-
-def checked_names(names: Iterable[Any], count: int) -> list[str | None]:
-    """The names of a group's `count` parameters: all of them strings, or none of them.
-
-    Wrappers leave no trace in them: a model may be compiled when it is saved and not when it is
-    loaded.
-
-    Raises:
-        TypeError, ValueError: a name is not a string, or some are missing.
-    """
-    names = list(names)
-    for name in names:
-        if not (name is None or isinstance(name, str)):
-            raise TypeError(
-                f"A parameter's name is a string, but got one of type {torch.typename(name)}."
-            )
-    if None in names and any(name is not None for name in names):
-        raise ValueError("Either all parameters of a group have names or none has.")
-    if len(names) != count:
-        raise ValueError(f"A parameter group has {count} parameters, but {len(names)} names.")
-    return [None if name is None else without_wrappers(name) for name in names]
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...] | None:

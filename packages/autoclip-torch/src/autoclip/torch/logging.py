@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoclip.core import Report, State, inspect
+from autoclip.core import Report, inspect
 from autoclip.core.adapter import log_and_watch
 from autoclip.torch._clipper import Clipper
+from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import names_in
 from autoclip.torch._trainers.engine import EngineClipper
 
@@ -97,8 +98,8 @@ def summarize(
     ['weight']
     """
     state = clipper.export_state()
-    if model is not None and isinstance(clipper, Clipper) and state.mode == "parameter":
-        state = _with_names(state, _names(clipper, model))
+    if model is not None and isinstance(clipper, Clipper):
+        state = _groups(clipper, model).state(*state.by_row())
     return inspect.summarize(state, _report(clipper, model))
 
 
@@ -112,27 +113,12 @@ def _report(clipper: Clipper | EngineClipper, model: nn.Module | None) -> Report
     # One transfer for all three.
     together = torch.stack([last.norms, last.thresholds, last.coefficients])
     norms, thresholds, coefficients = together.cpu().numpy()
-    names = last.names
-    if model is not None and not (clipper.global_clipping or clipper.group_clipping):
-        given = _names(clipper, model)
-        names = tuple(new or old for new, old in zip(given, names))
+    names = last.names if model is None else _groups(clipper, model).row_names()
     return Report(norms, thresholds, coefficients, names)
 
 
-def _names(clipper: Clipper, model: nn.Module) -> list[str | None]:
-    """The names of the clipper's parameters, from itself or from the model."""
-    known = names_in(model)
-    names: list[str | None] = []
-    for group in clipper.param_groups:
-        own = group.get("param_names", [None] * len(group["params"]))
-        names += [name or known.get(id(each)) for name, each in zip(own, group["params"])]
-    return names
-
-
-def _with_names(state: State, names: list[str | None]) -> State:
-    remaining = iter(names)
-    groups = [
-        replace(group, parameters=tuple(replace(p, name=next(remaining)) for p in group.parameters))
-        for group in state.groups
-    ]
-    return replace(state, groups=tuple(groups))
+def _groups(clipper: Clipper, model: nn.Module) -> Groups:
+    """A copy of the clipper's groups, in which parameters without a name have the model's."""
+    groups = copy.copy(clipper._groups)
+    groups.name_parameters(names_in(model))
+    return groups

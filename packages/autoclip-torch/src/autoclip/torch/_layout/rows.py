@@ -93,8 +93,6 @@ class RowMap:
             total: the norm of all gradients together.
         """
         device = self.storage.device
-        if self.is_identity:
-            return norms[device]
         if self.is_one_for_all:
             return total.reshape(1) if isinstance(total, Tensor) else [total]
         if self._table is None:

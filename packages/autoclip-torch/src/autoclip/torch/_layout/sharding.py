@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from autoclip.core.adapter import Histories, Mode
-from autoclip.torch import _ops
 from autoclip.torch._groups import Groups
 from autoclip.torch._layout.agreement import (
     FACTS,
@@ -31,8 +30,8 @@ from autoclip.torch._layout.agreement import (
 from autoclip.torch._layout.layout import Layout
 from autoclip.torch._layout.managed import refuse_managed
 from autoclip.torch._layout.mesh import Mesh, is_nonzero, process_groups
-from autoclip.torch._layout.rows import PLAIN, Norms, dtensor_class
-from autoclip.torch._ops import as_tensor, norm_dtype
+from autoclip.torch._layout.rows import PLAIN, Norms, dtensor_class, moved
+from autoclip.torch._ops import as_tensor
 from autoclip.torch._private import assert_async
 
 __all__ = ["ShardedLayout", "layout_of"]
@@ -136,10 +135,8 @@ class ShardedLayout(Layout):
         own: list[frozenset[tuple[int, ...]] | None] = []
         for parameter, is_dtensor in zip(parameters, self._are_dtensors):
             own.append(frozenset(process_groups(parameter.device_mesh)) if is_dtensor else None)
-            if is_dtensor:
-                found.setdefault(
-                    frozenset(process_groups(parameter.device_mesh)), parameter.device_mesh
-                )
+            if own[-1] is not None:
+                found.setdefault(own[-1], parameter.device_mesh)
         meshes: dict[frozenset[tuple[int, ...]], Mesh] = {}
         for row, (parameter, groups) in enumerate(zip(parameters, own)):
             # A plain tensor counts once on the first mesh.
@@ -323,9 +320,7 @@ class ShardedLayout(Layout):
                 mask = [other == device for other in self.devices]
                 self._are_at[device] = torch.tensor(mask, device=self._device)
             norms = torch.where(self._are_at[device], norms, 0.0)
-        if _ops.uses_numpy(device):
-            return norms.cpu().numpy()
-        return norms.to(device, norm_dtype(device))
+        return moved(norms, device)
 
 
 def _fitting(layout: Layout | None, gradients: Sequence[Tensor | None]) -> Layout:
