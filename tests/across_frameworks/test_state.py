@@ -133,9 +133,23 @@ def by_dict(saves, loads, folder):
 
 
 @pytest.mark.parametrize(
-    ("steps", "hand_over"),
-    [(0, by_file), (4, by_dict), (15, by_file)],
-    ids=["nothing", "a part of a window", "more than a window"],
+    ("path", "steps", "hand_over"),
+    [
+        pytest.param(
+            path,
+            steps,
+            hand_over,
+            marks=[pytest.mark.nightly] * (path == "device" and steps < 15),
+            id=f"{path}-{name}",
+        )
+        for path in ("numpy", "device")
+        for steps, hand_over, name in (
+            (0, by_file, "nothing"),
+            (4, by_dict, "a part of a window"),
+            (15, by_file, "more than a window"),
+        )
+    ],
+    indirect=["path"],
 )
 def test_both_go_on_alike(direction, rule, grouping, steps, hand_over, path, tmp_path):
     first, second = (side(rule, grouping) for side in direction)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import TensorHistory, numpy_path, windows_of
-from rules import Mad, Recent, each_mode, each_rule
+from rules import MODES, RULES, Mad, Recent, each_mode, each_rule
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,8 +109,23 @@ def recorded(clipper: Clipper) -> list[list[float]]:
     return [window.tolist() for group in groups for window in group.windows()]
 
 
-@each_rule
-@pytest.mark.parametrize("mode", ["parameter", "group", "global"])
+@pytest.mark.parametrize(
+    ("path", "mode", "rule"),
+    [
+        # On a device each rule in one mode, and each mode with three of them.
+        pytest.param(
+            path,
+            mode,
+            rule,
+            marks=[pytest.mark.nightly] * (path == "device" and mode != [*MODES][k % 3]),
+            id=f"{path}-{mode}-{name}",
+        )
+        for path in ("numpy", "device")
+        for mode in MODES
+        for k, (name, rule) in enumerate(RULES.items())
+    ],
+    indirect=["path"],
+)
 @examples
 @given(stream=streams, given_options=options)
 def test_a_clipper_does_what_the_core_says_in_every_mode(

@@ -193,6 +193,7 @@ def _tensorflow(file: File, compiled: bool | None) -> Rows:
     A graph cannot do without a gradient at some steps only: it gets a zero.
     """
     import tensorflow as tf
+    from in_tensorflow import exact_report
 
     import autoclip.tf
 
@@ -222,7 +223,7 @@ def _tensorflow(file: File, compiled: bool | None) -> Rows:
 
     def step(gradients: Any) -> Any:
         pairs = clipper(zip(gradients, variables))
-        return [gradient for gradient, _ in pairs], clipper._last.numbers
+        return [gradient for gradient, _ in pairs], exact_report(clipper)
 
     if compiled is not None:
         step = tf.function(step, jit_compile=compiled)

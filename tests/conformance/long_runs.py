@@ -9,14 +9,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
 from autoclip.core import History, Quantile, Rule, Standard
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "harness"))
 LENGTH = 1000
 CHECKPOINTS = 10
 MOST_GROWTH = 2 * 2**20  # bytes; the allocator keeps a little more now and then
@@ -82,8 +83,9 @@ def through_core(name: str, rule: Rule, rows: int, steps: int = 10**6) -> None:
 
 def through_torch(name: str, rule: Rule, on_device: bool) -> None:
     import torch
+    from paths import numpy_path
 
-    from autoclip.torch import Clipper, _ops
+    from autoclip.torch import Clipper
 
     torch.set_num_threads(1)
     parameters = [torch.zeros(16, requires_grad=True) for _ in range(4)]
@@ -97,10 +99,7 @@ def through_torch(name: str, rule: Rule, on_device: bool) -> None:
         clipper.step()
         return lambda: clipper.thresholds.numpy()
 
-    def uses_numpy(device: torch.device) -> bool:  # a Mock would remember all calls
-        return not on_device
-
-    with mock.patch.object(_ops, "uses_numpy", uses_numpy):
+    with numpy_path(not on_device):
         run(name, rule, 100_000, len(parameters), record)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "harness"))
 from implementations import IMPLEMENTATIONS, NAMES, deviations, read
 
 

@@ -144,6 +144,11 @@ def loop(
     return Loop(make(clipper, shapes, way, name="row"), way != "eager")
 
 
+def exact_report(clipper: Any) -> Any:
+    """Norms, thresholds and coefficients of the last step in float64; `last` is float32."""
+    return clipper._last.numbers
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Restore what Python leaves: it skips `name_scope`'s `__exit__` if interrupted at its call."""

@@ -142,10 +142,13 @@ def test_an_sdist_can_be_tested(name: str, distributions: Path, tmp_path: Path) 
         archive.extractall(tmp_path, filter="data")
     unpacked = next(tmp_path.iterdir())
     own = f"tests/{name.replace('-', '_')}"
+    shared = ["tests/harness", "tests/conformance"]
+    if name != "autoclip-core":
+        shared.append("tests/across_frameworks")
     shipped = {path.relative_to(unpacked).as_posix() for path in unpacked.glob("tests/**/*.py")}
     tracked = {
         path.relative_to(REPOSITORY).as_posix()
-        for folder in (own, "tests/harness", "tests/conformance")
+        for folder in (own, *shared)
         for path in (REPOSITORY / folder).rglob("*.py")
     }
     assert shipped == {*tracked, "tests/conftest.py"}
