@@ -14,7 +14,7 @@ from autoclip.core._clipper.histories import Histories, Storage, rows_by_storage
 from autoclip.core._clipper.logging import check_parameters
 from autoclip.core._clipper.notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
 from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
-from autoclip.core._history import BaseHistory, BaseTensorHistory
+from autoclip.core._history import BaseTensorHistory
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
 from autoclip.core._rules.rule import RULES, rule_instance
 from autoclip.core._settings.mode import Mode
@@ -40,7 +40,6 @@ __all__ = [
     "AttachmentHandle",
     "BaseAttachment",
     "BaseClipper",
-    "BaseHistory",
     "BaseTensorHistory",
     "Change",
     "ClipperSettings",

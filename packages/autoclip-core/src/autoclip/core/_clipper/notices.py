@@ -107,9 +107,7 @@ def log_and_watch(
         TypeError, ValueError: see `log_values`.
     """
     values = log_values(report, parameters)
-    watch = _WATCHES.get(clipper)
-    if watch is None:
-        watch = _WATCHES[clipper] = _Watch()
+    watch = _WATCHES.setdefault(clipper, _Watch())
     watch.look(clipper, report, values["autoclip/total_norm"])
     return values
 

@@ -113,9 +113,15 @@ class Rule(ABC):
         return {name: getattr(self, name) for name in self.setting_names()}
 
     @classmethod
+    @cache
     def setting_names(cls) -> tuple[str, ...]:
         """The names of the rule's settings."""
-        return _field_names(cls)
+        if not dataclasses.is_dataclass(cls):
+            raise TypeError(
+                f"{cls.__name__} is not a dataclass. Decorate the rule with "
+                "@dataclass(frozen=True); its fields are its settings."
+            )
+        return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
     def from_settings(cls: type[RuleT], settings: Mapping[str, Any]) -> RuleT:
@@ -137,16 +143,6 @@ def structure_of(rule: Rule) -> tuple[Any, ...]:
         (name, None if isinstance(value, float) else (type(value).__name__, value))
         for name, value in rule.settings.items()
     )
-
-
-@cache
-def _field_names(rule: type[Rule]) -> tuple[str, ...]:
-    if not dataclasses.is_dataclass(rule):
-        raise TypeError(
-            f"{rule.__name__} is not a dataclass. Decorate the rule with "
-            "@dataclass(frozen=True); its fields are its settings."
-        )
-    return tuple(field.name for field in dataclasses.fields(rule))
 
 
 RULES: dict[str, type[Rule]] = {}

@@ -70,15 +70,17 @@ def write_file(path: PathLike, data: bytes) -> None:
     """
     name = os.fspath(path)
     target = os.path.realpath(name)
+    folder, base = os.path.split(target)
+    prefix = f".{base[:50]}."  # a name has at most 255 bytes, and a character up to four of them
     temporary = ""
     try:
         old = _status(name, target)
-        _remove_abandoned(target)
+        _remove_abandoned(folder, prefix)
         for _ in range(_ATTEMPTS):
             # Named before it is made: from then on any exception removes it.
-            temporary = _temporary_name(target)
+            temporary = os.path.join(folder, f"{prefix}{secrets.token_hex(8)}.tmp")
             if _write(temporary, target, old, data):
-                _sync_folder(os.path.dirname(target))
+                _sync_folder(folder)
                 return
         raise OSError(errno.EBUSY, "another process removes its temporary file")
     except OSError as error:
@@ -140,22 +142,13 @@ def _write(temporary: str, target: str, old: os.stat_result | None, data: bytes)
 
 
 def _exists(path: str) -> bool:
+    # A function of its own: Python 3.11 does not clean up after an interrupt at a `try` inside.
     # os.path.exists takes a TimeoutError of a signal handler for a missing file.
     try:
         os.stat(path)
     except FileNotFoundError:
         return False
     return True
-
-
-def _temporary_name(target: str) -> str:
-    folder, name = os.path.split(target)
-    return os.path.join(folder, f".{_stem(name)}.{secrets.token_hex(8)}.tmp")
-
-
-def _stem(name: str) -> str:
-    # A name has at most 255 bytes, and a character up to four of them.
-    return name[:50]
 
 
 def _keep_access(temporary: str, old: os.stat_result) -> None:
@@ -167,10 +160,9 @@ def _keep_access(temporary: str, old: os.stat_result) -> None:
         os.chmod(temporary, stat.S_IMODE(old.st_mode) & 0o777)
 
 
-def _remove_abandoned(target: str) -> None:
-    """Remove temporary files that killed processes left of earlier attempts to write `target`."""
-    folder, name = os.path.split(target)
-    pattern = re.compile(rf"\.{re.escape(_stem(name))}\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
+def _remove_abandoned(folder: str, prefix: str) -> None:
+    """Remove temporary files that killed processes left of earlier attempts to write a file."""
+    pattern = re.compile(rf"{re.escape(prefix)}[0-9a-f]{{16}}\.tmp")
     with _errors_ignored(), os.scandir(folder) as entries:
         for entry in entries:
             if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
