@@ -7,7 +7,6 @@ import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from autoclip.core._warnings import warn_user
@@ -34,12 +33,7 @@ class AttachmentHandle:
     def __enter__(self) -> AttachmentHandle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 

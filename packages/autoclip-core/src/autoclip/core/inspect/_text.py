@@ -117,9 +117,10 @@ def _rows(summary: Summary, max_rows: int | None, width: int) -> list[str]:
 def _table(rows: Sequence[RowSummary], state: State, width: int) -> list[str]:
     if not rows:
         return []
+    lengths = [group.settings.get("history_length", "?") for group in state.groups]
     columns: dict[str, Callable[[RowSummary], str]] = {
         "shape": lambda row: _shape(row.shape),
-        "filled": lambda row: f"{row.length}/{_length(state.groups[row.group])}",
+        "filled": lambda row: f"{row.length}/{lengths[row.group]}",
         "recorded": lambda row: str(row.recorded),
         "newest": lambda row: _number(row.newest, 3),
         "median": lambda row: _number(row.median, 3),
@@ -163,10 +164,6 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "" if shape is None else "x".join(map(str, shape)) or "scalar"
-
-
-def _length(group: GroupState) -> object:
-    return group.settings.get("history_length", "?")
 
 
 def _number(value: float, digits: int = 4) -> str:
