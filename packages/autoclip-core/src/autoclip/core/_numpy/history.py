@@ -118,16 +118,17 @@ class _Windows:
         cold = warmups and (self.ring.recorded < warmups).tolist()
         if settings.include_current:
             self._push_each(tracker, entered)
-        limits, coefficients = tracker.thresholds(self.ring), []
-        for row, norm in enumerate(entered):
-            limit = limits[row]
-            if cold and cold[row]:
-                limit = limits[row] = math.inf
-            if ceilings:
-                if norms[row] > LARGEST_NORM and listed[row] < math.inf:
-                    norm, limit = listed[row], ceilings[row]
-                limits[row] = limit = min(limit, ceilings[row])
-            coefficients.append(limit / norm if limit < norm else 1.0)
+        limits, compared = tracker.thresholds(self.ring), entered
+        if cold:
+            limits = [math.inf if is_cold else limit for limit, is_cold in zip(limits, cold)]
+        if ceilings:
+            limits, compared = [*map(min, limits, ceilings)], entered.copy()
+            for row, norm in enumerate(norms):
+                if norm > LARGEST_NORM and listed[row] < math.inf:
+                    limits[row], compared[row] = ceilings[row], listed[row]
+        coefficients = [
+            limit / norm if limit < norm else 1.0 for limit, norm in zip(limits, compared)
+        ]
         if not settings.include_current:
             if settings.record == "clipped":
                 clipped = array("f", map(mul, entered, coefficients))

@@ -15,8 +15,12 @@ from autoclip.core._numpy.tracker import FewRows, Tracker, register_tracker
 from autoclip.core._rules.quantile import Quantile
 from autoclip.core._window import interpolate
 
-_MOST_SORTED_ROWS = 40
-"""Above this many rows, bands are faster: see `core_history.py` among the benchmarks."""
+_MOST_SORTED_ROWS = 72
+"""Above this many rows, bands are faster.
+
+In a loop of nothing else that is so from 40 rows on, see `core_history.py`. In training, NumPy's
+code has left the caches by the next step, and Python's numbers stay ahead up to about 80.
+"""
 _LONGEST_SORTED = 2**14
 """Up to this length, moving half of a sorted window takes less time than the care of a band."""
 
