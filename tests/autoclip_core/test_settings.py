@@ -292,7 +292,7 @@ def test_known_settings_pass() -> None:
 
 def test_unknown_settings_are_named_with_the_known_ones() -> None:
     made = ClipperSettings.make("Mine", Quantile())
-    known = ", ".join(map(repr, made.defaults))
+    known = ", ".join(map(repr, made.default.settings))
     says = f"A parameter group of Mine got the unknown setting 'quantil'. It takes {known}."
     with pytest.raises(ValueError, match=exactly(says)):
         made.for_group({"quantil": 0.5})
@@ -352,7 +352,7 @@ def test_a_clippers_settings_from_a_rule_or_from_its_class() -> None:
     whole = ClipperSettings.make("QuantileClip", Quantile(0.5), history_length=10)
     assert flat == whole
     assert flat.mode == "parameter"
-    assert flat.defaults == GroupSettings(Quantile(0.5), 10).settings
+    assert flat.default == GroupSettings(Quantile(0.5), 10)
 
 
 @pytest.mark.parametrize("mode", ["global", "group"])

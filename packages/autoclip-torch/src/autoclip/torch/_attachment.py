@@ -167,7 +167,7 @@ class Attachment(CopyableAttachment):
         ]
         if self._groups is not None:
             changes.append(self._groups.following(optimizer))
-            names = self._groups.settings.defaults
+            names = self._groups.settings.default.settings
             self._settings = SettingsInGroups(optimizer, names)
         try:
             for register, hook in hooks:

@@ -45,7 +45,7 @@ class BaseClipper(Saveable, Generic[GroupsT, ArrayT]):
     @property
     def defaults(self) -> dict[str, Any]:
         """The settings of a group that names none of its own, by name."""
-        return self._settings.defaults
+        return self._settings.default.settings
 
     @property
     def global_clipping(self) -> bool:

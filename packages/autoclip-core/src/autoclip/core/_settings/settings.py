@@ -189,11 +189,6 @@ class ClipperSettings:
             rule = rule(**{name: settings.pop(name) for name in names if name in settings})
         return cls(mode, GroupSettings(rule, **settings), owner)
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The settings of a group that names none of its own, by name."""
-        return self.default.settings
-
     def for_group(self, overrides: Mapping[str, Any]) -> GroupSettings:
         """The settings of a group that overrides some.
 
@@ -202,8 +197,7 @@ class ClipperSettings:
             ValueError: a setting is unknown or has a wrong value, or there is any under global
                 clipping.
         """
-        known = self.defaults
-        check_known_settings(overrides, known, f"A parameter group of {self.owner}")
+        check_known_settings(overrides, self.default.settings, f"A parameter group of {self.owner}")
         self.mode.check_overrides(overrides)
         return self.default.merged(overrides)
 
@@ -213,7 +207,8 @@ class ClipperSettings:
         Raises:
             TypeError, ValueError: as `for_group`.
         """
-        return self.for_group({name: group[name] for name in self.defaults if name in group})
+        names = self.default.settings
+        return self.for_group({name: group[name] for name in names if name in group})
 
     def describe(self, groups: Iterable[tuple[int, GroupSettings, str]] = ()) -> str:
         """A clipper's `repr`.
