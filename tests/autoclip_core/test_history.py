@@ -142,9 +142,15 @@ pasts = st.fixed_dictionaries({"include_current": st.booleans(), "warmup_steps":
 # -- everything against the reference ----------------------------------------------------------
 
 
-def follows(history: History, settings: list[GroupSettings], stream: Norms, cuts: set[int]) -> None:
+# Many rows have other trackers than a few, and the same thresholds.
+copies_of_rows = st.sampled_from([1, 80])
+
+
+def follows(settings: list[GroupSettings], stream: Norms, cuts: set[int], copies: int) -> None:
     """Check each threshold and coefficient; at `cuts` go on with a copy of the history."""
     rows = [Row(each.rule.name, **each.settings) for each in settings]
+    count, settings = len(rows), settings * copies
+    history = History.of(settings)
     tolerance = 0.0 if isinstance(settings[0].rule, Quantile) else 1e-12
     drops = [each.on_spike != "clip" for each in settings]
 
@@ -154,9 +160,11 @@ def follows(history: History, settings: list[GroupSettings], stream: Norms, cuts
     for step, norms in enumerate(stream):
         if step in cuts:
             history = resume(history, settings, how=step % 3)
-        found = history.record(norms)
+        found = history.record(np.tile(norms, copies))
+        for column in (found.thresholds, found.coefficients):
+            np.testing.assert_array_equal(column, np.tile(column[:count], copies))
         limits, coefficients, entering = zip(*[row.compare(norm) for row, norm in zip(rows, norms)])
-        assert all(map(near, found.thresholds.tolist(), limits)), (step, found, limits)
+        assert all(map(near, found.thresholds[:count].tolist(), limits)), (step, found, limits)
         ours = found.coefficients.tolist()
         with np.errstate(over="ignore"):
             rounded = norms.astype(np.float32).tolist()
@@ -172,9 +180,9 @@ def follows(history: History, settings: list[GroupSettings], stream: Norms, cuts
                 norm = float(window[-1])
             if norm is not None:
                 rows[row].append(norm)
-    windows, recorded = history.read(range(len(rows)))
-    assert [window.tolist() for window in windows] == [row.window for row in rows]
-    assert recorded.tolist() == [row.recorded for row in rows]
+    windows, recorded = history.read(range(history.rows))
+    assert [window.tolist() for window in windows] == [row.window for row in rows] * copies
+    assert recorded.tolist() == [row.recorded for row in rows] * copies
 
 
 def resume(history: History, settings: list[GroupSettings], how: int) -> History:
@@ -189,7 +197,16 @@ def resume(history: History, settings: list[GroupSettings], how: int) -> History
 
 
 @settings(max_examples=100)
-@given(kinds, seeds, shares, st.data(), settings_of_rows, row_counts, st.sets(st.integers(1, 149)))
+@given(
+    kinds,
+    seeds,
+    shares,
+    st.data(),
+    settings_of_rows,
+    row_counts,
+    st.sets(st.integers(1, 149)),
+    copies_of_rows,
+)
 def test_every_rule_and_setting_follows_the_reference(
     kind: str,
     seed: int,
@@ -198,11 +215,12 @@ def test_every_rule_and_setting_follows_the_reference(
     common: dict[str, Any],
     rows: int,
     cuts: set[int],
+    copies: int,
 ) -> None:
     """Quantiles with the same bits, means and deviations to 1e-12; whenever saved and loaded."""
     rule = data.draw(rules)
     each = [GroupSettings(rule, **common)] * rows
-    follows(History.of(each), each, make_stream(kind, seed, 150, rows, bad), cuts)
+    follows(each, make_stream(kind, seed, 150, rows, bad), cuts, copies)
 
 
 @settings(max_examples=60)
@@ -215,6 +233,7 @@ def test_every_rule_and_setting_follows_the_reference(
     row_counts,
     st.sampled_from([None, 2.0]),
     st.sets(st.integers(1, 149)),
+    copies_of_rows,
 )
 def test_recording_clipped_norms_follows_the_reference(
     kind: str,
@@ -225,17 +244,20 @@ def test_recording_clipped_norms_follows_the_reference(
     rows: int,
     max_norm: float | None,
     cuts: set[int],
+    copies: int,
 ) -> None:
     if rule.thresholds_only_fall:
         rule = Standard(1.0)
     each = [GroupSettings(rule, length, max_norm, 5, False, "clipped")] * rows
-    follows(History.of(each), each, make_stream(kind, seed, 150, rows, bad), cuts)
+    follows(each, make_stream(kind, seed, 150, rows, bad), cuts, copies)
 
 
 @settings(max_examples=20)
-@given(kinds, seeds, shares, history_lengths, st.booleans(), st.sampled_from([4, 12]))
+@given(
+    kinds, seeds, shares, history_lengths, st.booleans(), st.sampled_from([4, 12]), copies_of_rows
+)
 def test_rows_have_numbers_of_their_own(
-    kind: str, seed: int, bad: float, length: int, current: bool, rows: int
+    kind: str, seed: int, bad: float, length: int, current: bool, rows: int, copies: int
 ) -> None:
     random = np.random.default_rng(seed)
     for rule in (
@@ -247,7 +269,7 @@ def test_rows_have_numbers_of_their_own(
             GroupSettings(rule(), length, random.uniform(1, 5), int(random.integers(9)), current)
             for _ in range(rows)
         ]
-        follows(History.of(each), each, make_stream(kind, seed, 60, rows, bad), {13, 30, 44})
+        follows(each, make_stream(kind, seed, 60, rows, bad), {13, 30, 44}, copies)
 
 
 # -- thresholds --------------------------------------------------------------------------------
@@ -303,13 +325,14 @@ def test_bands_that_are_a_small_part_of_their_windows() -> None:
     qs = [0.0, 0.25, 0.9, 1.0]
     stream = np.hstack([make_stream(kind, 0, 8000, len(qs)) for kind in KINDS])
     each = [Quantile(q) for q in qs] * len(KINDS)
-    history = History(len(each), each, 2500)
+    copies = -(-80 // len(each))  # fewer rows have no bands
+    history = History(copies * len(each), each * copies, 2500)
     for k, norms in enumerate(stream):
-        found = history.record(norms).thresholds
+        found = history.record(np.tile(norms, copies)).thresholds
         if k % 397 == 0:
             window = stream[max(0, k - 2499) : k + 1]
             expected = [threshold(rule, usable(window[:, row])) for row, rule in enumerate(each)]
-            assert found.tolist() == expected
+            assert found.tolist() == expected * copies
 
 
 @given(seeds, st.integers(1, 120), st.sampled_from([1e18, 1e30, 3e38]), st.sampled_from([1, 9]))
@@ -567,7 +590,7 @@ def test_the_smallest_norm_that_counts(more: int) -> None:
 
 
 @pytest.mark.parametrize("rule", [Quantile(0.5), Standard(), Standard(decay=0.9, shrink=True)])
-@pytest.mark.parametrize("rows", [3, 50])
+@pytest.mark.parametrize("rows", [3, 80])
 def test_a_finite_norm_beyond_float32_is_clipped_to_the_ceiling(rule: Rule, rows: int) -> None:
     limited, free = (History(rows, rule, 10, max_norm=each) for each in (4.0, None))
     for history, coefficient in ((limited, 4.0 / 3e39), (free, 1.0)):
