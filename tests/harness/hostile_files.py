@@ -372,6 +372,24 @@ def one_list_of_parameters_100_000_times(folder: Path) -> Path:
 
 
 @attack(LEGACY)
+def a_parameter_that_takes_long_to_hash(folder: Path) -> Path:
+    import torch
+
+    nested: Any = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    return legacy(folder, {1: {"history": torch.ones(1)}}, [legacy_group(nested)])
+
+
+@attack(LEGACY)
+def parameters_with_equal_hashes(folder: Path) -> Path:
+    import torch
+
+    ids = [i * (2**61 - 1) for i in range(200_000)]
+    return legacy(folder, {1: {"history": torch.ones(1)}}, [legacy_group(*ids)])
+
+
+@attack(LEGACY)
 def a_history_beyond_its_storage(folder: Path) -> Path:
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
     storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu")

@@ -14,6 +14,7 @@ import torch
 
 from autoclip.core import ParameterInfo, Quantile, Standard, State, StateError
 from autoclip.core.adapter import GroupSettings, Mode, is_recorded
+from autoclip.torch._files.pickle import is_quick_to_hash
 
 __all__ = ["convert", "is_clipper"]
 
@@ -126,6 +127,8 @@ def _recorded(history: torch.Tensor) -> npt.NDArray[np.float32]:
 def _check_distinct(things: Iterable[Any], name: str) -> None:
     seen: set[Any] = set()
     for each in things:
+        if not is_quick_to_hash(each):
+            raise ValueError(f"{name} is a {type(each).__name__}")
         if each in seen:
             raise StateError(f"The state_dict of autoclip 0.2.1 lists {name} twice.")
         seen.add(each)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Unmade", "as_bytes", "read_pickle"]
+__all__ = ["Unmade", "as_bytes", "is_quick_to_hash", "read_pickle"]
 
 _MAX_INSTRUCTIONS = 20_000_000
 """A checkpoint of 100,000 tensors has 3 million instructions."""
@@ -162,9 +162,9 @@ def _update(target: Any, items: list[Any]) -> None:
     if not isinstance(found, dict):
         raise ValueError("the pickle sets the items of something else than a dict")
     for key, value in zip(items[::2], items[1::2]):
-        found[key if _is_quick_to_hash(key) else object()] = value
+        found[key if is_quick_to_hash(key) else object()] = value
 
 
-def _is_quick_to_hash(key: Any) -> bool:
-    # Nested tuples take exponential time, and large integers can be made to collide.
+def is_quick_to_hash(key: Any) -> bool:
+    """False for nested tuples, which take exponential time, and large integers, which collide."""
     return isinstance(key, (str, bytes)) or (isinstance(key, int) and abs(key) < 2**63)
