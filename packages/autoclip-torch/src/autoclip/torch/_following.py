@@ -117,22 +117,18 @@ class Followed:
         One that was removed before one was added at the end shifts all between them. A new object
         with the id of an old one is told from it by its shape, unless all shapes are equal.
         """
-        before = [*zip(self.identities, self.shapes)]
-        former = dict(zip(before, _pairs(self.counts)))
-        taken = dict(zip(_pairs(self.counts), self.shapes))
-        shifted = [
-            (former[key], position)
-            for key, position in zip(zip(now.identities, now.shapes), _pairs(now.counts))
-            if key in former and taken.get(position, key[1]) != key[1]
-        ]
-        if shifted:
-            (i, j), (k, m) = shifted[0]
-            warn_user(
-                f"Parameter {j} of the optimizer's group {i} is parameter {m} of group {k} now, "
-                "and other parameters have vanished: AutoClip cannot tell whose histories are "
-                "gone, and leaves each at its position. To begin with empty ones, call "
-                "optimizer.clipper.reset()."
-            )
+        former = dict(zip(zip(self.identities, self.shapes), _pairs(self.counts)))
+        shapes = dict(zip(_pairs(self.counts), self.shapes))
+        for key, (k, m) in zip(zip(now.identities, now.shapes), _pairs(now.counts)):
+            if key in former and shapes.get((k, m), key[1]) != key[1]:
+                i, j = former[key]
+                warn_user(
+                    f"Parameter {j} of the optimizer's group {i} is parameter {m} of group {k} "
+                    "now, and other parameters have vanished: AutoClip cannot tell whose histories "
+                    "are gone, and leaves each at its position. To begin with empty ones, call "
+                    "optimizer.clipper.reset()."
+                )
+                return
 
     def sources(self, now: Followed) -> list[int]:
         """The former index of each group of the optimizer; of a new one, the next number.

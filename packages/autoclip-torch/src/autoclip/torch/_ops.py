@@ -69,9 +69,6 @@ class TorchOps(Ops):
     def maximum(self, x: Any, y: Any) -> Any:
         return torch.maximum(x, y) if isinstance(y, Tensor) else x.clamp(min=y)
 
-    def divide(self, x: Any, y: Any) -> Any:
-        return x / y
-
     def log(self, x: Any) -> Any:
         return x.log()
 
@@ -103,9 +100,6 @@ class TorchOps(Ops):
         if len(self._slots) < count:
             self._slots = torch.arange(count, device=self.device)
         return self._slots[:count]
-
-    def halves(self, x: Any) -> Any:
-        return x[:, :1], x[:, 1:]
 
     def take(self, x: Any, index: Any) -> Any:
         return x.gather(1, index)
