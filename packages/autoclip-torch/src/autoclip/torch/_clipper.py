@@ -44,7 +44,6 @@ from autoclip.torch._parameters import (
     OptimizerGroups,
     ParamsT,
     entries_of,
-    overrides_of,
 )
 from autoclip.torch._private import disable_dynamo
 
@@ -147,7 +146,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
         entries = [self._entry(entry) for entry in entries_of(parameters)]
         self._groups.add(*entries)
 
-    def _entry(self, group: Any, **settings: Any) -> Any:
+    def _entry(self, group: Any) -> Any:
         """The parameters of a group dict, its settings, and the names."""
         if isinstance(group, OptimizerGroup):
             own = self._settings.taken_from(group)
@@ -159,7 +158,8 @@ class Clipper(BaseClipper[Groups, Tensor]):
         elif "params" not in group:
             raise KeyError('param_group must be a dict with the key "params".')
         else:
-            own = self._settings.for_group({**settings, **overrides_of(group)})
+            others = ("params", "param_names")
+            own = self._settings.for_group({k: v for k, v in group.items() if k not in others})
         return group["params"], own, group.get("param_names")
 
     def add_param_group(self, param_group: Any, **settings: Any) -> None:
@@ -188,7 +188,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
             )
         is_dict = isinstance(param_group, dict)
         group = param_group if is_dict else {"params": param_group}
-        self._groups.add(self._entry(group, **settings))
+        self._groups.add(self._entry({**settings, **group}))
         if settings or not is_dict:
             warn_user(
                 "add_param_group takes a dict now, as torch's optimizers do: "

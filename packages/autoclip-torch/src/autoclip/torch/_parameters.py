@@ -21,7 +21,6 @@ __all__ = [
     "named",
     "names_in",
     "optimizers_in",
-    "overrides_of",
     "shape_of",
     "without_wrappers",
 ]
@@ -250,8 +249,3 @@ def shape_of(parameter: Tensor) -> tuple[int, ...] | None:
     if torch.nn.parameter.is_lazy(parameter):
         return None  # not known before the first forward pass
     return tuple(parameter.shape)
-
-
-def overrides_of(param_group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a group dict."""
-    return {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
