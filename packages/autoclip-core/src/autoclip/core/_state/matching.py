@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
@@ -92,13 +93,14 @@ def _pairs_by_name(
     found: Mapping[str | None, list[int]], wanted: Mapping[str | None, list[int]]
 ) -> list[Pair]:
     """Pairs of parameters. Equal names match in order, and so do parameters without one."""
-    return [
+    pairs = [
         pair
         for name, rows in wanted.items()
         # If there are more on one side, nobody knows which.
         if len(found.get(name, [])) == len(rows)
         for pair in zip(found[name], rows)
     ]
+    return sorted(pairs, key=itemgetter(1))  # an error names the first parameter that is wrong
 
 
 def _pairs_of_groups(

@@ -114,7 +114,7 @@ def _rule_thresholds(
     for rows in rows_by_storage([plain[each] for each in settings]):
         own = [plain[settings[row]] for row in rows]
         rules = [each.rule for each in own if isinstance(each.rule, Standard)]
-        if rules:
+        if rules and not rules[0].log:  # whose rounding would decide where norms lie on thresholds
             found[rows] = _running_moments(norms[rows], rules)
             continue
         history = History.of(own)
@@ -135,20 +135,17 @@ def _running_moments(
         for name in ("decay", "deviations", "factor")
     )
     decay = np.where(np.isnan(decay), 1.0, decay)  # None
-    values = np.log(norms, dtype=np.float64) if rules[0].log else norms.astype(np.float64)
     weight, mean, squares = np.zeros((3, len(rules)))
     found = np.full(norms.shape[::-1], np.inf)
-    for step, given in enumerate(np.ascontiguousarray(values.T)):
+    for step, given in enumerate(np.ascontiguousarray(norms.T, np.float64)):
         held = given == given  # NaN before the oldest norm
         difference = np.where(held, given - mean, 0.0)
         before = decay * weight
         weight = np.where(held, before + 1.0, weight)
         mean = mean + difference / np.maximum(weight, 1.0)
         squares = decay * squares + before * difference * difference / np.maximum(weight, 1.0)
-        limit = mean + deviations * np.sqrt(squares / np.maximum(weight, 1.0))
-        if rules[0].log:
-            limit = np.exp(limit)
-        found[step] = np.where(held, factor * limit, np.inf)
+        std = np.sqrt(squares / np.maximum(weight, 1.0))
+        found[step] = np.where(held, factor * (mean + deviations * std), np.inf)
     return found.T
 
 
