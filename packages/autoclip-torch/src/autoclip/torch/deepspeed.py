@@ -152,9 +152,10 @@ class _Attachment(BaseAttachment):
         self._clipper._attachment = self
 
     def _unhook(self, engine: Any) -> None:
-        for name in _REPLACED:
-            vars(engine).pop(name, None)
-        setattr(*self._place, self._own)
+        if engine is not None:
+            for name in _REPLACED:
+                vars(engine).pop(name, None)
+            setattr(*self._place, self._own)
         self._clipper._attachment = None
 
     def _set_limit(self) -> None:
