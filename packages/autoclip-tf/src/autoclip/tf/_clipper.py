@@ -135,7 +135,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
 
     def _begin(self, groups: Groups) -> None:
         """Begin without variables and without a history."""
-        for each in groups.all_settings():
+        for each in groups.settings_by_group():
             check_memory([each])
         self._groups, self._histories = groups, Histories()
         self._sums = StepSums()
@@ -251,7 +251,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
                 histories.write(*self._pending.matched(groups).by_row())
         own = {"_groups": groups, "_histories": histories, "_nonfinite": nonfinite}
         own |= {"_last": last, "_pending": None}
-        commit((self.__dict__, own), (self._saved_state.__dict__, {"variables": created}))
+        commit((self.__dict__, own), (self.saved_state.__dict__, {"variables": created}))
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -453,7 +453,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
         if optimizer.built:
             self.build(optimizer._trainable_variables)
         self.detach()  # from one that is gone
-        raises = any(each.on_nonfinite == "raise" for each in self._groups.all_settings())
+        raises = any(each.on_nonfinite == "raise" for each in self._groups.settings_by_group())
         if raises and tf.config.list_physical_devices("GPU"):
             warn_user(
                 "On a GPU, Keras compiles fit with XLA by default, and XLA cannot stop a step: "
@@ -543,12 +543,20 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
         """
         config = dict(config)
         if "rule" in config:
-            config["rule"] = _rule_from_config(config["rule"])
+            settings = dict(config["rule"])
+            name = settings.pop("name", None)
+            if name not in RULES:
+                raise ValueError(
+                    f"The configuration has the rule {name!r:.200}, which is not registered here. "
+                    "Import the module that defines it, with @register_rule above its class, "
+                    "before loading."
+                )
+            config["rule"] = RULES[name].from_settings(settings)
         return cls(**config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy belongs to no variables yet. It has the history that its variables will get.
-        return _copied, (type(self), self._groups.unbuilt(), self._saved_state.to_bytes())
+        return _copied, (type(self), self._groups.unbuilt(), self.saved_state.to_bytes())
 
 
 @keras.saving.register_keras_serializable("autoclip")
@@ -696,26 +704,10 @@ def _checked(gradient: Gradient | None, variable: Variable) -> Gradient | None:
 def _copied(cls: type[ClipperT], groups: Groups, data: bytes) -> ClipperT:
     clipper = cls.__new__(cls)
     clipper._begin(groups)
-    clipper._saved_state.load_bytes(data, "the copied clipper")
+    clipper.saved_state.load_bytes(data, "the copied clipper")
     return clipper
 
 
 def _differences(settings: GroupSettings, default: GroupSettings) -> dict[str, Any]:
     usual = default.settings
     return {name: value for name, value in settings.settings.items() if value != usual[name]}
-
-
-def _rule_from_config(config: Mapping[str, Any]) -> Rule:
-    """The rule that `get_config` wrote down.
-
-    Raises:
-        ValueError: no rule of this name is registered, or a setting is wrong.
-    """
-    settings = dict(config)
-    name = settings.pop("name", None)
-    if name not in RULES:
-        raise ValueError(
-            f"The configuration has the rule {name!r:.200}, which is not registered here. Import "
-            "the module that defines it, with @register_rule above its class, before loading."
-        )
-    return RULES[name].from_settings(settings)

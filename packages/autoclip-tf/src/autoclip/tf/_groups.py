@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 from autoclip.core import adapter as core
-from autoclip.core.adapter import ClipperSettings, Group, GroupSettings, ParamGroup, commit
+from autoclip.core.adapter import ClipperSettings, Group, GroupSettings
 from autoclip.tf._private import (
     check_backend,
     name_of,
@@ -25,15 +25,15 @@ Variable: TypeAlias = Any
 
 
 class Groups(core.Groups[Variable]):
-    """The parameter groups of a clipper. There are none before `build`, only patterns.
+    """The parameter groups of a clipper, one a pattern and one for the rest; empty before `build`.
 
     Args:
         settings: of the clipper.
         group_settings: see `Clipper`.
 
     Attributes:
-        patterns: the groups with a pattern; after `build` the first ones of all groups.
-        index: the position of each variable among all variables, by its `variable_key`.
+        index: the position of each variable among all variables, by its `variable_key`; empty
+            before `build`.
 
     Raises:
         TypeError: `group_settings` is not a list of dicts, or a value has the wrong type.
@@ -42,42 +42,24 @@ class Groups(core.Groups[Variable]):
 
     def __init__(self, settings: ClipperSettings, group_settings: object = None) -> None:
         super().__init__("tensorflow", settings)
-        self.checked(settings.default)
-        self.patterns: list[Group[Variable]] = [
-            Group(self.checked(settings.for_group(overrides)), match=match)
+        rest = Group[Variable](self.checked(settings.default))
+        patterns = [
+            Group[Variable](self.checked(settings.for_group(overrides)), match=match)
             for match, overrides in map(_pattern, _list_of(group_settings))
         ]
+        self._groups = [*patterns, rest]
         self.index: dict[str, int] = {}
 
-    def views(self, histories: core.Histories[Any]) -> list[ParamGroup]:
-        """The groups as dicts whose settings can be written, also before `build`.
-
-        A callback may write them before the first batch, when no group knows its variables yet.
-        """
-        if len(self):
-            return super().views(histories)
-        groups = [*self.patterns, Group[Variable](self.settings.default)]
-        return [
-            ParamGroup(
-                {"params": [], **self.labels(group), **self.settings_of(group).settings},
-                lambda name, value, group=group: self._change_unbuilt(group, name, value),
-            )
-            for group in groups
-        ]
-
-    def _change_unbuilt(self, group: Group[Variable], name: str, value: Any) -> Any:
-        settings, own = self._changed(group, name, value)
-        commit(own)
-        return settings.settings[name]
-
-    def all_settings(self) -> list[GroupSettings]:
-        """The settings of all groups that there are or can be."""
-        return [self.settings.default, *map(self.settings_of, self.patterns)]
+    @property
+    def patterns(self) -> list[Group[Variable]]:
+        """The groups with a pattern."""
+        return [group for group in self._groups if group.match is not None]
 
     def unbuilt(self) -> Groups:
         """The same patterns and settings, without variables."""
         groups = Groups(self.settings)
-        groups.patterns = [Group(each.settings, match=each.match) for each in self.patterns]
+        patterns = [Group[Variable](each.settings, match=each.match) for each in self.patterns]
+        groups._groups = [*patterns, *groups._groups]
         return groups
 
     def build(self, variables: Iterable[Variable]) -> None:
@@ -88,7 +70,7 @@ class Groups(core.Groups[Variable]):
         """
         owner = self.settings.owner
         variables = [v for v in _checked(variables, owner) if not overwritten_by_gradient(v)]
-        if len(self):
+        if self.index:
             new = [each for each in variables if variable_key(each) not in self.index]
             if new:
                 raise ValueError(
@@ -97,23 +79,21 @@ class Groups(core.Groups[Variable]):
                     "variable: make a new clipper for new variables."
                 )
             return
-        patterns, rest = self.unbuilt().patterns, Group[Variable](self.settings.default)
+        groups = self.unbuilt()._groups
         for variable in variables:
             name = name_of(variable)
-            matching = (g for g in patterns if g.match is not None and re.search(g.match, name))
-            group = next(matching, rest)
+            group = next(g for g in groups if g.match is None or re.search(g.match, name))
             group.parameters.append(variable)
             group.names.append(name)
-        for group in patterns:
-            if not group.parameters:
+        for group in groups:
+            if not group.parameters and group.match is not None:
                 names = ", ".join(repr(name_of(variable)) for variable in variables)
                 raise ValueError(
                     f"The parameter group with match={group.match!r:.200} has no variable: the "
                     "pattern matches no name, or earlier groups have them all. The names are "
                     f"{names:.1000}."
                 )
-        self.patterns = patterns
-        self._groups = [*patterns, rest] if rest.parameters else patterns
+        self._groups = [group for group in groups if group.parameters]
         self.index = {variable_key(each): i for i, each in enumerate(self.parameters())}
         self.version += 1
 
@@ -134,6 +114,10 @@ class Groups(core.Groups[Variable]):
                 'Use on_spike="zero".'
             )
         return settings
+
+    def describe(self) -> str:
+        """The clipper's `repr`, before `build` without groups."""
+        return super().describe() if self.index else self.settings.describe()
 
     def labels(self, group: Group[Variable]) -> dict[str, Any]:
         """The names of a group's variables, and its pattern."""

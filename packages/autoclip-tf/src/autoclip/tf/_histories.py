@@ -212,7 +212,7 @@ class Histories(core.Histories[TensorHistory]):
             ValueError: the settings differ in something that a traced graph cannot change. Nothing
                 has changed.
         """
-        changed = set(rows)
+        changed = set(rows) if self.settings else set()  # before `build` groups have no rows
         for row in changed:
             if self.settings[row].on_nonfinite != settings.on_nonfinite:
                 raise ValueError(

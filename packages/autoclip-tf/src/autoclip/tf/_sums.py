@@ -28,7 +28,7 @@ class Sums:
     """Sums over the steps since they were last cleared; means are NaN over nothing."""
 
     def __init__(self) -> None:
-        self._values = np.zeros(_TOTALS)
+        self._values: npt.NDArray[np.float64] = np.zeros(_TOTALS)
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
         """Add values that `StepSums` has read."""
@@ -51,23 +51,23 @@ class Sums:
     @property
     def total_norm(self) -> float:
         """Mean of the norm of all gradients together, over the steps where it was finite."""
-        return _mean(self._values[1], self._values[4])
+        return float(_means(self._values[1], self._values[4]))
 
     @property
     def clipped_norm(self) -> float:
         """The same after clipping."""
-        return _mean(self._values[3], self._values[4])
+        return float(_means(self._values[3], self._values[4]))
 
     @property
     def spread(self) -> float:
         """Relative standard deviation of the total norm, as exact as 1e-7."""
-        mean, square = self.total_norm, _mean(self._values[2], self._values[4])
+        mean, square = self.total_norm, float(_means(self._values[2], self._values[4]))
         return float(np.sqrt(max(0.0, square / mean**2 - 1.0))) if mean else np.nan
 
     @property
     def clipped(self) -> float:
         """Mean share of the rows that recorded whose norm was above the threshold."""
-        return _mean(self._values[5], self._values[6])
+        return float(_means(self._values[5], self._values[6]))
 
     @property
     def norms(self) -> npt.NDArray[np.float64]:
@@ -158,11 +158,6 @@ class StepSums:
             sums.add(values)
 
 
-def _mean(total: float, count: float) -> float:
-    return float(total / count) if count else float("nan")
-
-
-def _means(
-    totals: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def _means(totals: Any, counts: Any) -> npt.NDArray[np.float64]:
+    """The quotients, NaN where there is nothing to divide by."""
     return np.where(counts > 0, totals / np.maximum(counts, 1.0), np.nan)

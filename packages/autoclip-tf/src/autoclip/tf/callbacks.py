@@ -202,9 +202,10 @@ def _batches_between(update_freq: str | int) -> int:
     takes = f'update_freq must be "epoch", "batch" or an int ≥ 1, got {update_freq!r:.200}'
     if isinstance(update_freq, bool) or not isinstance(update_freq, (str, int)):
         raise TypeError(f"{takes} ({type(update_freq).__name__}).")
-    every = {"epoch": 0, "batch": 1}.get(update_freq) if isinstance(update_freq, str) else None
-    if every is not None:
-        return every
+    if update_freq == "epoch":
+        return 0
+    if update_freq == "batch":
+        return 1
     if isinstance(update_freq, str) or update_freq < 1:
         raise ValueError(f"{takes}.")
     return update_freq

@@ -10,6 +10,8 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +37,15 @@ def read_keras(path: str) -> dict[str, State]:
         OSError: it cannot be read.
     """
     size = os.path.getsize(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entry = archive.getinfo(_WEIGHTS)
-            if entry.file_size > size:
-                raise StateError(
-                    f"{path} has an entry {_WEIGHTS!r} of {entry.file_size} bytes, but the file "
-                    f"has {size}: it is compressed, as Keras does not write it. Unpack "
-                    f"{_WEIGHTS} and read that."
-                )
-            weights = archive.read(entry)
-    except StateError:
-        raise
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # damage raises all kinds
-        raise StateError(f"{path} is damaged or not a .keras file: {error!s:.200}.") from error
+    with _damage_as_error(path, "not a .keras file"), zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(_WEIGHTS)
+        if entry.file_size > size:
+            raise StateError(
+                f"{path} has an entry {_WEIGHTS!r} of {entry.file_size} bytes, but the file "
+                f"has {size}: it is compressed, as Keras does not write it. Unpack "
+                f"{_WEIGHTS} and read that."
+            )
+        weights = archive.read(entry)
     return _read_weights(io.BytesIO(weights), path, size)
 
 
@@ -68,15 +63,11 @@ def read_shards(path: str) -> dict[str, State]:
     """
     if os.path.getsize(path) > _MAX_INDEX_BYTES:
         raise StateError(f"{path} is larger than an index of Keras's sharded weights.")
-    try:
+    with _damage_as_error(path, "no index of Keras's sharded weights"):
         entries = json.loads(Path(path).read_bytes())["weight_map"].values()
         names = {name for each in entries for name in ([each] if isinstance(each, str) else each)}
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ValueError("a shard is not a file of the same folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StateError(
-            f"{path} is damaged or no index of Keras's sharded weights: {error!r:.200}."
-        ) from error
     states: dict[str, State] = {}
     for name in sorted(names):
         shard = Path(path).with_name(name)
@@ -94,18 +85,28 @@ def read_checkpoint(path: str) -> dict[str, State]:
         OSError: it cannot be read.
     """
     states = {}
-    try:
+    with _damage_as_error(path, "not a TensorFlow checkpoint"):
         for name, data in read_strings(path, CHECKPOINT_KEY):
             where = printable(name.removesuffix(f"/{CHILD}"))
             if data:  # empty, if a clipper had taken no step
                 states[where] = State.from_bytes(data, f"{path} at {where}")
-    except (StateError, OSError):
-        raise
-    except Exception as error:  # damage raises all kinds
-        raise StateError(
-            f"{path} is damaged or not a TensorFlow checkpoint: {error!s:.300}."
-        ) from error
     return states
+
+
+@contextmanager
+def _damage_as_error(path: str, kind: str) -> Iterator[None]:
+    """Raise StateError for all that damage raises in the block: errors of any kind.
+
+    Args:
+        path: of the file.
+        kind: the end of the message, such as "not a .keras file".
+    """
+    try:
+        yield
+    except (StateError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:
+        raise StateError(f"{path} is damaged or {kind}: {error!s:.300}.") from error
 
 
 def _read_weights(file: Any, path: str, size: int) -> dict[str, State]:
@@ -128,17 +129,14 @@ def _read_weights(file: Any, path: str, size: int) -> dict[str, State]:
             )
         left -= found.nbytes
         if left < 0:
-            raise StateError(_too_large(path))
+            raise StateError(
+                f"{path} claims histories that are larger than the file. It is damaged or forged."
+            )
         if found.size:
             states[where] = State.from_bytes(found[()].tobytes(), f"{path} at {where}")
 
-    try:
-        with h5py.File(file, "r") as weights:
-            weights.visititems(visit)
-    except (FileNotFoundError, StateError):
-        raise
-    except Exception as error:  # damage raises all kinds
-        raise StateError(f"{path} is damaged or not an HDF5 file: {error!s:.200}.") from error
+    with _damage_as_error(path, "not an HDF5 file"), h5py.File(file, "r") as weights:
+        weights.visititems(visit)
     return dict(sorted(states.items()))
 
 
@@ -147,7 +145,3 @@ def _is_plain(dataset: Any) -> bool:
     properties = dataset.id.get_create_plist()
     layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT)
     return properties.get_layout() in layouts and not properties.get_external_count()
-
-
-def _too_large(path: str) -> str:
-    return f"{path} claims histories that are larger than the file. It is damaged or forged."
