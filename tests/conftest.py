@@ -1,4 +1,4 @@
-"""What all tests share: Hypothesis profiles, tests in processes of their own, the GPU marker."""
+"""Parts of all tests: Hypothesis profiles, tests in processes of their own, the GPU marker."""
 
 from __future__ import annotations
 

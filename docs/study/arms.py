@@ -1,4 +1,4 @@
-"""What the study compares: ways to clip, by name, in either framework."""
+"""Ways to clip that the study compares, by name, in either framework."""
 
 from __future__ import annotations
 

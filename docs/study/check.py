@@ -49,7 +49,7 @@ def rerun() -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """What rounding depends on."""
+    """The facts that rounding depends on."""
     import torch
 
     versions = results.environment()

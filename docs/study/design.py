@@ -9,7 +9,7 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Condition:
-    """What all arms of a comparison share.
+    """The conditions that all arms of a comparison share.
 
     The constant is tuned once for each `family`: for every loss and optimizer, at the learning
     rate ×1, and kept when the learning rate changes.

@@ -139,7 +139,7 @@ def paper_table(study: Study) -> str:
 
 
 def progress_table(study: Study) -> str:
-    """Which runs there are."""
+    """The runs that there are."""
     rows = []
     for name, task in TASKS.items():
         families = {condition.family for condition in task.conditions}
@@ -171,7 +171,7 @@ def tuning_table(study: Study) -> str:
 
 
 def robustness_table(study: Study) -> str:
-    """How much of its score at the learning rate ×1 an arm loses at a larger one."""
+    """The part of its score at the learning rate ×1 that an arm loses at a larger one."""
     columns = [
         (name, condition)
         for name, task in TASKS.items()
@@ -235,7 +235,7 @@ def rank_table(study: Study) -> str:
 
 
 def divergence_table(study: Study) -> str:
-    """How many runs diverged, of those that every arm has done, and tests against two arms."""
+    """The number of diverged runs, of those that every arm has done, and tests against two arms."""
     groups = {
         "lr ×1": [(name, c) for name, c in study.comparable(seeds=1) if c.base],
         "larger lr": [(name, c) for name, c in study.comparable(seeds=1) if not c.base],
@@ -389,7 +389,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def parts(study: Study, figures: Path, link: str) -> dict[str, str]:
-    """What the page's markers stand for."""
+    """The texts that the page's markers stand for."""
     tables: dict[str, Callable[[], str]] = {
         "progress": lambda: progress_table(study),
         **{name: lambda name=name: task_table(study, name) for name in TASKS},

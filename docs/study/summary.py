@@ -114,7 +114,7 @@ def rate_text(rates: np.ndarray) -> str:
 
 
 def settings_text(arm: str) -> str:
-    """What to write for an arm; the class only if it is not QuantileClip."""
+    """The text for an arm; the class only if it is not QuantileClip."""
     if arm == NONE:
         return "no clipping"
     if arm == TUNED:

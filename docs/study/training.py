@@ -21,7 +21,7 @@ EVERY = 5
 
 @dataclass
 class Outcome:
-    """What a run gave.
+    """The result of a run.
 
     `test` and `validation` are the task's metric after the last step. `step_ms` is the median CPU
     time of a step in milliseconds. The series hold the steps that were measured.

@@ -1,4 +1,4 @@
-"""What is refused when a clipper is made or attached, in the same words and without a trace."""
+"""Refusals when a clipper is made or attached: the same words, and no trace."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def rule(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["torch to tensorflow", "tensorflow to torch"])
 def direction(request: pytest.FixtureRequest) -> tuple[type[Any], type[Any]]:
-    """Which one saves, and which one loads."""
+    """The framework that saves, and the one that loads."""
     saves, loads = request.param.split(" to ")
     return SIDES[saves], SIDES[loads]
 

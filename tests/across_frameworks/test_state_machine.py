@@ -77,7 +77,7 @@ class Side:
     build: Callable[[list[GroupSettings]], None]
 
     def active(self) -> AbstractContextManager[Any]:
-        """What must be in force whenever the clipper is used."""
+        """Check all that must hold whenever the clipper is used."""
         return nullcontext()
 
     def add(self, groups: list[GroupSettings]) -> None:

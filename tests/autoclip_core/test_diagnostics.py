@@ -239,7 +239,7 @@ def test_many_rows_make_a_short_text() -> None:
 
 
 def clipped_first(norms: Any, constant: float) -> Any:
-    """What `clip_grad_norm_(max_norm=constant)` leaves of gradients: [steps, rows]."""
+    """The part of gradients that `clip_grad_norm_(max_norm=constant)` leaves: [steps, rows]."""
     total = np.linalg.norm(norms, axis=1, keepdims=True)
     return norms * np.minimum(1.0, constant / (total + 1e-6))
 

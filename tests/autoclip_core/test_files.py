@@ -416,7 +416,7 @@ class Interrupts:
         return self.trace
 
     def call(self, function: Callable[[], None]) -> bool:
-        """Whether the call was interrupted; it must raise just this exception then."""
+        """True if the call was interrupted; it must raise just this exception then."""
         before = sys.gettrace()
         same = None
         sys.settrace(self.trace)

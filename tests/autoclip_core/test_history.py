@@ -84,7 +84,7 @@ def usable(norms: npt.ArrayLike) -> npt.NDArray[np.float32]:
 
 
 def threshold(rule: Rule, window: npt.NDArray[np.float32]) -> float:
-    """What NumPy says that the threshold of a window is."""
+    """The threshold of a window, computed with NumPy."""
     values = window.astype(np.float64)
     if isinstance(rule, Quantile):
         return rule.factor * float(np.quantile(values, rule.quantile))
@@ -432,7 +432,7 @@ def test_a_ceiling_limits_every_threshold(
 def test_compared_with_the_past_is_compared_with_the_thresholds_before(
     kind: str, seed: int, bad: float, rule: Rule, length: int, rows: int
 ) -> None:
-    """What 0.2.1 does; the windows do not depend on it."""
+    """Thresholds as 0.2.1 makes them; the windows do not depend on it."""
     past = at_once(rows, rule, length, include_current=False)
     now = at_once(rows, rule, length)
     for norms in make_stream(kind, seed, 50, rows, bad):
@@ -455,7 +455,7 @@ def test_clipped_norms_are_recorded_as_they_are_after_clipping(rows: int) -> Non
 
 @pytest.mark.parametrize("on_spike", ["zero", "skip"])
 def test_a_spike_that_is_dropped_has_the_coefficient_0(on_spike: Any) -> None:
-    """What is recorded does not depend on what happens to the gradient."""
+    """The recorded norm does not depend on the gradient's fate."""
     each = GroupSettings(
         Quantile(0.5, 2.0), include_current=False, record="clipped", on_spike=on_spike
     )

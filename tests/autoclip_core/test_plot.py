@@ -1,4 +1,4 @@
-"""What is drawn is what the history holds."""
+"""Plots draw the numbers that the history holds."""
 
 from __future__ import annotations
 

@@ -631,7 +631,7 @@ def test_any_contents_of_the_tensors(
 
 
 def peak_of(read: Callable[[], Any]) -> int:
-    """How many bytes it allocates at most."""
+    """The most bytes that it allocates."""
     tracemalloc.start()
     try:
         read()

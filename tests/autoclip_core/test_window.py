@@ -31,7 +31,7 @@ class Look(Rule):
 
 
 def looked_at(windows: list[Window], recorded: list[int], length: int) -> list[Any]:
-    """What a rule is shown, rows of about one length at a time."""
+    """The windows that a rule is shown, rows of about one length at a time."""
     history = History(len(windows), Look(), length)
     history.write(range(len(windows)), windows, recorded)
     SEEN.clear()

@@ -1,4 +1,4 @@
-"""What the TensorFlow tests share: the three ways to run a step, and a small model."""
+"""Fixtures of the TensorFlow tests: the three ways to run a step, and a small model."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class ByHand:
 
     @property
     def clipped(self) -> int:
-        """How many gradients were scaled down."""
+        """The number of gradients that were scaled down."""
         return sum(int((report.coefficients < 1).sum()) for report in self.reports)
 
     def assert_equals(self, model: Any, clipper: Any, rtol: float = 1e-5) -> None:

@@ -1,4 +1,4 @@
-"""What each process of a TensorFlow test has imported, and the devices that its CPU is."""
+"""Imports of each process of a TensorFlow test, and the devices that its CPU is."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def train(model, fit, optimizer, **options):
 
 
 def snapshot(optimizer):
-    """What stands on an optimizer and what TensorFlow tracks of it, by identity."""
+    """An optimizer's attributes and the objects that TensorFlow tracks of it, by identity."""
     contents = {
         name: list(map(str, value)) if isinstance(value, (list, dict)) else id(value)
         for name, value in vars(optimizer).items()
@@ -294,7 +294,7 @@ class TestUsersOptimizers:
         expected.assert_equals(train(model, fit, optimizer), optimizer.clipper)
 
     def test_a_subclass_that_overrides_apply_gradients(self, model, growing, fit, by_hand):
-        """What it does to the gradients comes before the clipper."""
+        """Its changes to the gradients come before the clipper."""
 
         class Doubled(keras.optimizers.SGD):
             def apply_gradients(self, grads_and_vars):

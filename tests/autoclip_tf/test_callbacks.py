@@ -1,4 +1,4 @@
-"""What is logged, and what the callback says that XLA cannot."""
+"""Logged values, and the messages of the callback that XLA cannot give."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ class TestCallback:
 
 
 class TestWarnings:
-    """What an epoch shows of faults outside of AutoClip, once each."""
+    """Faults outside of AutoClip that an epoch shows, once each."""
 
     def test_updates_that_pass_by_the_clipper(self, growing):
         class Own(keras.Model):

@@ -31,7 +31,7 @@ def net():
 
 
 def grouped(clipper):
-    """Which variables are in which group, and the group's settings."""
+    """The variables of each group, and the group's settings."""
     return [
         (group["param_names"], {k: group[k] for k in ("quantile", "history_length")})
         for group in clipper.param_groups

@@ -1,4 +1,4 @@
-"""What is interrupted at any line happens wholly or not at all: rows, settings, attachments.
+"""Work that is interrupted at any line happens wholly or not at all: rows, settings, attachments.
 
 Steps and loads are in across_frameworks, for both frameworks.
 """

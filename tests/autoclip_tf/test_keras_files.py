@@ -467,7 +467,7 @@ class TestCopies:
 
 
 class TestInference:
-    """What is exported for inference has no use for a history, and is not disturbed by one."""
+    """A model exported for inference needs no history, and is not disturbed by one."""
 
     @pytest.mark.parametrize("how", ["export", "tf.saved_model.save"])
     def test_saved_models(self, how, tmp_path):
@@ -498,7 +498,7 @@ class TestInference:
         ids=["quantile", "by hand, XLA", "global, XLA", "standard", "groups, by hand"],
     )
     def test_a_module_that_trains(self, make, direct, jit_compile, tmp_path):
-        """What is loaded goes on as the module does: the histories are in it."""
+        """A loaded module continues as the saved one: the histories are in it."""
 
         class Trained(tf.Module):
             def __init__(self):
@@ -552,7 +552,7 @@ def test_the_legacy_format_is_loaded_as_without_a_clipper(tmp_path):
 
 
 class TestFrozenLayers:
-    """Where Keras loads, or warns and trains, the clipper keeps what matches and trains too."""
+    """If Keras loads, or warns and trains, the clipper keeps the matching rows and trains too."""
 
     @pytest.mark.filterwarnings("ignore:Skipping variable loading")
     @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_as_optimizer_says_what_to_do_instead(optimizer):
 
 
 def test_a_loop_of_ones_own_with_an_optimizer_of_keras_2(growing, windows):
-    """What the error above recommends for optimizers without transformers."""
+    """The remedy that the error above recommends for optimizers without transformers."""
     model = readme_model()
     optimizer, clipper = tf_keras.optimizers.Adam(1e-3), QuantileClip(0.5)
 

@@ -68,7 +68,7 @@ def train(model, strategy=None, first=0, last=16):
 
 
 def save(model, folder, name):
-    """What a worker came to, for the test to compare."""
+    """A worker's results, for the test to compare."""
     np.savez(folder / f"{name}.npz", *model.get_weights())
     model.optimizer.clipper.save(folder / f"{name}.autoclip")
 

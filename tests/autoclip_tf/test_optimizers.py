@@ -77,7 +77,7 @@ def test_compiled_by_xla_as_well(model, fit):
 
 
 class TestHyperparameters:
-    """What the optimizer does besides, with gradients that are clipped: as in a loop by hand."""
+    """Other work of the optimizer on clipped gradients: as in a loop by hand."""
 
     def compare(self, model, growing, fit, by_hand, make, callbacks=lambda: ()):
         expected = by_hand(model(), make(), Quantile(0.5)).fit(*growing, epochs=2)

@@ -1,4 +1,4 @@
-"""What a clipper saves and loads: `state_dict`, `save`, `load`, before and after `build`."""
+"""A clipper's state: `state_dict`, `save`, `load`, before and after `build`."""
 
 from __future__ import annotations
 

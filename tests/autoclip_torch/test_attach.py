@@ -80,7 +80,7 @@ def by_hand(
 
 
 def snapshot(optimizer: Optimizer) -> dict[str, Any]:
-    """What stands on an optimizer: its attributes, and what its hooks are."""
+    """An optimizer's attributes and hooks."""
     return {
         name: dict(value) if "hooks" in name else value
         for name, value in optimizer.__dict__.items()

@@ -90,7 +90,7 @@ def run(clipper: Clipper, ours: Sequence[Tensor], stream: Sequence[Sequence[floa
 
 @pytest.fixture(autouse=True)
 def no_warnings() -> Any:
-    """What is not expected to warn does not, on a step without any gradient aside."""
+    """A step does not warn unless a test expects it; steps without any gradient aside."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="autoclip")
         warnings.filterwarnings("ignore", "QuantileClip.step|StandardClip.step")

@@ -74,7 +74,7 @@ def test_names_and_formats(name: str, zipped: bool, tmp_path: Path) -> None:
 
 
 class Anything:
-    """What a checkpoint may hold, and what is not to be unpickled."""
+    """Objects that a checkpoint may hold, and those that must not be unpickled."""
 
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("unpickled"),))
@@ -170,7 +170,7 @@ HISTORIES = st.lists(
 
 
 def legacy(setting: str, histories: list[list[float]]) -> dict[str, Any]:
-    """What `Clipper.state_dict()` of 0.2.1 returned; it called parameters by their `id`."""
+    """The result of `Clipper.state_dict()` of 0.2.1, which called parameters by their `id`."""
     ids = [139704945905248 + 96 * i for i in range(len(histories))]
     return {
         "state": {i: {"history": torch.tensor(each)} for i, each in zip(ids, histories)},

@@ -1,4 +1,4 @@
-"""What is interrupted at any line happens wholly or not at all: parameters, settings, hooks.
+"""Work that is interrupted at any line happens wholly or not at all: parameters, settings, hooks.
 
 Steps and loads are in across_frameworks, for both frameworks.
 """

@@ -165,7 +165,7 @@ def test_zeros_nan_and_infinities_are_dropped(path: str, tmp_path: Path) -> None
 
 
 def test_of_a_longer_history_the_newest_norms_stay(path: str, tmp_path: Path) -> None:
-    """Whether it is the checkpoint's own length that is exceeded, or the clipper's."""
+    """True if the checkpoint's own length is exceeded, not the clipper's."""
     clipper = make("quantile", 1)
     norms = [float(i) for i in range(1, 121)]
     new = convert(old_state_dict("quantile", [norms]), tmp_path)

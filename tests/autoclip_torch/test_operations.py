@@ -1,4 +1,4 @@
-"""What a step on a device launches: bounded in number, and never waiting for the device.
+"""Launches of a step on a device: bounded in number, and never waiting for the device.
 
 CPU tensors take the device path here; a dispatch mode sees each operation as a device would.
 """

@@ -457,7 +457,7 @@ def test_two_clippers_of_a_gan_that_are_exchanged_are_named(path: str, attached:
 
 
 def from_tensorflow(*shapes: tuple[int, ...]) -> dict[str, Any]:
-    """What the TensorFlow clipper saves of variables with these shapes."""
+    """The state that the TensorFlow clipper saves of variables with these shapes."""
     group = GroupState.from_windows(
         GroupSettings(Quantile(0.3), LENGTH).settings,
         [ParameterInfo(f"dense/{i}", shape) for i, shape in enumerate(shapes)],

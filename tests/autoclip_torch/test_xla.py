@@ -85,7 +85,7 @@ def sync() -> None:
 
 
 class Costs:
-    """What XLA does inside a `with` block, and once more at its end.
+    """XLA's work inside a `with` block, and once more at its end.
 
     Attributes:
         compilations: how many programs were compiled.

@@ -30,7 +30,7 @@ def full(rule: Rule, rows: int, history_length: int) -> History:
 
 
 def times(history: History, norms: Iterable[Norms]) -> Norms:
-    """How long each step keeps the processor busy, in microseconds."""
+    """The processor time of each step, in microseconds."""
     found = []
     for each in norms:
         start = time.thread_time()

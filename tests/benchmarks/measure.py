@@ -1,4 +1,4 @@
-"""What the benchmarks share: full histories, paired timings, tables, JSON and charts."""
+"""Parts of all benchmarks: full histories, paired timings, tables, JSON and charts."""
 
 from __future__ import annotations
 

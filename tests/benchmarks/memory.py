@@ -31,7 +31,7 @@ def settings(rule: Rule, rows: int, history_length: int) -> list[GroupSettings]:
 
 
 def in_numpy(rule: Rule, rows: int, history_length: int) -> int:
-    """What Python has allocated for a history in the core, which PyTorch's CPU path uses too."""
+    """Memory that Python allocates for a history in the core, which PyTorch's CPU path uses too."""
     windows = list(np.random.default_rng(0).lognormal(size=(rows, history_length)))
     each = settings(rule, rows, history_length)
     history = History.of(each[:1])  # modules and caches are there already

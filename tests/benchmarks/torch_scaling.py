@@ -1,4 +1,4 @@
-"""How a step and the memory of `QuantileClip` grow with history_length and parameters.
+"""Growth of a step and of the memory of `QuantileClip` with history_length and parameters.
 
 Gradients are small, so that the histories dominate. The rival is a clipper with the shortest
 history of the same number of parameters.

@@ -1,4 +1,4 @@
-"""What each setting of a clipper adds to a step in PyTorch, relative to `QuantileClip`'s defaults.
+"""The cost of each setting of a clipper in PyTorch, relative to `QuantileClip`'s defaults.
 
 The histories of all clippers are full, and they alternate on the same gradients.
 """

@@ -115,7 +115,7 @@ def norm_of(gradients: list[float | None], on_nonfinite: str) -> float:
 
 
 def recorded(rule: str, chosen: dict[str, Any], gradients: list[Any]) -> dict[str, Any] | None:
-    """What a row does with its gradients; None if the last bit of a threshold decides something."""
+    """A row's effect on its gradients; None if the last bit of a threshold decides something."""
     row = Row(rule, **chosen)
     norms, thresholds, coefficients = [], [], []
     for step in zip(*gradients):

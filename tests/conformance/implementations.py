@@ -271,7 +271,7 @@ IMPLEMENTATIONS: dict[str, Callable[[File], Rows]] = {
 
 
 def deviations(file: File, found: Rows) -> Iterator[tuple[str, float]]:
-    """What differs by how much, relatively; infinite where one is finite and the other is not.
+    """Relative differences by name; infinite where one is finite and the other is not.
 
     Gradients are float32: what is below its smallest normal number may be flushed to zero, and so
     may a coefficient.

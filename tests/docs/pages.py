@@ -102,7 +102,7 @@ def check_output(shown: str, printed: str) -> None:
 
 
 def processes_of(page: Path) -> int:
-    """How many processes the page runs in."""
+    """The number of processes that the page runs in."""
     marks = (MARK.match(line) for line in page.read_text("utf-8").splitlines())
     return next((int(mark[2]) for mark in marks if mark and mark[1] == "processes"), 1)
 

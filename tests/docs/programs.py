@@ -1,4 +1,4 @@
-"""What each process of these tests has imported.
+"""Imports of each process of these tests.
 
 Importing a framework takes seconds, forking a process that has imported it takes milliseconds.
 """

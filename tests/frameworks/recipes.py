@@ -148,7 +148,7 @@ class Watch:
         self.norms[optimizer].append(norms)
 
     def steps(self) -> list[int]:
-        """How many steps each optimizer has made, in the order of their first ones.
+        """The number of steps of each optimizer, in the order of their first ones.
 
         Each history has exactly one norm of each step in which its row had a gradient.
         """

@@ -38,7 +38,7 @@ def lines(see: Callable[[tuple[str, int]], None]) -> Iterator[None]:
 
 
 def interrupted(prepare: Callable[[], Any], act: Callable[[Any], object]) -> Iterator[Any]:
-    """What `prepare` made, after `act` on it was interrupted, once at each line.
+    """The object that `prepare` made, after `act` on it was interrupted, once at each line.
 
     At lines in a loop, in its first and in its last round. The last one ran to its end.
 

@@ -1,4 +1,4 @@
-"""What the four distributions declare and contain."""
+"""Declarations and contents of the four distributions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLACEHOLDERS = {f"autoclip/{name}.py" for name in ("torch", "tf", "QuantileClip"
 
 
 def declared(name: str) -> ProjectMetadata:
-    """What the pyproject file says: an installed environment does not notice a new version."""
+    """The version in the pyproject file: an installed environment does not notice a new one."""
     return ProjectMetadata(str(PROJECTS[name]), PluginManager())
 
 
@@ -50,7 +50,7 @@ def metadata(archive: zipfile.ZipFile) -> Message:
 
 
 def siblings(requirements: list[str]) -> dict[str, str]:
-    """Which of our own distributions are required, and in which versions."""
+    """Our own distributions that are required, and their versions."""
     parsed = map(Requirement, requirements)
     return {each.name: str(each.specifier) for each in parsed if each.name in PROJECTS}
 

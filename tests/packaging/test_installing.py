@@ -1,4 +1,4 @@
-"""What a user has after installing: core alone, an adapter, the metapackage, in any order."""
+"""Installed packages: core alone, an adapter, the metapackage, in any order."""
 
 from __future__ import annotations
 

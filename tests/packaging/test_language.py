@@ -34,6 +34,13 @@ def test_a_docstring_begins_with_a_noun_or_a_verb(path: Path) -> None:
         assert not entry, f"{path}:{line}: {entry and entry[0]}"
 
 
+def test_so_does_a_docstring_of_a_test_or_script() -> None:
+    folders = (ROOT / "tests", ROOT / "docs")
+    for path in (each for folder in folders for each in sorted(folder.rglob("*.py"))):
+        for line, text in docstrings(path):
+            assert not FIRST_WORDS.match(text), f"{path}:{line}: {text}"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_sources_use_common_words(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -27,7 +27,7 @@ BAD_BATCHES, TOO_LARGE = 0.02, 100.0
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: pixels per time step, hidden units, images per batch, steps."""
+    """A way to read images: pixels per time step, hidden units, images per batch, steps."""
 
     pixels: int
     hidden: int

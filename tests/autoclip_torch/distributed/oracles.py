@@ -1,4 +1,4 @@
-"""What the distributed tests compare with: the same training in one process, on the whole batch."""
+"""References of the distributed tests: the same training in one process, on the whole batch."""
 
 from __future__ import annotations
 

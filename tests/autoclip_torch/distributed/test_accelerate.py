@@ -57,7 +57,7 @@ def make_accelerator(kind: str) -> Any:
 
 class Model(Net):
     def get_parameter_or_buffer(self, name: str) -> Tensor:
-        """What Accelerate takes for granted, since the models of transformers have it."""
+        """Attribute that Accelerate takes for granted, as the models of transformers have it."""
         return self.get_parameter(name)
 
 

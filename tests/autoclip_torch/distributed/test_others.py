@@ -1,4 +1,4 @@
-"""What torch offers besides: joined DDP, ZeroRedundancyOptimizer, offloading, pipeline stages."""
+"""Other tools of torch: joined DDP, ZeroRedundancyOptimizer, offloading, pipeline stages."""
 
 from __future__ import annotations
 

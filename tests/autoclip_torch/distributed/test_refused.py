@@ -1,4 +1,4 @@
-"""What no true norm can be made of is refused, on all ranks, before anything is recorded."""
+"""Gradients without a true norm are refused, on all ranks, before anything is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each process of an engine's test has imported, and the group that it joins."""
+"""Imports of each process of an engine's test, and the group that it joins."""
 
 from __future__ import annotations
 

@@ -395,7 +395,7 @@ def test_a_callback_can_be_pickled(tmp_path: Path) -> None:
 
 
 def test_as_optimizer_alone_records_what_max_grad_norm_leaves(tmp_path: Path) -> None:
-    """What the documentation warns of."""
+    """The case that the documentation warns of."""
     clipper = train(make_trainer(tmp_path, "optimizers", max_grad_norm=1e-3))
     totals = np.sqrt(np.square(windows(clipper)).sum(axis=0))
     assert totals == pytest.approx([1e-3] * STEPS, rel=1e-2)

@@ -135,7 +135,7 @@ def test_clips_as_numpy_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) ->
 
 
 def test_nnunets_own_trainer_clips_at_12(folder: Path) -> None:
-    """What the class leaves out, on gradients larger than that."""
+    """The limit that the class leaves out, on gradients larger than that."""
     trainer = make(folder, 2)
     base = type(trainer).__mro__[1]
     (batch,) = batches(trainer, 1)
