@@ -88,7 +88,7 @@ def full_history(
         **settings,
     )
     group = GroupState.from_windows(
-        made.defaults,
+        made.default.settings,
         [ParameterInfo(None, shape) for shape in shapes],
         windows,
         [history_length] * len(windows),
