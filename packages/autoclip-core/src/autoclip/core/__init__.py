@@ -25,7 +25,7 @@ from autoclip.core._rules.rule import Rule, register_rule  # noqa: E402
 from autoclip.core._rules.standard import Standard  # noqa: E402
 from autoclip.core._settings.fields import setting  # noqa: E402
 from autoclip.core._settings.settings import OnNonfinite, OnSpike, Record  # noqa: E402
-from autoclip.core._state.files import MAX_FILE_BYTES  # noqa: E402
+from autoclip.core._state.safetensors import MAX_FILE_BYTES  # noqa: E402
 from autoclip.core._state.saving import Saveable  # noqa: E402
 from autoclip.core._state.state import GroupState, ParameterInfo, State  # noqa: E402
 from autoclip.core._step import Report  # noqa: E402

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["StateError", "attached_message", "nonfinite_message", "second_clipper_message"]
-
 
 class StateError(ValueError):
     """A saved state is damaged, of another kind, or does not fit the clipper that loads it.

@@ -13,8 +13,6 @@ from autoclip.core._settings.settings import GroupSettings
 from autoclip.core._step import Report
 from autoclip.core._window import Windows, unpack
 
-__all__ = ["BaseHistory", "BaseTensorHistory"]
-
 
 class BaseHistory(ABC):
     """The windows of some rows, whose settings have equal `structure`."""

@@ -8,8 +8,6 @@ from importlib.util import module_from_spec
 
 import autoclip
 
-__all__ = ["load_adapter", "refuse_legacy_installation"]
-
 
 def refuse_legacy_installation() -> None:
     """Refuse to be imported next to the files of autoclip 0.2.1.

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LARGEST_NORM", "SMALLEST_NORM", "NumpyOps", "Ops", "is_recorded"]
-
 SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 """A norm below float32's smallest normal number, 1.18e-38, counts as zero: never recorded."""
 

@@ -18,8 +18,6 @@ from autoclip.core._ops import LARGEST_NORM, Ops, is_recorded
 from autoclip.core._rules.rule import Rule
 from autoclip.core._settings.settings import GroupSettings
 
-__all__ = ["Report", "numbers_of", "record", "thresholds_of"]
-
 ArrayT = TypeVar("ArrayT")
 
 

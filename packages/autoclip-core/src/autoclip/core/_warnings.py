@@ -6,8 +6,6 @@ import sys
 import warnings
 from types import FrameType
 
-__all__ = ["warn_user"]
-
 # Hooks, steps and savers of these call us; how many frames that makes depends on their versions.
 _FRAMEWORKS = frozenset(
     {

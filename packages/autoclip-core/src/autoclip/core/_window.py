@@ -13,17 +13,6 @@ import numpy.typing as npt
 from autoclip.core._ops import NumpyOps, Ops
 from autoclip.core._rules.rule import Rule
 
-__all__ = [
-    "Window",
-    "Windows",
-    "counts_of",
-    "interpolate",
-    "needs_order",
-    "pack",
-    "slots_of",
-    "unpack",
-]
-
 
 @dataclass(frozen=True)
 class Windows:

@@ -25,8 +25,6 @@ from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import SettingsInGroups, clipped_inside, optimizers_in
 from autoclip.torch._private import disable_dynamo, is_fake
 
-__all__ = ["STATE_KEY", "Attachment", "StepResult", "check_optimizer"]
-
 STATE_KEY = "autoclip"
 """The key of a clipper's state in its optimizer's `state_dict()`."""
 

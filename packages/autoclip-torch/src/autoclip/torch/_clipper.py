@@ -47,8 +47,6 @@ from autoclip.torch._parameters import (
 )
 from autoclip.torch._private import disable_dynamo
 
-__all__ = ["Clipper", "QuantileClip", "StandardClip"]
-
 P = ParamSpec("P")
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 

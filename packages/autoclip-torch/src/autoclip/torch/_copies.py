@@ -17,8 +17,6 @@ from torch.optim import Optimizer
 
 from autoclip.core.adapter import BaseAttachment, warn_user
 
-__all__ = ["CopyableAttachment"]
-
 
 class CopyableAttachment(BaseAttachment):
     """An attachment whose methods stand on the optimizer; in copies of that they do nothing."""

@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 from autoclip.core.adapter import warn_user
 from autoclip.torch._parameters import shape_of, without_wrappers
 
-__all__ = ["Followed", "Positions"]
-
 Positions = list[list[tuple[int, int]]]
 """For each group of a clipper, the index of each parameter's group in the optimizer, and in that
 group."""

@@ -19,8 +19,6 @@ from autoclip.torch._parameters import (
     shape_of,
 )
 
-__all__ = ["Groups"]
-
 _params = itemgetter("params")
 
 

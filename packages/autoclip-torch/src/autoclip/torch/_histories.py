@@ -25,8 +25,6 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch import _ops
 
-__all__ = ["Histories", "TensorHistory"]
-
 _FIRST_CAPACITY = 16
 # Up to this size the windows are allocated in full at once, so that a CUDA graph can be captured.
 _ALLOCATE_AT_ONCE = 64 * 2**20

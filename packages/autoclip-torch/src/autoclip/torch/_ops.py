@@ -11,8 +11,6 @@ from torch import Tensor
 
 from autoclip.core.adapter import Ops
 
-__all__ = ["TorchOps", "as_tensor", "norm_dtype", "uses_numpy"]
-
 
 def uses_numpy(device: torch.device) -> bool:
     """True if norms and histories of gradients on `device` are NumPy arrays.

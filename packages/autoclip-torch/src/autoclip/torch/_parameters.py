@@ -10,21 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = [
-    "OptimizerGroup",
-    "OptimizerGroups",
-    "ParamsT",
-    "SettingsInGroups",
-    "clipped_inside",
-    "entries_of",
-    "hyperparameters",
-    "named",
-    "names_in",
-    "optimizers_in",
-    "shape_of",
-    "without_wrappers",
-]
-
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """The parameters of torch's optimizers: tensors, named tensors, or group dicts."""
 

@@ -20,20 +20,6 @@ R = TypeVar("R")
 _multiply: Any = torch._foreach_mul_
 _copy: Any = torch._foreach_copy_
 
-__all__ = [
-    "assert_async",
-    "disable_dynamo",
-    "flattened",
-    "foreach_copy_",
-    "foreach_mul_",
-    "foreach_norm",
-    "is_fake",
-    "is_logging_step",
-    "is_view",
-    "negated_view",
-    "root_mesh",
-]
-
 
 def disable_dynamo(function: Callable[P, R]) -> Callable[P, R]:
     """Keep a function from being compiled by `torch.compile`: it costs one graph break.

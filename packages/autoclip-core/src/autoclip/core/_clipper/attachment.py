@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from autoclip.core._warnings import warn_user
 
-__all__ = ["AttachmentHandle", "BaseAttachment", "constructor"]
-
 
 class AttachmentHandle:
     """Detaches a clipper from its optimizer; as a context manager, at the end of the block.
@@ -101,7 +99,7 @@ class BaseAttachment(ABC):
 
 
 if TYPE_CHECKING:
-    from builtins import classmethod as constructor
+    constructor = classmethod
 else:
 
     class constructor(classmethod):

@@ -15,8 +15,6 @@ from autoclip.core._state.saving import Saveable
 from autoclip.core._state.state import State
 from autoclip.core._step import Report
 
-__all__ = ["BaseClipper"]
-
 ArrayT = TypeVar("ArrayT")
 GroupsT = TypeVar("GroupsT", bound=Groups[Any])
 

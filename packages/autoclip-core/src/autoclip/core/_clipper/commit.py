@@ -6,8 +6,6 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-__all__ = ["Change", "commit"]
-
 Change: TypeAlias = tuple[dict[Any, Any], Mapping[Any, Any]]
 """A dict, such as the attributes `vars(each)`, and the items that it is updated with."""
 

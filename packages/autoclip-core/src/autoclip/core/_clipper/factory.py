@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-__all__ = ["OptimizerFactory", "make_factory"]
-
 OptimizerT = TypeVar("OptimizerT")
 
 _CLIPPING = "_autoclip_clipping"

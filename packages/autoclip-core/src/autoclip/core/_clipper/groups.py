@@ -15,8 +15,6 @@ from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import ClipperSettings, GroupSettings
 from autoclip.core._state.state import ParameterInfo, State, parameter_names
 
-__all__ = ["Group", "Groups", "ParamGroup"]
-
 ParameterT = TypeVar("ParameterT")
 
 

@@ -15,9 +15,6 @@ from autoclip.core._history import BaseHistory
 from autoclip.core._settings.settings import GroupSettings
 from autoclip.core._step import Report
 
-__all__ = ["Histories", "Storage", "rows_by_storage"]
-
-
 HistoryT = TypeVar("HistoryT", bound=BaseHistory)
 
 

@@ -11,8 +11,6 @@ import numpy.typing as npt
 from autoclip.core._ops import is_recorded
 from autoclip.core._step import Report
 
-__all__ = ["check_parameters", "log_values", "recorded_rows"]
-
 
 def log_values(report: Report[Any], parameters: bool | str = False) -> dict[str, float]:
     """Values of a step that can be compared with each other, and on request of each parameter.

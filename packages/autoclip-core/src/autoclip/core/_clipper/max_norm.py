@@ -15,8 +15,6 @@ from autoclip.core._state.saving import Saveable
 from autoclip.core._state.state import ParameterInfo, State
 from autoclip.core._step import Report
 
-__all__ = ["MaxNorm"]
-
 
 class MaxNorm(Saveable):
     """A `max_norm` that follows the history of the total gradient norm.

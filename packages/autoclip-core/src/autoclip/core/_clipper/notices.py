@@ -18,8 +18,6 @@ from autoclip.core._state.state import State
 from autoclip.core._step import Report
 from autoclip.core._warnings import warn_user
 
-__all__ = ["EQUAL", "MANY", "constant_notice", "idle_notice", "log_and_watch", "state_notices"]
-
 EQUAL = 1e-5
 """Relative difference up to which norms count as equal: float32 and clipping's epsilon allow it."""
 

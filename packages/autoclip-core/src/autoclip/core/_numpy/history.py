@@ -24,8 +24,6 @@ from autoclip.core._state.saving import Saveable
 from autoclip.core._state.state import MAX_RECORDED, ParameterInfo, State
 from autoclip.core._step import Report, numbers_of, record, thresholds_of
 
-__all__ = ["History", "Report"]
-
 
 class _Windows:
     """The windows of all rows, their settings, and a tracker if the rule has one.

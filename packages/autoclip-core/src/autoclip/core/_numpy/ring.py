@@ -11,8 +11,6 @@ import numpy.typing as npt
 from autoclip.core._ops import NumpyOps
 from autoclip.core._window import Windows, counts_of, slots_of
 
-__all__ = ["OPS", "RingBuffer", "Rows"]
-
 Rows: TypeAlias = slice | npt.NDArray[np.int64]
 """Some rows: an index array without duplicates, or `slice(None)` for all of them."""
 

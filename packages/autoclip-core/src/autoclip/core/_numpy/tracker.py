@@ -16,8 +16,6 @@ import numpy.typing as npt
 from autoclip.core._numpy.ring import RingBuffer, Rows
 from autoclip.core._rules.rule import Rule
 
-__all__ = ["FewRows", "Tracker", "register_tracker", "tracker_of"]
-
 
 class Tracker(ABC):
     """The thresholds of many rows.

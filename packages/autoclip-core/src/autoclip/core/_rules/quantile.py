@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 from autoclip.core._rules.rule import Rule, register_rule
 from autoclip.core._settings.fields import setting
 
-__all__ = ["Quantile"]
-
 
 @register_rule
 @dataclass(frozen=True)

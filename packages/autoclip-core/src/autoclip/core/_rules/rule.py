@@ -14,15 +14,6 @@ from typing import Any, ClassVar, TypeVar
 
 from autoclip.core._settings.fields import check_fields, check_known_settings
 
-__all__ = [
-    "MAX_NAME",
-    "RULES",
-    "Rule",
-    "register_rule",
-    "rule_instance",
-    "structure_of",
-]
-
 MAX_NAME = 100
 """The most characters of a rule's or a setting's name in a saved state."""
 

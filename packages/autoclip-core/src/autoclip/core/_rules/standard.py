@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 from autoclip.core._rules.rule import Rule, register_rule
 from autoclip.core._settings.fields import setting
 
-__all__ = ["Standard"]
-
 
 @register_rule
 @dataclass(frozen=True)

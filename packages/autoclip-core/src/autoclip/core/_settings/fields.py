@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["check_fields", "check_flag", "check_known_settings", "setting"]
-
 _KEY = "autoclip"
 
 

@@ -10,8 +10,6 @@ from enum import Enum
 from itertools import accumulate
 from typing import TypeVar
 
-__all__ = ["Mode"]
-
 T = TypeVar("T")
 
 

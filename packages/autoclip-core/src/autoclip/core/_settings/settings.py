@@ -15,16 +15,6 @@ from autoclip.core._rules.rule import Rule, structure_of
 from autoclip.core._settings.fields import check_fields, check_flag, check_known_settings, setting
 from autoclip.core._settings.mode import Mode
 
-__all__ = [
-    "CLIPPER_SETTINGS",
-    "ClipperSettings",
-    "GroupSettings",
-    "OnNonfinite",
-    "OnSpike",
-    "Record",
-    "given",
-]
-
 OnNonfinite: TypeAlias = Literal["keep", "zero", "raise"]
 OnSpike: TypeAlias = Literal["clip", "zero", "skip"]
 Record: TypeAlias = Literal["raw", "clipped"]

@@ -23,8 +23,6 @@ from autoclip.core._state.safetensors import (
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["CHECKPOINT_FILE", "MAX_FILE_BYTES", "PathLike", "read_file", "write_file"]
-
 PathLike = Union[str, "os.PathLike[str]"]
 
 CHECKPOINT_FILE = "autoclip.safetensors"

@@ -24,8 +24,6 @@ from autoclip.core._warnings import warn_user
 if TYPE_CHECKING:
     from autoclip.core._state.state import GroupState, ParameterInfo, State
 
-__all__ = ["match_states"]
-
 Row: TypeAlias = "tuple[ParameterInfo, ...]"
 """The parameters that a row stands for. Rows are counted through all groups."""
 

@@ -24,16 +24,6 @@ import safetensors.numpy
 
 from autoclip.core._errors import StateError
 
-__all__ = [
-    "DTYPES",
-    "MAX_FILE_BYTES",
-    "MAX_HEADER_BYTES",
-    "SealedTensors",
-    "brief_repr",
-    "check_size",
-    "read_header",
-]
-
 MAX_FILE_BYTES = 2**33
 """The largest state that is written or read, 8 GiB: two million rows of a thousand norms each."""
 

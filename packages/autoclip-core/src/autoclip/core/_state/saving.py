@@ -10,8 +10,6 @@ from typing import Any
 from autoclip.core._state.files import PathLike, read_file, write_file
 from autoclip.core._state.state import State
 
-__all__ = ["Saveable"]
-
 
 class Saveable(ABC):
     """`state_dict`, `load_state_dict`, `save` and `load` on top of a `State`.

@@ -23,16 +23,6 @@ from autoclip.core._state.matching import match_states
 from autoclip.core._state.safetensors import DTYPES, SealedTensors, brief_repr, check_size
 from autoclip.core._version import __version__
 
-__all__ = [
-    "FORMAT",
-    "MAX_RECORDED",
-    "VERSION",
-    "GroupState",
-    "ParameterInfo",
-    "State",
-    "parameter_names",
-]
-
 FORMAT = "autoclip"
 VERSION = 1
 MAX_RECORDED = 2**62  # room to go on counting in int64

@@ -23,8 +23,6 @@ from autoclip.core.inspect._reading import find_states
 from autoclip.core.inspect._summary import CANDIDATES, summarize
 from autoclip.core.inspect._text import printable
 
-__all__ = ["COMMANDS", "main"]
-
 COMMANDS = "autoclip.commands"
 """The entry point group of further commands.
 

@@ -16,8 +16,6 @@ from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state.files import CHECKPOINT_FILE, PathLike, read_file
 from autoclip.core._state.state import GroupState, State
 
-__all__ = ["READERS", "find_states", "read_states", "settings_of"]
-
 READERS = "autoclip.readers"
 """The entry point group of functions that find histories in a framework's files.
 

@@ -16,8 +16,6 @@ from autoclip.core._rules.quantile import Quantile
 from autoclip.core._rules.standard import Standard
 from autoclip.core._settings.settings import GroupSettings
 
-__all__ = ["Replay", "replay", "shares_clipped"]
-
 _ROWS_AT_ONCE = 4096
 """The rows that are replayed together, so that windows at all quantiles fit into memory."""
 

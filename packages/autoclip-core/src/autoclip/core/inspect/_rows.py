@@ -15,8 +15,6 @@ from autoclip.core.inspect._reading import settings_of
 from autoclip.core.inspect._replay import Replay, replay
 from autoclip.core.inspect._text import printable
 
-__all__ = ["Rows"]
-
 _MOST_NORMS = 10_000
 
 

@@ -22,8 +22,6 @@ from autoclip.core.inspect._replay import shares_clipped
 from autoclip.core.inspect._rows import Rows
 from autoclip.core.inspect._text import describe
 
-__all__ = ["CANDIDATES", "RowSummary", "Source", "Summary", "rows_of", "summarize"]
-
 Source = Union[Saveable, State, "Summary", PathLike]
 """A source of histories: a clipper, a `State`, a `Summary`, or the path of a file."""
 

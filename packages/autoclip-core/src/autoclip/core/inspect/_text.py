@@ -16,8 +16,6 @@ from autoclip.core.inspect._reading import settings_of
 if TYPE_CHECKING:
     from autoclip.core.inspect._summary import RowSummary, Summary
 
-__all__ = ["describe", "printable", "without_common_prefix", "without_middle"]
-
 _SHORTEST_NAME = 28
 _TIE = "\N{NO-BREAK SPACE}"  # `printable` leaves none in names
 # The columns of the table, in the order in which a narrow one loses them.

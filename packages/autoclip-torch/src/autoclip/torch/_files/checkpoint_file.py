@@ -15,8 +15,6 @@ import torch
 from autoclip.core import StateError
 from autoclip.torch._files.pickle import Unmade, read_pickle
 
-__all__ = ["CheckpointFile", "open_checkpoint"]
-
 # A file is a zip archive or, up to PyTorch 1.5, several pickles of which the first is a number.
 _ARCHIVE = b"PK\x03\x04"
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C

@@ -10,8 +10,6 @@ from autoclip.torch._files import legacy
 from autoclip.torch._files.checkpoint_file import open_checkpoint
 from autoclip.torch._files.reading import legacy_clippers
 
-__all__ = ["add_arguments"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; the command `autoclip` calls this."""

@@ -16,8 +16,6 @@ from autoclip.core import ParameterInfo, Quantile, Standard, State, StateError
 from autoclip.core.adapter import GroupSettings, Mode, is_recorded
 from autoclip.torch._files.pickle import is_quick_to_hash
 
-__all__ = ["convert", "is_clipper"]
-
 # The setting of each rule of 0.2.1, in addition to history_length.
 _SETTINGS = {"quantile": "quantile", "standard": "deviations"}
 

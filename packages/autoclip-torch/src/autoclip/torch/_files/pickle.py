@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Unmade", "as_bytes", "is_quick_to_hash", "read_pickle"]
-
 _MAX_INSTRUCTIONS = 20_000_000
 """A checkpoint of 100,000 tensors has 3 million instructions."""
 

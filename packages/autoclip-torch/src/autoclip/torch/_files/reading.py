@@ -14,8 +14,6 @@ from autoclip.torch._files import legacy
 from autoclip.torch._files.checkpoint_file import CheckpointFile, open_checkpoint
 from autoclip.torch._files.pickle import Unmade, as_bytes
 
-__all__ = ["find_file", "legacy_clippers", "read_file", "state_dicts"]
-
 # The names of the optimizer's state in checkpoints of the Hugging Face Trainer and Accelerate.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 # Where Lightning puts checkpoints, from any of its folders.

@@ -15,8 +15,6 @@ import torch.distributed as dist
 
 from autoclip.core import State
 
-__all__ = ["FACTS", "compare", "disagreement_message", "encoded", "fingerprints", "unequal"]
-
 FACTS = ("mode", "settings", "history")
 
 

@@ -33,8 +33,6 @@ from autoclip.torch._layout.rows import (
 )
 from autoclip.torch._layout.scaling import CpuScaling, DeviceScaling
 
-__all__ = ["Layout", "Part"]
-
 # A sum of squares between these has lost nothing at either end of float64's range.
 _SMALLEST, _LARGEST = 1e-280, 1e300
 # At or below this many numbers, Python floats are faster than NumPy arrays.

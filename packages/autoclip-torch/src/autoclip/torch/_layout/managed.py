@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_distributed", "refuse_managed"]
-
 is_distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else bool
 """True if this process trains together with others."""
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from autoclip.torch._layout.norms import values_of
 from autoclip.torch._private import root_mesh
 
-__all__ = ["Mesh", "Placement", "is_nonzero", "process_groups"]
-
 # How a gradient is placed along one dimension of a mesh, as a number that a handshake can carry;
 # from _SHARDED on, one for each dimension of the tensor.
 _REPLICATED, _SUMMED, _AVERAGED, _SHARDED = range(4)

@@ -22,15 +22,6 @@ from torch.linalg import vector_norm
 from autoclip.torch._ops import norm_dtype
 from autoclip.torch._private import flattened, foreach_norm, is_fake, negated_view
 
-__all__ = [
-    "REAL_DTYPES",
-    "CpuNorms",
-    "DeviceNorms",
-    "Gradients",
-    "chunks",
-    "values_of",
-]
-
 # A float32 sum of many squares loses the small ones: torch's norm of 16 M elements is off
 # by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Sums over rows of at most
 # 512 elements, combined in float64, are right to 3e-7 for any outlier, and as fast as memory. So

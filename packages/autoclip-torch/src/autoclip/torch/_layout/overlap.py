@@ -17,8 +17,6 @@ from torch import Tensor
 from autoclip.torch._layout.norms import Gradients, values_of
 from autoclip.torch._private import is_fake, is_view
 
-__all__ = ["Overlaps", "Renew"]
-
 Renew: TypeAlias = Callable[[int], Tensor]
 """Gives a parameter, by its index, a gradient in memory of its own, and returns that."""
 

@@ -18,19 +18,6 @@ from autoclip.core.adapter import Mode, Storage
 from autoclip.torch import _ops
 from autoclip.torch._ops import as_tensor, norm_dtype
 
-__all__ = [
-    "PLAIN",
-    "Norms",
-    "RowMap",
-    "are_finite",
-    "dtensor_class",
-    "joined",
-    "joint_norms",
-    "joint_norms_of",
-    "moved",
-    "row_devices",
-]
-
 Norms: TypeAlias = Mapping[torch.device, Any]
 """The norms of all gradients by device, [n] each: 0 for a gradient on another one."""
 

@@ -19,8 +19,6 @@ from autoclip.torch._layout.norms import REAL_DTYPES, Gradients, chunks, values_
 from autoclip.torch._layout.overlap import Overlaps, Renew
 from autoclip.torch._private import foreach_copy_, foreach_mul_, is_fake, negated_view
 
-__all__ = ["CpuScaling", "DeviceScaling"]
-
 # Smaller coefficients lose digits in float32, or become zero.
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
 # At or below this many numbers, Python floats are faster than NumPy arrays.

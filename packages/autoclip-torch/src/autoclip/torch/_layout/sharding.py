@@ -34,8 +34,6 @@ from autoclip.torch._layout.rows import PLAIN, Norms, dtensor_class, moved
 from autoclip.torch._ops import as_tensor
 from autoclip.torch._private import assert_async
 
-__all__ = ["ShardedLayout", "layout_of"]
-
 # Squares of norms up to this, of any number of processes, add up within float64.
 _LARGEST = 2.0**496
 _OTHER_PROCESS = (

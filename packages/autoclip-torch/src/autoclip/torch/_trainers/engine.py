@@ -8,8 +8,6 @@ from typing import Any
 from autoclip.core import MaxNorm, Rule
 from autoclip.core.adapter import ClipperSettings
 
-__all__ = ["EngineClipper"]
-
 # The values of settings that an engine which clips all gradients to a constant can follow.
 _ONLY = {
     "group_clipping": (False,),

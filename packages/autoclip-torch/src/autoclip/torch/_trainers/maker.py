@@ -17,16 +17,6 @@ from autoclip.torch._clipper import Clipper, QuantileClip, StandardClip
 from autoclip.torch._parameters import clipped_inside, names_in
 from autoclip.torch._trainers.engine import EngineClipper
 
-__all__ = [
-    "ClipperClass",
-    "ClipperMaker",
-    "Clippers",
-    "clipper_of",
-    "is_deepspeed",
-    "is_fsdp1",
-    "name_parameters",
-]
-
 ClipperClass = type[QuantileClip] | type[StandardClip]
 
 
