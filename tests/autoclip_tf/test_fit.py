@@ -53,6 +53,23 @@ def test_fit_is_the_loop_by_hand(model, growing, fit, by_hand, how, global_clipp
     expected.assert_equals(ours, optimizer.clipper)
 
 
+@pytest.mark.parametrize("make", [lambda: keras.optimizers.SGD(0.1), keras.optimizers.Adam])
+def test_a_step_is_traced_as_often_as_without_a_clipper(model, growing, monkeypatch, make):
+    traces = []
+    original = keras.Model.train_step
+    monkeypatch.setattr(
+        keras.Model, "train_step", lambda *args: (traces.append(1), original(*args))[1]
+    )
+    counts = []
+    for wrap in (lambda optimizer: optimizer, QuantileClip.as_optimizer):
+        trained = model()
+        trained.compile(optimizer=wrap(make()), loss="mse", jit_compile=False)
+        trained.fit(*growing, batch_size=8, verbose=0)
+        counts.append(len(traces))
+        traces.clear()
+    assert counts[0] == counts[1]
+
+
 def test_standard_clip_and_a_window_that_is_full(model, growing, fit, by_hand):
     settings = {"warmup_steps": 2}
     expected = by_hand(model(), keras.optimizers.SGD(1e-2), Standard(0.5), 5, **settings).fit(

@@ -20,8 +20,6 @@ from autoclip.tf._private import (
 if TYPE_CHECKING:
     from autoclip.tf._clipper import Clipper
 
-__all__ = ["Attachment", "check_optimizer", "optimizer_with_updates", "optimizers_in"]
-
 CONFIG_KEY = "autoclip"
 """The key of the optimizer's own class and the clipper in `get_config()`."""
 

@@ -44,8 +44,6 @@ from autoclip.tf._private import (
 from autoclip.tf._saving import CHILD, PendingState, SavedState
 from autoclip.tf._sums import StepSums
 
-__all__ = ["Clipper", "GradsAndVars", "QuantileClip", "StandardClip"]
-
 P = ParamSpec("P")
 OptimizerT = TypeVar("OptimizerT")
 ClipperT = TypeVar("ClipperT", bound="Clipper")

@@ -18,8 +18,6 @@ from autoclip.tf._private import (
     variable_key,
 )
 
-__all__ = ["Groups", "Variable"]
-
 Variable: TypeAlias = Any
 """A `tf.Variable` or a `keras.Variable`."""
 

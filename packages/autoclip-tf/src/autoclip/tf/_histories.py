@@ -25,8 +25,6 @@ from autoclip.core.adapter import (
 )
 from autoclip.tf._ops import OPS
 
-__all__ = ["Histories", "TensorHistory", "check_memory", "make_variable"]
-
 _MOST_BYTES = 2**36
 
 

@@ -10,8 +10,6 @@ from autoclip.core import Report
 from autoclip.tf._histories import make_variable
 from autoclip.tf._layout import Layout
 
-__all__ = ["LastStep"]
-
 
 class LastStep:
     """The report of the last step, which graphs write and users read.

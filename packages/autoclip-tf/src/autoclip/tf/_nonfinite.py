@@ -12,8 +12,6 @@ from autoclip.core.adapter import nonfinite_message
 from autoclip.tf._histories import make_variable
 from autoclip.tf._private import compiled_by_xla
 
-__all__ = ["NonfiniteGradients"]
-
 
 class NonfiniteGradients:
     """Finds gradients that are not finite by their norms.

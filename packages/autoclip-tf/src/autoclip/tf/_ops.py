@@ -10,8 +10,6 @@ import tensorflow as tf
 from autoclip.core.adapter import Ops
 from autoclip.tf._private import compiled_by_xla, numerics_are_checked
 
-__all__ = ["OPS", "TensorFlowOps"]
-
 
 class TensorFlowOps(Ops):
     """Operations on tensors. All results are finite if the inputs are.

@@ -17,27 +17,8 @@ from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from tensorflow.python.framework.op_callbacks import should_invoke_op_callbacks
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from tensorflow.python.saved_model.save_context import in_save_context
-
-__all__ = [
-    "REDUCE_METHOD",
-    "Saved",
-    "build_scope",
-    "check_backend",
-    "check_reduce_method",
-    "check_strategy",
-    "collected_variables",
-    "compiled_by_xla",
-    "name_of",
-    "numerics_are_checked",
-    "other_variables",
-    "overwritten_by_gradient",
-    "retrace_models",
-    "saving_for_inference",
-    "saving_for_orbax",
-    "tf_variable",
-    "variable_key",
-]
 
 # The base classes of objects that Keras saves, and TensorFlow's checkpoints. Neither of the two
 # tracks attributes: the clipper's variables belong to no one else's `variables`.
@@ -257,6 +238,10 @@ def collected_variables() -> Iterator[list[tf.Variable]]:
     variables: list[tf.Variable] = []
 
     def collect(make: Any, **arguments: Any) -> tf.Variable:
+        # A tf.function that is being traced sees each variable that is made through it, and is
+        # traced once more, even if the variable is lifted out of it.
+        if tf.executing_eagerly() and not tf.distribute.has_strategy():
+            make = ResourceVariable
         variables.append(make(**arguments))
         return variables[-1]
 

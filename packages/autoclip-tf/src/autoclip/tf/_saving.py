@@ -24,8 +24,6 @@ from autoclip.tf._private import (
 if TYPE_CHECKING:
     from autoclip.tf._clipper import Clipper
 
-__all__ = ["CHECKPOINT_KEY", "CHILD", "STATE", "PendingState", "SavedState"]
-
 STATE = "state"
 """The name of the state in Keras's and TensorFlow's files."""
 CHECKPOINT_KEY = f"/.ATTRIBUTES/{STATE}"

@@ -17,8 +17,6 @@ from autoclip.core import SMALLEST_NORM
 from autoclip.tf._histories import make_variable
 from autoclip.tf._ops import OPS
 
-__all__ = ["StepSums", "Sums"]
-
 _LARGEST_NORM = float(np.finfo(np.float32).max)
 _TOTALS = 7
 _PER_ROW = 4

@@ -15,8 +15,6 @@ from pathlib import Path
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import tensor_bundle_pb2
 
-__all__ = ["read_strings"]
-
 _MAGIC_NUMBER = bytes.fromhex("57fb808b247547db")
 _FOOTER_BYTES = 48
 _MAX_KEY_BYTES = 2**16

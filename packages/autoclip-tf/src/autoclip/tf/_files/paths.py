@@ -7,8 +7,6 @@ from dataclasses import replace
 
 from autoclip.core import State
 
-__all__ = ["paths_in", "with_paths_of"]
-
 
 def paths_in(state: State) -> set[str]:
     """The paths of all variables that have one."""

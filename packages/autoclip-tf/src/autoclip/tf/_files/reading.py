@@ -23,8 +23,6 @@ from autoclip.core.inspect import printable
 from autoclip.tf._files.checkpoint_file import read_strings
 from autoclip.tf._saving import CHECKPOINT_KEY, CHILD, STATE
 
-__all__ = ["read_checkpoint", "read_h5", "read_keras", "read_shards"]
-
 _WEIGHTS = "model.weights.h5"  # in a .keras file
 _MAX_INDEX_BYTES = 2**24
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["Conditional"]
-
 
 class Conditional:
     """A choice between two functions, made each time a graph runs.

@@ -13,8 +13,6 @@ from autoclip.tf._layout.norms import Gradient, Norms, root_of_squares, static_s
 from autoclip.tf._layout.rows import RowMap
 from autoclip.tf._layout.scaling import Scaling
 
-__all__ = ["Layout"]
-
 
 class Layout:
     """Measures and scales gradients, and knows the row of each.

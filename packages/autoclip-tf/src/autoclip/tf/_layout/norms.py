@@ -22,16 +22,6 @@ import tensorflow as tf
 from autoclip.tf._layout.conditional import Conditional
 from autoclip.tf._private import compiled_by_xla, numerics_are_checked
 
-__all__ = [
-    "Gradient",
-    "Norms",
-    "at",
-    "index_of",
-    "is_small",
-    "root_of_squares",
-    "static_shape",
-]
-
 Gradient: TypeAlias = Any
 """A `tf.Tensor` or `tf.IndexedSlices` of any floating or complex dtype."""
 

@@ -11,8 +11,6 @@ from autoclip.core.adapter import Mode, Storage
 from autoclip.tf._histories import TensorHistory
 from autoclip.tf._layout.norms import at, index_of, root_of_squares
 
-__all__ = ["RowMap"]
-
 
 class RowMap:
     """The gradients that the rows of one storage stand for.

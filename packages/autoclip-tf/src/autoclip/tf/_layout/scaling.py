@@ -12,8 +12,6 @@ from autoclip.tf._layout.conditional import Conditional
 from autoclip.tf._layout.norms import Gradient, at, index_of, is_small, static_shape
 from autoclip.tf._private import compiled_by_xla
 
-__all__ = ["Scaling"]
-
 
 class Scaling:
     """Multiplies gradients by the coefficients of their rows.
