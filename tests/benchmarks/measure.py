@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -108,9 +109,11 @@ def time_in_turn(
     before: Callable[[], object],
     repetitions: int = REPETITIONS,
 ) -> list[Timing]:
-    """Time candidates in turn, each round in another order, and compare them within a round.
+    """Time candidates in turn, each round in a random order, and compare them within a round.
 
-    What slows the machine down for a while slows a whole round, and cancels in its ratios.
+    What slows the machine down for a while slows a whole round, and cancels in its ratios. In a
+    fixed or rotated order each candidate would always run after the same one, whose threads may
+    still be waiting for work: that changes the ratios of small models by a quarter.
 
     Args:
         case: what is measured, for the result.
@@ -119,11 +122,11 @@ def time_in_turn(
         before: called before each and not timed: restores what a candidate changed.
         repetitions: how many rounds count; `WARM_UP` more come before them.
     """
-    names = list(candidates)
+    names, order = list(candidates), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions + WARM_UP):
-        shift = repetition % len(names)
-        for name in names[shift:] + names[:shift]:
+        order.shuffle(names)
+        for name in names:
             before()
             start = time.perf_counter()
             candidates[name]()

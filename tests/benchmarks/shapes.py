@@ -81,9 +81,18 @@ def vit_b_16() -> Shapes:
 
 def gpt2_small() -> Shapes:
     """GPT-2 small with tied embeddings: 148 parameters, 124.4 million elements."""
-    size = 768
-    shapes: Shapes = [(50257, size), (1024, size)]
-    for _ in range(12):
+    return gpt(words=50257, positions=1024, size=768, blocks=12)
+
+
+def small_transformer() -> Shapes:
+    """A GPT over characters: 52 parameters, 0.8 million elements."""
+    return gpt(words=65, positions=256, size=128, blocks=4)
+
+
+def gpt(words: int, positions: int, size: int, blocks: int) -> Shapes:
+    """A GPT with tied embeddings, as GPT-2 names its weights: [inputs, outputs]."""
+    shapes: Shapes = [(words, size), (positions, size)]
+    for _ in range(blocks):
         shapes += [(size,), (size,), (size, 3 * size), (3 * size,), (size, size), (size,)]
         shapes += [(size,), (size,), (size, 4 * size), (4 * size,), (4 * size, size), (size,)]
     return [*shapes, (size,), (size,)]
@@ -96,6 +105,7 @@ def many_small() -> Shapes:
 
 MODELS: dict[str, Callable[[], Shapes]] = {
     "MLP": mlp,
+    "small transformer": small_transformer,
     "MobileNetV3-large": mobilenet_v3_large,
     "ResNet-50": resnet50,
     "LSTM language model": lstm_language_model,
