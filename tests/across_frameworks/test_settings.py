@@ -41,7 +41,7 @@ def test_signatures(name, method):
 
 
 def test_public_names():
-    """Names that only one of them has stand for differences of the frameworks."""
+    """Names that only one package has reflect differences between the frameworks."""
     assert autoclip.tf.__all__ == autoclip.torch.__all__
     for name in ("Report", "StateError", "__version__"):
         assert getattr(autoclip.tf, name) is getattr(autoclip.torch, name)

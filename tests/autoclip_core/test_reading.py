@@ -631,7 +631,7 @@ def test_any_contents_of_the_tensors(
 
 
 def peak_of(read: Callable[[], Any]) -> int:
-    """The most bytes that it allocates."""
+    """Peak memory of a call, in bytes."""
     tracemalloc.start()
     try:
         read()

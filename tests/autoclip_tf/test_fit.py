@@ -301,7 +301,7 @@ class TestModels:
         assert lengths == {"used/kernel": 4, "used/bias": 4, "unused/kernel": 0, "unused/bias": 0}
 
     def test_frozen_before_compile(self, model, growing, fit, by_hand):
-        """A variable that is not trained is no row."""
+        """Frozen variables have no row."""
         expected = by_hand(frozen(model()), keras.optimizers.SGD(1e-2)).fit(*growing)
         ours = frozen(model())
         optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD(1e-2), 0.5)

@@ -35,7 +35,7 @@ SECONDS = 240  # below pytest's limit; generous, for a busy machine
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one process.
+    """The outcome of one process.
 
     Attributes:
         status: 0 if the function returned, 1 if it raised, -n if signal n killed the process.
