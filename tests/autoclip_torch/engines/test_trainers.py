@@ -96,6 +96,10 @@ def make_trainer(engine: str, folder: Path, **settings: Any) -> Any:
         seed=3,
         deepspeed=None if stage is None else config(stage),
     )
+    if stage is not None:  # without CUDA, Accelerate takes each process for the only one
+        state = PartialState()
+        state.num_processes = torch.distributed.get_world_size()
+        state.process_index = state.local_process_index = torch.distributed.get_rank()
     callback = AutoClipCallback(**(settings or GLOBAL))
     trainer = Trainer(model, args, train_dataset=Examples())
     callback.add_to(trainer)
