@@ -748,6 +748,31 @@ class TestNames:
             model.load_weights(tmp_path / "m.weights.h5")
         assert self.windows(model) == theirs
 
+    @pytest.mark.filterwarnings("ignore:A total of", "ignore:Skipping variable loading")
+    @pytest.mark.parametrize("carry", [by_file, by_checkpoint, by_clipper])
+    def test_the_number_of_a_model_made_again_does_not_matter(self, carry, tmp_path):
+        """`sequential/b/kernel` is `sequential_1/b/kernel` then; frozen layers keep theirs."""
+
+        def make(frozen):
+            layers = [keras.layers.Dense(4, name=name) for name in "abc"]
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.1), *layers])
+            model.get_layer(frozen).trainable = False
+            model.compile(adam(), loss="mse", jit_compile=False)
+            model.optimizer.build(model.trainable_variables)
+            return model
+
+        def by_layer(model):
+            windows = self.windows(model).items()
+            return {path.split("/", 1)[1]: window for (path, _), window in windows}
+
+        theirs = by_layer(model := self.fit(make("a")))
+        other, _ = self.load(model, lambda: make("b"), tmp_path, carry)
+        assert self.windows(other).keys().isdisjoint(self.windows(model))
+        ours = by_layer(other)
+        assert ours["c/kernel"] == theirs["c/kernel"] != []
+        assert ours["c/bias"] == theirs["c/bias"] != []
+        assert ours["a/kernel"] == ours["a/bias"] == []
+
 
 @pytest.mark.filterwarnings("ignore:A total of", "ignore:Skipping variable loading")
 @pytest.mark.parametrize("kind", [QuantileClip, StandardClip])

@@ -139,13 +139,13 @@ def retrace_models(optimizer: Any) -> None:
             model.make_train_function(force=True)
 
 
-def other_variables(variables: Sequence[Any]) -> list[Any]:
-    """The other variables of the models that have some of these; those that are frozen, too."""
+def other_weights(variables: Sequence[Any]) -> list[Any]:
+    """The other weights of the models that have some of these; those that are frozen, too."""
     own = {id(variable) for variable in variables}
     return [
         variable
         for model in _models_with(variables)
-        for variable in model.variables
+        for variable in model.weights
         if id(variable) not in own
     ]
 

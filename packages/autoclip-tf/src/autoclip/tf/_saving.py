@@ -11,12 +11,12 @@ import tensorflow as tf
 
 from autoclip.core import State
 from autoclip.core.adapter import warn_user
-from autoclip.tf._files.paths import paths_in, with_paths_of
+from autoclip.tf._files.paths import paths_in, with_model_of, with_paths_of
 from autoclip.tf._groups import Groups
 from autoclip.tf._private import (
     Saved,
     name_of,
-    other_variables,
+    other_weights,
     saving_for_inference,
     saving_for_orbax,
 )
@@ -58,7 +58,8 @@ class PendingState(NamedTuple):
         # A model whose layers were renamed has no path of the saved ones.
         others: set[str] = set()
         if paths_in(saved).isdisjoint(paths_in(current)):
-            others = {name_of(each) for each in other_variables(groups.parameters())}
+            others = {name_of(each) for each in other_weights(groups.parameters())}
+            saved = with_model_of(saved, current, others)
         return saved.match(current, self.source, partial=self.is_partial, others=others)
 
 

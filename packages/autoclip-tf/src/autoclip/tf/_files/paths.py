@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from autoclip.core import State
@@ -31,6 +31,33 @@ def with_paths_of(saved: State, current: State) -> State:
     paths = {old[i]: new_names[j] for i, j in _ends(old_names, new_names)}
     paths |= {old[i]: new_names[j] for j, i in _ends(new_names, old_names)}
     return _renamed(saved, paths) if paths else saved
+
+
+def with_model_of(saved: State, current: State, others: Collection[str]) -> State:
+    """The saved state, with the clipper's model in paths that all begin with the name of another.
+
+    Keras numbers models without a name through a whole process: `sequential/dense/kernel` is
+    `sequential_1/dense/kernel` in the same model, made again.
+
+    Args:
+        saved: the state that is loaded.
+        current: the state of the clipper that loads it.
+        others: the paths of the clipper's model that the clipper does not have.
+    """
+    here = {*paths_in(current), *others}
+    (there, old), (ours, new) = _models_in(paths_in(saved)), _models_in(here)
+    # A path of two parts may begin with a layer, and layers are told apart by their names.
+    if len(there) != 1 or len(ours) != 1 or old.isdisjoint(new):
+        return saved
+    [model] = ours
+    paths = {i: f"{model}/{name.partition('/')[2]}" for i, name in enumerate(_names(saved)) if name}
+    return _renamed(saved, paths)
+
+
+def _models_in(paths: Collection[str]) -> tuple[set[str], set[str]]:
+    """The first parts of paths, and the rest of those that have at least three parts."""
+    parts = [path.partition("/") for path in paths]
+    return {first for first, _, _ in parts}, {rest for _, _, rest in parts if "/" in rest}
 
 
 def _names(state: State) -> list[str]:
