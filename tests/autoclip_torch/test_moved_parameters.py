@@ -57,7 +57,15 @@ def rewrite(optimizer: Optimizer, _: list[nn.Parameter], __: st.DataObject) -> N
     ]
 
 
-MOVES: list[Move] = [permute, permute_groups, move, regroup, insert, rewrite]
+def join(optimizer: Optimizer, _: list[nn.Parameter], data: st.DataObject) -> None:
+    """Move all parameters of a group to another one, and remove the group."""
+    groups = optimizer.param_groups
+    if len(groups) > 1:
+        joined = groups.pop(data.draw(st.integers(0, len(groups) - 1)))
+        data.draw(st.sampled_from(groups))["params"].extend(joined["params"])
+
+
+MOVES: list[Move] = [permute, permute_groups, move, regroup, insert, rewrite, join]
 
 
 class Model:
@@ -148,6 +156,20 @@ def test_names_and_settings_move_too() -> None:
     assert [group["quantile"] for group in groups] == [0.75, 0.25]
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_joined_groups_have_the_settings_of_the_one_that_is_left(kept: int) -> None:
+    parameters, optimizer = named()
+    joined = optimizer.param_groups.pop(1 - kept)
+    optimizer.param_groups[0]["params"] += joined["params"]
+    assert step(parameters, optimizer) == NORMS
+    [group] = optimizer.clipper.param_groups
+    assert group["quantile"] == [0.25, 0.75][kept]
+    assert group["param_names"] == [*["abcd", "cdab"][kept]]
+    windows = optimizer.clipper.export_state().groups[0].windows()
+    norms = [NORMS[name] for name in group["param_names"]]
+    assert [window.tolist() for window in windows] == [[norm] * 3 for norm in norms]
+
+
 @pytest.mark.parametrize("mode", ["group_clipping", "global_clipping"])
 def test_rows_of_several_parameters(mode: str) -> None:
     """A group's history moves with the group; that of all parameters has nowhere to go."""
@@ -165,6 +187,26 @@ def test_rows_of_several_parameters(mode: str) -> None:
     ]
     assert windows == ([[], [1.0, 2.0, 2.0]] if mode == "group_clipping" else [[1.0, 2.0, 2.0]])
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["group_clipping", "global_clipping"])
+def test_joined_groups_with_histories_of_several_parameters(mode: str) -> None:
+    """The histories of two groups are not one; that of all parameters stays."""
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(4)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+    optimizer: Any = QuantileClip.as_optimizer(SGD(groups, lr=0.0), quantile=0.5, **{mode: True})
+    backward(parameters)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] += optimizer.param_groups.pop()["params"]
+    if mode == "group_clipping":
+        with pytest.raises(RuntimeError, match="cannot be joined"):
+            optimizer.step()
+        optimizer.clipper.detach()
+        QuantileClip.as_optimizer(optimizer, quantile=0.5, group_clipping=True)
+        optimizer.step()
+    optimizer.step()
+    [window] = optimizer.clipper.export_state().groups[0].windows()
+    assert window.tolist() == [2.0, 2.0]
 
 
 def backward(parameters: list[nn.Parameter]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -185,11 +186,12 @@ class Attachment(CopyableAttachment):
             self._handles[-1].remove()
             self._handles.pop()
         changes: list[Change] = [(vars(self._clipper), {"_attachment": None})]
-        try:
-            if self._groups is not None and self._groups.is_attached:
-                changes.append(self._groups.holding())  # raises if parameters have vanished
-        finally:
-            commit(*changes)
+        if self._groups is not None and self._groups.is_attached:
+            # If parameters have vanished, each later use of the clipper raises; this must not: the
+            # error tells users to detach.
+            with suppress(RuntimeError):
+                changes.append(self._groups.holding())
+        commit(*changes)
 
     # -- steps -------------------------------------------------------------------------------
 

@@ -18,6 +18,11 @@ Positions = list[list[tuple[int, int]]]
 """For each group of a clipper, the index of each parameter's group in the optimizer, and in that
 group."""
 
+NEW_CLIPPER = (
+    "To continue with empty histories, call optimizer.clipper.detach() and attach a new clipper."
+)
+"""The end of the errors of groups that cannot be followed."""
+
 
 class Followed:
     """The positions of a clipper's parameters in an optimizer's groups.
@@ -92,7 +97,7 @@ class Followed:
         # A new object may have the id of one that is gone: single ones are not looked for, and all
         # of them must have their shapes.
         shapes = dict(zip(now.identities, now.shapes))
-        if len(groups) >= len(self.counts) and all(
+        if all(
             key in shapes and shape in (None, shapes[key])
             for key, shape in zip(self.identities, self.shapes)
         ):
@@ -103,8 +108,7 @@ class Followed:
         if len(now.counts) < len(self.counts) or any(map(lt, now.counts, self.counts)):
             raise RuntimeError(
                 f"The optimizer's groups had {self.counts} parameters and have {now.counts} now. "
-                "AutoClip cannot tell whose histories are gone. Make a new clipper for the new "
-                "parameters."
+                f"AutoClip cannot tell whose histories are gone. {NEW_CLIPPER}"
             )
         self._warn_of_shift(now)
         return now
@@ -131,10 +135,12 @@ class Followed:
     def sources(self, now: Followed) -> list[int]:
         """The former index of each group of the optimizer; of a new one, the next number.
 
-        Groups whose dicts are all still there may have moved; otherwise they are where they were.
+        Groups whose dicts are all still there, or that are all known, as after joining two, may
+        have moved; otherwise they are where they were.
         """
         former = {key: i for i, key in enumerate(self._group_identities)}
-        if not former.keys() <= {*now._group_identities}:
+        present = {*now._group_identities}
+        if not (former.keys() <= present or present <= former.keys()):
             return [*range(len(now.counts))]
         new = count(len(former))
         return [former[key] if key in former else next(new) for key in now._group_identities]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from autoclip.core import adapter
 from autoclip.core.adapter import Change, ClipperSettings, Group, GroupSettings, Histories, commit
-from autoclip.torch._following import Followed
+from autoclip.torch._following import NEW_CLIPPER, Followed
 from autoclip.torch._parameters import (
     hyperparameters,
     named,
@@ -118,6 +118,12 @@ class Groups(adapter.Groups[Tensor]):
         now = followed.located()
         if followed.is_one_to_one:
             positions, sources = now.all_positions(), followed.sources(now)
+            if self.mode.joins and not self.mode.has_one_row and len(sources) < len(self._groups):
+                raise RuntimeError(
+                    f"The optimizer had {len(self._groups)} parameter groups and has "
+                    f"{len(sources)} now. With group_clipping each has one history, and histories "
+                    f"of several groups cannot be joined. {NEW_CLIPPER}"
+                )
         else:
             positions = now.grown()
             sources = [*range(len(positions))]
