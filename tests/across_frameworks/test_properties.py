@@ -105,7 +105,7 @@ def test_scaling_all_gradients_scales_thresholds_and_no_coefficient(
     loop: Any, rule: str, global_clipping: bool, stream: Any, exponent: int
 ) -> None:
     """From 1e-12 to 1e12, by powers of two, so that nothing is rounded otherwise."""
-    factor = np.float32(2.0) ** exponent
+    factor = np.float32(2.0**exponent)
     reports = []
     for scale in (np.float32(1), factor):
         run = made(loop, rule, global_clipping)

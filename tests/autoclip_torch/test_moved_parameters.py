@@ -118,11 +118,12 @@ def test_each_parameter_keeps_its_history(own_groups: bool, data: st.DataObject,
 def named() -> tuple[dict[str, nn.Parameter], Any]:
     """Four parameters in two groups of other settings, after two steps of norms 1 to 4."""
     parameters = {name: nn.Parameter(torch.ones(1)) for name in "abcd"}
-    pairs = [*parameters.items()]
-    optimizer = QuantileClip.as_optimizer(
-        SGD([{"params": pairs[:2], "quantile": 0.25}, {"params": pairs[2:]}], lr=0.0),
-        quantile=0.75,
-    )
+    # As torch ≥ 2.6 makes groups of named parameters.
+    groups = [
+        {"params": [parameters[name] for name in names], "param_names": [*names], **settings}
+        for names, settings in (("ab", {"quantile": 0.25}), ("cd", {}))
+    ]
+    optimizer = QuantileClip.as_optimizer(SGD(groups, lr=0.0), quantile=0.75)
     for _ in range(2):
         step(parameters, optimizer)
     return parameters, optimizer

@@ -185,14 +185,14 @@ class Window:
             ordered = ops.sort(self._windows.values)
         else:
             ordered = self._windows.ordered
-        position = q * (self.count - 1)
+        held, capacity = self._windows.lengths, self._capacity
+        position = q * (ops.wide(held) - 1)
         lower = ops.whole(position)
-        t = position - ops.wide(lower)
-        # Unused slots come first.
-        slots = lower + (self._capacity - self._held) + ops.slots(2)
-        found = ops.take(ordered, ops.minimum(slots, self._capacity - 1))
+        # Unused slots come first. The highest norm has no next one; t is 0 there.
+        slots = lower + (ops.slots(2) + capacity - held)
+        found = ops.take(ordered, ops.minimum(slots, capacity - 1))
         a, b = ops.halves(ops.wide(found))
-        return interpolate(ops, a, b, t)
+        return interpolate(ops, a, b, position - ops.wide(lower))
 
     def log(self, values: Any) -> Any:
         """The natural logarithm.
@@ -220,8 +220,8 @@ class Window:
 
 def interpolate(ops: Ops, a: Any, b: Any, t: Any) -> Any:
     """Between neighboring values, from the nearer one: the same bits as `numpy.quantile`."""
-    difference = b - a
-    return ops.where(t < 0.5, a + difference * t, b - difference * (1 - t))
+    is_lower = t < 0.5
+    return ops.where(is_lower, a, b) + (b - a) * ops.where(is_lower, t, t - 1)
 
 
 class _Probe(Window):
