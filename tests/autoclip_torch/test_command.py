@@ -13,6 +13,7 @@ import torch
 from command import main
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoclip.core import StateError
@@ -142,6 +143,14 @@ class TestFolders:
         assert data(read_states(tmp_path)) == {"autoclip": newest}
         assert main(["show", str(tmp_path)]) == 0
         assert str(tmp_path / "step-10.pt") in capsys.readouterr().out
+
+    def test_weights_in_safetensors_files_are_passed_over(self, tmp_path: Path) -> None:
+        optimizer, parameters = make(1)
+        train(optimizer, parameters, 1)
+        optimizer.clipper.save(tmp_path / "history.autoclip")
+        save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+        os.utime(tmp_path / "history.autoclip", ns=(1, 1))
+        assert data(read_states(tmp_path)) == {"": optimizer.clipper.state_dict()["data"]}
 
     def test_a_damaged_file_is_not_passed_over(self, tmp_path: Path) -> None:
         optimizer, parameters = make(1)

@@ -13,6 +13,10 @@ class StateError(ValueError):
     """
 
 
+class NoHistoryError(StateError):
+    """A file that may be undamaged, but holds no history: it is another program's."""
+
+
 def nonfinite_message(names: Sequence[str]) -> str:
     """The error of `on_nonfinite="raise"` for the parameters called `names`."""
     return (

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from autoclip.core._errors import StateError
+from autoclip.core._errors import NoHistoryError, StateError
 
 MAX_FILE_BYTES = 2**33
 """The largest state that is written or read, 8 GiB: two million rows of a thousand norms each."""
@@ -223,7 +223,7 @@ def read_header(file: BinaryIO, size: int, source: str) -> bytes:
         )
     header = first + file.read(length - 1)
     if f'"{_KEY}"'.encode() not in header:
-        raise StateError(
+        raise NoHistoryError(
             f"{source} holds no AutoClip history: it is a safetensors file of something else. "
             "Load the file that save wrote."
         )

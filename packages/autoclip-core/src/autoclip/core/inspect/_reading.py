@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from autoclip.core._errors import StateError
+from autoclip.core._errors import NoHistoryError, StateError
 from autoclip.core._rules.rule import RULES
 from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state.files import CHECKPOINT_FILE, PathLike, read_file
@@ -92,7 +92,7 @@ def _find_in_folder(name: str) -> tuple[str, dict[str, State]]:
         if _suffix(file, suffixes) is not None:
             try:
                 return file, _read(file)
-            except _NoHistoryError:
+            except NoHistoryError:
                 continue
             except ImportError as error:
                 missing = error
@@ -126,10 +126,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(part), part) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-class _NoHistoryError(StateError):
-    """An undamaged file that holds no history."""
-
-
 def _read(name: str) -> dict[str, State]:
     if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait for a writer
         raise StateError(f"{name} is not a regular file.")
@@ -154,7 +150,7 @@ def _read(name: str) -> dict[str, State]:
     for reader in readers:
         states.update(_call(reader, name))
     if not states:
-        raise _NoHistoryError(f"{name} holds no history of AutoClip.")
+        raise NoHistoryError(f"{name} holds no history of AutoClip.")
     return states
 
 
