@@ -118,6 +118,15 @@ def test_a_damaged_history_is_named(tmp_path: Path, capsys: Any) -> None:
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "bin", "keras", "h5", "run.1"])
+def test_a_state_file_may_have_any_suffix(suffix: str, tmp_path: Path) -> None:
+    optimizer, parameters = make(1)
+    train(optimizer, parameters)
+    path = tmp_path / f"history.{suffix}"
+    optimizer.clipper.save(path)
+    assert data(read_states(path)) == {"": optimizer.clipper.state_dict()["data"]}
+
+
 class TestFolders:
     def test_the_newest_checkpoint_of_a_trainer(self, tmp_path: Path) -> None:
         optimizer, parameters = make(1)

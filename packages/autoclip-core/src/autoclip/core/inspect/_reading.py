@@ -14,6 +14,7 @@ from autoclip.core._errors import NoHistoryError, StateError
 from autoclip.core._rules.rule import RULES
 from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state.files import CHECKPOINT_FILE, PathLike, read_file
+from autoclip.core._state.safetensors import read_header
 from autoclip.core._state.state import GroupState, State
 
 READERS = "autoclip.readers"
@@ -131,7 +132,7 @@ def _read(name: str) -> dict[str, State]:
         raise StateError(f"{name} is not a regular file.")
     suffixes = _suffixes()
     kind = _suffix(name, suffixes) or _kind_by_contents(name)
-    if kind in _OWN_SUFFIXES:
+    if kind in _OWN_SUFFIXES or _is_state(name):
         return {"": State.from_bytes(read_file(name), name)}
     readers = [each for each in entry_points(group=READERS) if each.name == kind]
     if not readers and kind in _PACKAGES:
@@ -167,6 +168,14 @@ def _suffix(name: str, suffixes: set[str]) -> str | None:
         if ".".join(parts[i:]) in suffixes:
             return ".".join(parts[i:])
     return None
+
+
+def _is_state(name: str) -> bool:
+    """True if a file begins as the ones that `save` writes, under any suffix."""
+    with open(name, "rb") as file, suppress(StateError):
+        read_header(file, os.fstat(file.fileno()).st_size, name)
+        return True
+    return False
 
 
 def _kind_by_contents(name: str) -> str | None:
