@@ -3,8 +3,8 @@
 `Quantized` overrides what bitsandbytes' optimizers (0.50) override, `Sam` has the methods of
 pytorch_optimizer's SAM (4.1), and `Lomo` those of its LOMO. `WarmingUp` has a hyperparameter with
 the name of a clipper's setting, as schedulefree's optimizers (1.4) and heavyball's (3.2) do,
-`Container` is torchtitan's container of optimizers, and `Lookahead` pytorch_optimizer's. The
-libraries are not installed here.
+`Container` is torchtitan's container of optimizers, and `Lookahead` pytorch_optimizer's.
+`distributed` makes an optimizer as Horovod (0.28) does. The libraries are not installed here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import re
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
@@ -112,6 +113,32 @@ class Sam(Optimizer):
         with torch.enable_grad():
             closure()
         self.second_step()
+
+
+def distributed(optimizer: Optimizer) -> Any:
+    """Another optimizer over the same groups, whose step first replaces the gradients, as Horovod's
+    does with their average over processes."""
+
+    class Distributed(type(optimizer)):  # type: ignore[misc]
+        waits = True
+
+        def synchronize(self) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.mul_(0.5)
+
+        @contextmanager
+        def skip_synchronize(self) -> Iterator[None]:
+            self.waits = False
+            yield
+            self.waits = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.waits:
+                self.synchronize()
+            return super().step(closure)
+
+    return Distributed(optimizer.param_groups)
 
 
 class Lomo(SGD):
@@ -546,6 +573,31 @@ def test_sam_clips_what_its_weights_are_updated_with() -> None:
     train_sam(by_hand, plain, clipper.step)
     assert torch.equal(weights(by_hand), weights(model))
     assert clipper.state_dict() == optimizer.clipper.state_dict()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_gradients_that_a_step_averages_are_clipped_afterwards(by_hand: bool) -> None:
+    expected, plain = make(lambda parameters: SGD(parameters, lr=0.1))
+    model = make_model()
+    optimizer = distributed(SGD(model.parameters(), lr=0.1))
+    QuantileClip.as_optimizer(optimizer, **SETTINGS)
+    for step in range(5):
+        backward(expected, step)
+        for parameter in expected.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(0.5)
+        plain.step()
+        plain.zero_grad()
+        backward(model, step)
+        if by_hand:
+            optimizer.synchronize()
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.clipper.state_dict() == plain.clipper.state_dict()
+    assert torch.equal(weights(model), weights(expected))
 
 
 def test_weights_that_are_updated_in_the_backward_pass() -> None:

@@ -138,6 +138,8 @@ class Attachment(CopyableAttachment):
         self._handles: list[RemovableHandle] = []
         self._has_stepped = False
         self._may_be_nested = _overrides_a_step(type(optimizer))
+        # Horovod's step waits for the sums over processes before it calls that of its base class.
+        self._steps_inside = self._may_be_nested and hasattr(optimizer, "skip_synchronize")
         # Of the present step: parameters that it leaves out, with their gradients, and True if
         # `found_inf` on the optimizer is ours.
         self._withheld: Sequence[tuple[Tensor, Tensor]] = ()
@@ -200,7 +202,7 @@ class Attachment(CopyableAttachment):
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Clip the gradients now, or with a closure after it has computed them."""
-        if self._may_be_nested and _is_nested(optimizer):
+        if self._may_be_nested and _is_nested(optimizer) != self._steps_inside:
             return None
         if "grad_scaler" in kwargs:
             raise RuntimeError(
@@ -281,7 +283,7 @@ class Attachment(CopyableAttachment):
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Give back the gradients of parameters that this step left out."""
-        if self._may_be_nested and _is_nested(optimizer):
+        if self._may_be_nested and _is_nested(optimizer) != self._steps_inside:
             return
         for parameter, gradient in self._withheld:
             if parameter.grad is None:
