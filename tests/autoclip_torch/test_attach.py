@@ -640,6 +640,21 @@ def test_lbfgs_records_every_evaluation_of_its_closure() -> None:
     assert [len(window) for window in windows(optimizer.clipper)] == [evaluations] * 4
 
 
+def test_a_step_that_is_differentiated_warns() -> None:
+    """The derivative of 2 - 0.1 * clipped gradient is not that of clipping, nor is torch's."""
+    start = torch.tensor([2.0], requires_grad=True)
+    weight = start.clone()
+    weight.retain_grad()
+    optimizer = SGD([weight], lr=0.1, differentiable=True)
+    with pytest.warns(UserWarning, match="clipping is not differentiated"):
+        QuantileClip.as_optimizer(optimizer, max_norm=1.0)
+    [weight.grad] = torch.autograd.grad((start**3 / 3).sum(), start, create_graph=True)
+    optimizer.step()
+    assert weight.item() == pytest.approx(1.9)
+    [slope] = torch.autograd.grad(weight.sum(), start)
+    assert slope.item() == pytest.approx(1 - 0.1 * 4)  # without clipping
+
+
 # -- subclasses and exceptions -------------------------------------------------------------------
 
 

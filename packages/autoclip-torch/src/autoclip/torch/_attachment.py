@@ -367,6 +367,12 @@ def _warn_of_other_steps(optimizer: Optimizer) -> None:
             "same parameters, QuantileClip(model.parameters()), and call clipper.step() after the "
             "last backward pass, before the method that updates the weights."
         )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        warn_user(
+            f"{name} has differentiable=True, but clipping is not differentiated: derivatives "
+            "through its steps are those of unclipped steps, as after "
+            "torch.nn.utils.clip_grad_norm_. Attach a clipper only if you take no such derivatives."
+        )
     if hasattr(optimizer, "fused_backward"):
         warn_user(
             f"{name}.fused_backward updates the weights during the backward pass, where AutoClip "
