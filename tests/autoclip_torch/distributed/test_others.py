@@ -67,7 +67,8 @@ def test_ddp_whose_ranks_join_early(global_clipping):
 
 @pytest.mark.processes(2)
 @pytest.mark.parametrize("global_clipping", MODES)
-def test_zero_redundancy_optimizer_clips_by_hand(global_clipping):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_zero_redundancy_optimizer(global_clipping, by_hand):
     """Its hooks see all parameters; DDP has given each rank whole gradients."""
     torch.manual_seed(0)
     reference = Net()
@@ -75,6 +76,8 @@ def test_zero_redundancy_optimizer_clips_by_hand(global_clipping):
     settings = {"quantile": 0.5, "global_clipping": global_clipping}
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     clipper = QuantileClip(model.parameters(), **settings)
+    if not by_hand:
+        clipper.attach(optimizer)
     theirs = QuantileClip.as_optimizer(torch.optim.SGD(reference.parameters(), lr=0.1), **settings)
     clipped = 0
     for step, batch in enumerate(batches(4)):
@@ -84,7 +87,8 @@ def test_zero_redundancy_optimizer_clips_by_hand(global_clipping):
         ):
             each.zero_grad()
             (network(inputs, True).square().mean() * (1 + 3 * step)).backward()
-        clipper.step()
+        if by_hand:
+            clipper.step()
         optimizer.step()
         theirs.step()
         assert_equal_reports(clipper, theirs.clipper)
@@ -93,6 +97,22 @@ def test_zero_redundancy_optimizer_clips_by_hand(global_clipping):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     assert clipped
     assert_same_everywhere(clipper)
+    if not by_hand:
+        optimizer.consolidate_state_dict()
+        saved = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(saved)
+        history = clipper.state_dict()
+        clipper.reset()
+        optimizer.load_state_dict(saved[0])
+        assert clipper.state_dict() == history
+
+
+@pytest.mark.processes(2)
+def test_a_clipper_of_a_part_of_the_parameters_is_refused():
+    factory = QuantileClip.optimizer_factory(torch.optim.SGD, global_clipping=True)
+    says = r"attach the clipper to it: as_optimizer\(ZeroRedundancyOptimizer\(parameters, SGD\), "
+    with pytest.raises(RuntimeError, match=says):
+        ZeroRedundancyOptimizer(Net().parameters(), factory, lr=0.1)
 
 
 @pytest.mark.processes(2)

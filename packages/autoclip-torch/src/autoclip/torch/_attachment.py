@@ -55,7 +55,8 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
 
     Raises:
         TypeError: it is not a torch optimizer whose `step` calls hooks.
-        RuntimeError: it has a clipper already, or an optimizer inside it has one.
+        RuntimeError: it has a clipper already, an optimizer inside it has one, or it is that of a
+            part of the parameters in a ZeroRedundancyOptimizer.
     """
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         raise TypeError(
@@ -80,6 +81,12 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
         )
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(_without_init(optimizer))
+    if _is_called_by("torch.distributed.optim.zero_redundancy_optimizer"):
+        raise RuntimeError(
+            "ZeroRedundancyOptimizer makes an optimizer of some parameters on each process, and "
+            "does not save its history. Pass it the plain class, and attach the clipper to it: "
+            f"{caller}(ZeroRedundancyOptimizer(parameters, {type(optimizer).__name__}), ...)."
+        )
     if hasattr(optimizer, "clipper"):
         raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
     _refuse_clipped_inside(optimizer)
