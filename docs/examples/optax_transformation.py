@@ -29,7 +29,7 @@ class JaxOps(Ops):
     wide = staticmethod(lambda x: jnp.asarray(x, float))
     whole = staticmethod(lambda x: jnp.asarray(x, int))
     where = staticmethod(lambda condition, x, y, into=None: jnp.where(condition, x, y))
-    minimum, maximum, divide = map(staticmethod, (jnp.minimum, jnp.maximum, jnp.divide))
+    minimum, maximum = map(staticmethod, (jnp.minimum, jnp.maximum))
     log, exp = map(staticmethod, (jnp.log, jnp.exp))
     sum = staticmethod(lambda x: jnp.sum(x, axis=1, keepdims=True))
     sort = staticmethod(lambda x: jnp.sort(x, axis=1))
@@ -37,7 +37,6 @@ class JaxOps(Ops):
     full = staticmethod(lambda rows, value: jnp.full((rows, 1), value, jnp.float32))
     column = staticmethod(lambda x, rows: jnp.broadcast_to(jnp.asarray(x, float), (rows, 1)))
     slots = staticmethod(jnp.arange)
-    halves = staticmethod(lambda x: (x[:, :1], x[:, 1:]))
     take = staticmethod(lambda x, index: jnp.take_along_axis(x, index, axis=1))
     put = staticmethod(lambda x, index, value: x.at[jnp.arange(len(x))[:, None], index].set(value))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import keras
 import numpy as np
@@ -133,6 +134,18 @@ def test_files_that_are_none(name, content, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"{tmp_path / name} is damaged or not a" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/mem is Linux's")
+@pytest.mark.parametrize("name", ["s.weights.json", "model.weights.h5", "checkpoint.index"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(name, tmp_path, capsys):
+    """A regular file whose reading fails, as on a broken disk."""
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    assert main(["check", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / name) in error
+    assert "nput/output error" in error
+    assert "damaged" not in error
 
 
 def test_a_damaged_history(trained, tmp_path):

@@ -128,6 +128,14 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _read(name: str) -> dict[str, State]:
+    try:
+        return _states_in(name)
+    except OSError as error:
+        error.filename = error.filename or name  # of a file that was open, Python does not say it
+        raise
+
+
+def _states_in(name: str) -> dict[str, State]:
     if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait for a writer
         raise StateError(f"{name} is not a regular file.")
     suffixes = _suffixes()
