@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from paths import numpy_path
 from torch import Tensor
 
+from autoclip.torch import QuantileClip
 from autoclip.torch._layout import Layout, norms
+from autoclip.torch._layout.layout import Part
 
 CPU = torch.device("cpu")
 Measure = Callable[[Sequence["Tensor | None"]], npt.NDArray[np.float64]]
@@ -385,9 +387,14 @@ def never(index: int) -> Tensor:
     raise AssertionError(f"gradient {index} shares no memory")
 
 
-def make_layout(gradients: Sequence[Tensor | None], numpy: bool) -> Layout:
+def part_of(gradients: Sequence[Tensor | None], numpy: bool) -> Part:
     with numpy_path(numpy):
-        return Layout(gradients)
+        return Part.of(gradients, CPU, range(len(gradients)))
+
+
+def layout_of(gradients: Sequence[Tensor | None]) -> Layout:
+    clipper = QuantileClip([torch.zeros(1, requires_grad=True) for _ in gradients])
+    return Layout(gradients, clipper._groups, clipper._histories)
 
 
 @given(
@@ -397,24 +404,23 @@ def make_layout(gradients: Sequence[Tensor | None], numpy: bool) -> Layout:
     st.booleans(),
     st.booleans(),
 )
-def test_a_layout_measures_and_scales_like_one_gradient_at_a_time(
+def test_a_part_measures_and_scales_like_one_gradient_at_a_time(
     gradients: list[Tensor | None], factors: list[float], numpy: bool, shared: bool, many: bool
 ) -> None:
     if many:
         gradients += [each.clone() for each in OTHERS]
         factors += [0.7] * len(OTHERS)
-    layout = make_layout(gradients, numpy)
+    part = part_of(gradients, numpy)
     coefficients = np.array(factors[:1] if shared else factors[: len(gradients)])
     before = [None if g is None else g.clone() for g in gradients]
-    for part in layout.parts.values():
-        if isinstance(part.norms, norms.CpuNorms):
-            found = part.norms.of(gradients)
-            part.scaling.apply(gradients, coefficients, never)
-        else:
-            found = part.norms.of(gradients).numpy()
-            part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
-        expected = [0.0 if g is None else exact(g) for g in before]
-        assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    if isinstance(part.norms, norms.CpuNorms):
+        found = part.norms.of(gradients)
+        part.scaling.apply(gradients, coefficients, never)
+    else:
+        found = part.norms.of(gradients).numpy()
+        part.scaling.apply(gradients, torch.from_numpy(coefficients), never)
+    expected = [0.0 if g is None else exact(g) for g in before]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
     for i, (gradient, original) in enumerate(zip(gradients, before)):
         if gradient is not None and original is not None:
             # One product in float32 at least, and one cast.
@@ -426,11 +432,11 @@ def test_a_layout_measures_and_scales_like_one_gradient_at_a_time(
 @pytest.mark.parametrize("numpy", [True, False])
 def test_a_layout_is_used_again_and_again(numpy: bool) -> None:
     shapes = [(3,), (4, 5), (70000,), (513, 512), (40,)]
-    layout = make_layout([normal(shape) for shape in shapes], numpy)
+    made = [normal(shape) for shape in shapes]
+    layout, part = layout_of(made), part_of(made, numpy)
     for step in range(4):
         gradients = [normal(shape, seed=step) for shape in shapes]
         assert layout.fits(gradients)
-        part = layout.parts[CPU]
         coefficients = np.where(np.arange(5) == step, 0.5, 1.0)
         expected = [exact(g) * c for g, c in zip(gradients, coefficients)]
         if isinstance(part.norms, norms.CpuNorms):
@@ -443,7 +449,7 @@ def test_a_layout_is_used_again_and_again(numpy: bool) -> None:
 
 def test_what_a_layout_does_not_fit() -> None:
     gradients: list[Tensor | None] = [normal((6, 4)), None, normal((8,))]
-    layout = make_layout(gradients, True)
+    layout = layout_of(gradients)
     assert layout.fits([normal((6, 4), seed=1), None, normal((8,), seed=1)])
     assert layout.fits([normal((4, 6)).T, None, normal((16,))[::2]])
     for other in (
@@ -468,7 +474,7 @@ def test_views_are_scaled_in_place(numpy: bool, name: str) -> None:
     gradient = views()[name].clone(memory_format=torch.preserve_format)
     gradient = gradient if name in ("transposed", "channels last") else views()[name]
     before = gradient.resolve_conj().resolve_neg().clone()
-    part = make_layout([gradient, None], numpy).parts[CPU]
+    part = part_of([gradient, None], numpy)
     if isinstance(part.norms, norms.DeviceNorms):
         part.scaling.apply([gradient, None], torch.tensor([0.5, 0.5]), never)
     else:
@@ -488,7 +494,7 @@ def test_other_layouts_and_dtypes_are_scaled(numpy: bool, shared: bool) -> None:
         torch.ones(()).to(torch.float8_e5m2),
     ]
     before = [exact(gradient.clone()) for gradient in gradients]
-    part = make_layout(gradients, numpy).parts[CPU]
+    part = part_of(gradients, numpy)
     coefficients = np.full(1 if shared else len(gradients), 0.5)
     if isinstance(part.norms, norms.CpuNorms):
         part.scaling.apply(gradients, coefficients, never)
@@ -504,7 +510,7 @@ def test_other_layouts_and_dtypes_are_scaled(numpy: bool, shared: bool) -> None:
 def test_tiny_coefficients_zero_no_gradient(numpy: bool, dtype: torch.dtype, size: int) -> None:
     gradient = torch.full((size,), 1e30).to(dtype)
     coefficient = 1e-42
-    part = make_layout([gradient, None], numpy).parts[CPU]
+    part = part_of([gradient, None], numpy)
     if isinstance(part.norms, norms.CpuNorms):
         part.scaling.apply([gradient, None], np.array([coefficient, 1.0]), never)
         assert gradient.double().tolist() == pytest.approx([1e-12] * size, rel=1e-2)
@@ -521,8 +527,9 @@ def test_only_broken_gradients_are_zeroed(numpy: bool, dtype: torch.dtype) -> No
     gradients[2][1, 1] = math.nan  # type: ignore[index]
     gradients[4][7] = math.inf  # type: ignore[index]
     before = [None if g is None else g.clone() for g in gradients]
-    part = make_layout(gradients, numpy).parts[CPU]
-    part.scaling.zero_nonfinite(gradients, part.norms.of(gradients), never)  # type: ignore[arg-type]
+    part = part_of(gradients, numpy)
+    broken = ~(part.norms.of(gradients) < math.inf)
+    part.scaling.zero(gradients, broken, never)  # type: ignore[arg-type]
     for i in (0, 3):
         assert torch.equal(gradients[i], before[i])  # type: ignore[arg-type]
     for i in (2, 4):
@@ -535,7 +542,7 @@ def test_gradients_without_memory_are_left_alone(numpy: bool) -> None:
 
     with FakeTensorMode():
         gradients: list[Tensor | None] = [torch.ones(3), torch.ones(70000), None]
-        part = make_layout(gradients, numpy).parts[CPU]
+        part = part_of(gradients, numpy)
         found = part.norms.of(gradients)
         assert found.shape == (3,)
         coefficients = np.full(3, 0.5)
@@ -545,4 +552,4 @@ def test_gradients_without_memory_are_left_alone(numpy: bool) -> None:
             never,
         )
     # A layout of fake gradients is not one for real ones of the same shapes.
-    assert not make_layout(gradients, numpy).fits([torch.ones(3), torch.ones(70000), None])
+    assert not layout_of(gradients).fits([torch.ones(3), torch.ones(70000), None])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoclip.torch._layout import Layout
+from autoclip.torch._layout.layout import Part
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def mixed_sizes(dtype: torch.dtype, small: int = 104, large: int = 57) -> list[T
 
 def part_of(gradients: list[Tensor | None]) -> Any:
     with numpy_path(False):
-        return Layout(gradients).parts[CPU]
+        return Part.of(gradients, CPU, range(len(gradients)))
 
 
 def never(index: int) -> Tensor:
@@ -87,7 +87,7 @@ def clip_each(part: Any, gradients: list[Tensor | None], shared: bool) -> None:
 
 def clip_each_and_zero(part: Any, gradients: list[Tensor | None], shared: bool) -> None:
     norms = part.norms.of(gradients)
-    part.scaling.zero_nonfinite(gradients, norms, never)
+    part.scaling.zero(gradients, ~(norms < torch.inf), never)
     coefficients = (1.0 / norms).clamp(max=1.0)
     part.scaling.apply(gradients, coefficients[:1] if shared else coefficients, never)
 

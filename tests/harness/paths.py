@@ -48,7 +48,8 @@ def windows_of(history: Any) -> Any:
 
 def exact_thresholds(clipper: Any) -> Iterator[tuple[Any, Any]]:
     """Rows and their thresholds in float64; `clipper.thresholds` are float32."""
-    yield from clipper._histories.thresholds()
+    for storage, thresholds in clipper._histories.thresholds():
+        yield storage.rows, thresholds
 
 
 def exact_reports(clipper: Any) -> Iterator[tuple[Any, Any]]:

@@ -30,8 +30,7 @@ from autoclip.tf._attachment import Attachment, check_optimizer
 from autoclip.tf._groups import Groups, Variable
 from autoclip.tf._histories import Histories, check_memory
 from autoclip.tf._last_step import LastStep
-from autoclip.tf._layout import Gradient, Layout
-from autoclip.tf._nonfinite import NonfiniteGradients
+from autoclip.tf._layout import Gradient, Layout, NonfiniteGradients
 from autoclip.tf._ops import OPS
 from autoclip.tf._private import (
     Saved,
@@ -243,7 +242,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
         with tf.init_scope(), scope, collected_variables() as created:
             histories = Histories(groups.settings_by_row())
             last = LastStep(groups.row_names())
-            nonfinite = NonfiniteGradients(groups.names(), groups.per_parameter("on_nonfinite"))
+            nonfinite = NonfiniteGradients(groups)
             self._sums.build(len(histories))
             if self._pending is not None:
                 histories.write(*self._pending.matched(groups).by_row())
@@ -404,8 +403,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
                 f"This {type(self).__name__} has no rows yet: it does not know its variables. "
                 "Call build(variables) first, or take a step."
             )
-        parts = [thresholds for _, thresholds in self._histories.thresholds()]
-        found = self._histories.in_order(parts)[:, 0]
+        found = self._histories.in_order(self._histories.thresholds())[:, 0]
         if tf.executing_eagerly():
             # Outside of TensorFlow: under tf.debugging.enable_check_numerics no operation may
             # return an infinity.

@@ -16,6 +16,7 @@ from autoclip.core.adapter import (
     BaseTensorHistory,
     Change,
     GroupSettings,
+    Storage,
     Windows,
     needs_order,
     numbers_of,
@@ -194,14 +195,18 @@ class Histories(core.Histories[TensorHistory]):
         # The position of each row if storages are put one after the other.
         self._order = np.argsort([row for storage in self.storages for row in storage.rows])
 
-    def in_order(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+    def in_order(self, parts: Sequence[tuple[Storage[TensorHistory], tf.Tensor]]) -> tf.Tensor:
         """[rows, 1] in the order of the rows, from the parts of the storages."""
-        return parts[0] if len(parts) == 1 else tf.gather(tf.concat(parts, 0), self._order)
+        tensors = [tensor for _, tensor in parts]
+        return tensors[0] if len(tensors) == 1 else tf.gather(tf.concat(tensors, 0), self._order)
 
-    def joined(self, reports: Sequence[Report[tf.Tensor]]) -> Report[tf.Tensor]:
+    def joined(
+        self, reports: Sequence[tuple[Storage[TensorHistory], Report[tf.Tensor]]]
+    ) -> Report[tf.Tensor]:
         """One report of all rows, from those of the storages."""
         names = ("norms", "thresholds", "coefficients")
-        return Report(*(self.in_order([getattr(each, name) for each in reports]) for name in names))
+        parts = ([(storage, getattr(each, name)) for storage, each in reports] for name in names)
+        return Report(*map(self.in_order, parts))
 
     def change(self, rows: Iterable[int], settings: GroupSettings) -> list[Change]:
         """See `autoclip.core.adapter.Histories`; graphs that are traced already follow.

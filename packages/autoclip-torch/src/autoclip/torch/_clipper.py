@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -38,7 +39,6 @@ from autoclip.torch._attachment import Attachment, StepResult, check_optimizer
 from autoclip.torch._groups import Groups
 from autoclip.torch._histories import Histories
 from autoclip.torch._layout import Layout, is_distributed, layout_of, row_devices
-from autoclip.torch._ops import as_tensor
 from autoclip.torch._parameters import (
     OptimizerGroup,
     OptimizerGroups,
@@ -50,7 +50,7 @@ from autoclip.torch._private import disable_dynamo
 P = ParamSpec("P")
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
-_gradient, _coefficients = attrgetter("grad"), attrgetter("coefficients")
+_gradient = attrgetter("grad")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -103,6 +103,8 @@ class Clipper(BaseClipper[Groups, Tensor]):
     >>> total_norm, weight.grad.norm()
     (tensor(9.), tensor(2.))
     """
+
+    _histories: Histories
 
     def __init__(
         self,
@@ -241,44 +243,24 @@ class Clipper(BaseClipper[Groups, Tensor]):
         Raises:
             FloatingPointError, RuntimeError: see `step`.
         """
-        groups, histories = self._groups, self._histories
+        groups, histories, layout = self._groups, self._histories, self._layout
         parameters = groups.parameters()
         gradients: list[Tensor | None] = [*map(_gradient, parameters)]
-        layout = self._layout
-        # In a process by itself, with all gradients here, no parameter can have become sharded.
-        if not (
-            layout is not None
-            and layout.is_complete
-            and layout.fits(gradients)
-            and not is_distributed()
-        ):
+        # In a process by itself no parameter can have become sharded.
+        if layout is None or is_distributed() or not layout.fits(gradients):
             layout = layout_of(parameters, gradients, groups, histories, layout)
             self._layout = layout
-        if layout.is_empty:
+        norms = layout.measure(gradients, scale, found_inf)
+        if not norms:
             return self._step_without_gradients()
-        if layout.version != (groups.version, histories.version):
-            layout.arrange(groups, histories, parameters, gradients)
         self._has_seen_a_gradient = True
-        if layout.is_sharded:
-            layout.refuse_loss_scaler(found_inf)
-        norms = layout.measure(gradients)
-        if scale is not None or found_inf is not None:
-            norms = layout.unscale(norms, scale, found_inf)
-        if layout.treats_nonfinite and found_inf is None:
-            norms = layout.zero(gradients, norms, parameters)
+        zeroed = None
+        if layout.nonfinite is not None and found_inf is None:
+            norms, zeroed = layout.nonfinite.apply(norms)
         total = layout.total(norms)
-        rows = layout.rows(norms, total)
         self._reports = ()
-        reports = histories.record(rows)
-        self._reports = [*zip(layout.storages, reports)]
-        coefficients = [*map(_coefficients, reports)]
-        skipped: list[int] = []
-        skips_update = None
-        if layout.skips:
-            coefficients, skipped, skips_update = layout.spikes(
-                coefficients, is_deferred=can_defer is not None and can_defer()
-            )
-        layout.scale(gradients, coefficients, parameters)
+        self._reports = reports = histories.record(layout.rows(norms, total))
+        skipped, skips_update = layout.scale(gradients, reports, parameters, zeroed, can_defer)
         self._norm = total
         withheld = _withheld(parameters, skipped) if skipped else ()
         return StepResult(total, withheld, skips_update)
@@ -356,12 +338,8 @@ class Clipper(BaseClipper[Groups, Tensor]):
         """
         if not self._reports:
             raise RuntimeError("There is nothing to report: the last step had no gradient.")
-        fills = {"norms": 0.0, "thresholds": torch.inf, "coefficients": 1.0}
-        columns = {
-            name: self._by_row([(s.rows, getattr(each, name)) for s, each in self._reports], fill)
-            for name, fill in fills.items()
-        }
-        return Report(**columns, names=self._groups.row_names())
+        report = self._histories.joined(self._reports)
+        return replace(report, names=self._groups.row_names())
 
     @property
     def thresholds(self) -> Tensor:
@@ -371,24 +349,10 @@ class Clipper(BaseClipper[Groups, Tensor]):
         Without `include_current` the next norms are compared with these.
         """
         self._arrange()
-        return self._by_row(self._histories.thresholds(), torch.inf)
-
-    def _by_row(self, parts: Sequence[tuple[list[int], Any]], fill: float) -> Tensor:
-        """One tensor over all rows from those of storages, on the device of the first."""
-        tensors = [as_tensor(values) for _, values in parts]
-        device = tensors[0].device if tensors else None
-        shape = (len(self._histories),)
-        result = torch.full(shape, fill, dtype=torch.float32, device=device)
-        for (rows, _), values in zip(parts, tensors):
-            result[rows] = values.to(result)
-        return result
+        return self._histories.in_order(self._histories.thresholds(), torch.inf)
 
     def _arrange(self) -> None:
-        groups, histories = self._groups, self._histories
-        parameters = groups.parameters()
-        gradients = [*map(_gradient, parameters)]
-        rows = groups.row_of_parameters()
-        histories.arrange(row_devices(rows, len(histories), parameters, gradients))
+        self._histories.arrange(row_devices(self._groups, len(self._histories)))
 
     # -- optimizers --------------------------------------------------------------------------
 

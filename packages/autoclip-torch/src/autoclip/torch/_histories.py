@@ -16,6 +16,7 @@ from autoclip.core import History, Report, adapter
 from autoclip.core.adapter import (
     BaseTensorHistory,
     GroupSettings,
+    Storage,
     Windows,
     needs_order,
     numbers_of,
@@ -39,6 +40,29 @@ class Histories(adapter.Histories[Any]):
 
     def __init__(self) -> None:
         super().__init__(_make)
+
+    def in_order(self, parts: Sequence[tuple[Storage[Any], Any]], fill: float) -> Tensor:
+        """float32[rows] in the order of the rows, on the device of the first part.
+
+        Args:
+            parts: storages and one number for each of their rows.
+            fill: the number of rows in no part.
+        """
+        tensors = [_ops.as_tensor(values) for _, values in parts]
+        device = tensors[0].device if tensors else None
+        result = torch.full((len(self),), fill, dtype=torch.float32, device=device)
+        for (storage, _), values in zip(parts, tensors):
+            result[storage.rows] = values.to(result)
+        return result
+
+    def joined(self, reports: Sequence[tuple[Storage[Any], Report[Any]]]) -> Report[Tensor]:
+        """One report of all rows, from those of the storages that recorded."""
+        fills = {"norms": 0.0, "thresholds": torch.inf, "coefficients": 1.0}
+        norms, thresholds, coefficients = (
+            self.in_order([(storage, getattr(each, name)) for storage, each in reports], fill)
+            for name, fill in fills.items()
+        )
+        return Report(norms, thresholds, coefficients)
 
 
 class _InPlace(Windows):

@@ -162,24 +162,26 @@ class Histories(Generic[HistoryT]):
 
     # -- steps -------------------------------------------------------------------------------
 
-    def record(self, norms: Sequence[tuple[Storage[HistoryT], Any]]) -> list[Report[Any]]:
+    def record(
+        self, norms: Sequence[tuple[Storage[HistoryT], Any]]
+    ) -> list[tuple[Storage[HistoryT], Report[Any]]]:
         """Record a step in some storages, in all of them or in none.
 
         Args:
             norms: storages, and the norms of their rows.
 
         Returns:
-            The reports of the storages.
+            The storages and their reports.
         """
         if self._unfinished:
             self.finish()
         self._former = []
         if len(norms) == 1:
             [(storage, only)] = norms
-            return [storage.history.record(only)]
+            return [(storage, storage.history.record(only))]
         if self._is_resumable:
             self._unfinished = [storage.history.once(each) for storage, each in norms]
-        reports = [storage.history.record(each) for storage, each in norms]
+        reports = [(storage, storage.history.record(each)) for storage, each in norms]
         self._unfinished = ()
         return reports
 
@@ -188,10 +190,10 @@ class Histories(Generic[HistoryT]):
         """True if a later call may complete an interrupted step."""
         return True
 
-    def thresholds(self) -> list[tuple[list[int], Any]]:
-        """The rows of each storage, and the thresholds of their windows as they are now."""
+    def thresholds(self) -> list[tuple[Storage[HistoryT], Any]]:
+        """The storages, and the thresholds of their windows as they are now."""
         self.finish()
-        return [(storage.rows, storage.history.thresholds) for storage in self.storages]
+        return [(storage, storage.history.thresholds) for storage in self.storages]
 
     def finish(self) -> None:
         """Complete a step, a load or a change of settings, also one that was interrupted."""

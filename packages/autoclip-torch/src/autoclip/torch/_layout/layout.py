@@ -7,7 +7,7 @@ small, their offsets in buffers and the rows that they belong to are worked out 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import compress, count
 from operator import attrgetter, eq
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoclip.core.adapter import Histories, Storage, nonfinite_message
+from autoclip.core import Report
+from autoclip.core.adapter import Histories, Storage
 from autoclip.torch import _ops
 from autoclip.torch._groups import Groups
-from autoclip.torch._layout.norms import CpuNorms, DeviceNorms
+from autoclip.torch._layout.nonfinite import NonfiniteGradients
+from autoclip.torch._layout.norms import CpuNorms, DeviceNorms, Gradients
 from autoclip.torch._layout.rows import (
     Norms,
     RowMap,
-    are_finite,
     joined,
     joint_norms,
     joint_norms_of,
@@ -50,35 +51,42 @@ class Part(NamedTuple):
     norms: CpuNorms | DeviceNorms
     scaling: CpuScaling | DeviceScaling
 
+    @classmethod
+    def of(cls, gradients: Gradients, device: torch.device, indices: Iterable[int]) -> Part:
+        """The gradients at `indices`, all of them on `device`."""
+        if _ops.uses_numpy(device):
+            return cls(CpuNorms(gradients, indices), CpuScaling(gradients, indices))
+        return cls(
+            DeviceNorms(gradients, device, indices), DeviceScaling(gradients, device, indices)
+        )
+
 
 class Layout:
-    """The layout of gradients in this process.
+    """Measures and scales the gradients in this process, and knows the row of each.
 
     Args:
         gradients: plain tensors, on any devices, of any floating or complex dtype, strided or
             sparse; None for none.
+        groups: the clipper's.
+        histories: the clipper's.
 
     Attributes:
-        parts: the gradients of each device, in the order of the gradients.
-        is_complete: True if no gradient is missing.
-        is_empty: True if there is no gradient.
-        version: the versions of groups and histories that `arrange` was called for.
-        storages: the storages of the rows that record a norm.
-        skips: True if a row's `on_spike` is `"skip"`.
-        treats_nonfinite: True if a gradient's `on_nonfinite` is not `"keep"`.
-        is_sharded: True if gradients are spread over processes.
+        nonfinite: the treatment of gradients that are not finite; None if all of them are kept.
     """
 
-    is_sharded = False
-    skips = False
-    treats_nonfinite = False
+    nonfinite: NonfiniteGradients | None = None
 
-    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, gradients: Sequence[Tensor | None], groups: Groups, histories: Histories[Any]
+    ) -> None:
+        self._groups, self._histories = groups, histories
+        # Of groups and histories when the rows were arranged.
+        self._versions = (-1, -1)
         # The class tells a FakeTensor, which has no memory, from the tensor it stands for.
         self._types = [*map(type, gradients)]
         self._here = [gradient is not None for gradient in gradients]
         present = [gradient for gradient in gradients if gradient is not None]
-        self.is_complete = len(present) == len(gradients)
+        self._is_complete = len(present) == len(gradients)
         devices = [gradient.device for gradient in present]
         # A comparison of devices takes longer than all others.
         is_on_cpu = all(device.type == "cpu" for device in devices)
@@ -87,18 +95,9 @@ class Layout:
         indices: dict[torch.device, list[int]] = {}
         for i, device in zip(compress(count(), self._here), devices):
             indices.setdefault(device, []).append(i)
-        self.parts = {
-            device: Part(CpuNorms(gradients, members), CpuScaling(gradients, members))
-            if _ops.uses_numpy(device)
-            else Part(
-                DeviceNorms(gradients, device, members), DeviceScaling(gradients, device, members)
-            )
-            for device, members in indices.items()
+        self._parts = {
+            device: Part.of(gradients, device, members) for device, members in indices.items()
         }
-        self.is_empty = not self.parts
-        self.version = (-1, -1)
-        self.storages: list[Storage[Any]] = []
-        self._maps: list[RowMap] = []
 
     def fits(self, gradients: Sequence[Tensor | None]) -> bool:
         """True if these gradients can be measured and scaled by this layout.
@@ -108,46 +107,37 @@ class Layout:
         """
         if [*map(type, gradients)] != self._types:
             return False
-        here = gradients if self.is_complete else compress(gradients, self._here)
+        here = gradients if self._is_complete else compress(gradients, self._here)
         # No list of them all: the garbage collector would look at thousands of tuples.
         return all(map(eq, map(self._traits_of, here), self._traits))
 
     # -- rows --------------------------------------------------------------------------------
 
-    def arrange(
-        self,
-        groups: Groups,
-        histories: Histories[Any],
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-    ) -> None:
+    def _arrange(self) -> None:
         """Find the row of each gradient, and bring the histories to the gradients' devices."""
-        rows, mode = groups.row_of_parameters(), groups.mode
-        histories.arrange(row_devices(rows, len(histories), parameters, gradients))
+        groups, histories, mode = self._groups, self._histories, self._groups.mode
+        histories.arrange(row_devices(groups, len(histories)))
+        rows = groups.row_of_parameters()
         skips = [settings.on_spike == "skip" for settings in histories.settings]
-        self.skips = any(skips)
+        self._skips = any(skips)
         measured = self._measured_devices
         self._maps = [
             RowMap(storage, rows, mode, skips)
             for storage in histories.storages
             if mode.joins or storage.device in measured
         ]
-        self.storages = [each.storage for each in self._maps]
         accelerators = [device for device in measured if not _ops.uses_numpy(device)]
         self._home: torch.device = (
             self._maps[0].storage.device if mode.has_one_row else (accelerators or measured)[0]
         )
-        self._names = groups.names
-        choices = np.array(groups.per_parameter("on_nonfinite"), object)
-        self._zeros, self._raises = choices == "zero", choices == "raise"
-        self._zeros_on: dict[torch.device, Tensor] = {}
-        self.treats_nonfinite = bool((self._zeros | self._raises).any())
-        self.version = groups.version, histories.version
+        all_are_kept = {*groups.per_parameter("on_nonfinite")} <= {"keep"}
+        self.nonfinite = None if all_are_kept else NonfiniteGradients(groups)
+        self._versions = groups.version, histories.version
 
     @property
     def _measured_devices(self) -> list[torch.device]:
         """The devices of the norms that `measure` returns."""
-        return [*self.parts]
+        return [*self._parts]
 
     def rows(self, norms: Norms, total: Tensor | float) -> list[tuple[Storage[Any], Any]]:
         """The norms of the rows, by storage.
@@ -157,20 +147,38 @@ class Layout:
             total: the norm of all gradients together.
         """
         if len(self._maps) == 1 and self._maps[0].is_identity:  # the usual case
-            return [(self.storages[0], norms[self._home])]
+            return [(self._maps[0].storage, norms[self._home])]
         return [(each.storage, each.norms(norms, total)) for each in self._maps]
 
     # -- norms -------------------------------------------------------------------------------
 
-    def measure(self, gradients: Sequence[Tensor | None]) -> Norms:
-        """The true norms of the gradients."""
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Norms:
+        """The true norms of the gradients; empty if there is none.
+
+        Args:
+            gradients: tensors that this layout `fits`; None for none.
+            scale: 0-d, the loss scale that the gradients still have; None if they have none.
+            found_inf: 0-d, not 0 if a loss scaler will skip this step, whose norms are NaN, so not
+                recorded; None if there is no scaler.
+        """
+        norms = self._measured(gradients)
+        versions = self._groups.version, self._histories.version
+        if versions != self._versions and norms:
+            self._arrange()
+        if scale is None and found_inf is None:
+            return norms
+        return {device: _unscaled(each, scale, found_inf) for device, each in norms.items()}
+
+    def _measured(self, gradients: Sequence[Tensor | None]) -> Norms:
         norms = {}
-        for device, part in self.parts.items():
+        for device, part in self._parts.items():
             norms[device] = part.norms.of(gradients)
         return norms
-
-    def refuse_loss_scaler(self, found_inf: Tensor | None) -> None:
-        """See `ShardedLayout.refuse_loss_scaler`."""
 
     def total(self, norms: Norms) -> Tensor | float:
         """The norm of all gradients together: a number, or 0-d on an accelerator."""
@@ -188,67 +196,57 @@ class Layout:
             return math.sqrt(square)
         return float(joint_norms(found[None])[0])
 
-    @staticmethod
-    def unscale(norms: Norms, scale: Tensor | None, found_inf: Tensor | None) -> Norms:
-        """The norms of the gradients without the loss scale; NaN, so not recorded, on overflow."""
-        return {device: _unscaled(each, scale, found_inf) for device, each in norms.items()}
-
-    # -- NaN and infinity --------------------------------------------------------------------
-
-    def zero(
-        self, gradients: list[Tensor | None], norms: Norms, parameters: Sequence[Tensor]
-    ) -> Norms:
-        """Zero the gradients that are not finite, where `on_nonfinite` says so.
-
-        Returns:
-            The norms; 0 for a zeroed gradient.
-
-        Raises:
-            FloatingPointError: one is not finite, and its `on_nonfinite` is `"raise"`. Nothing has
-                changed.
-        """
-        if self._raises.any():
-            finite = np.all([are_finite(each) for each in norms.values()], 0)
-            broken = np.flatnonzero(self._raises & ~finite)
-            if len(broken):
-                names = self._names()
-                raise FloatingPointError(nonfinite_message([names[i] for i in broken]))
-        if not self._zeros.any():
-            return norms
-        renew = partial(_renewed, parameters)
-        found = dict(norms)
-        for device, each in norms.items():
-            part = self.parts.get(device)
-            if isinstance(each, np.ndarray):
-                here = self._zeros & ~np.isfinite(each)
-                if part is None or not here.any():
-                    continue
-                concerned: Any = np.where(here, each, 0.0)
-                found[device] = np.where(here, 0.0, each)
-            else:
-                if device not in self._zeros_on:
-                    self._zeros_on[device] = torch.from_numpy(self._zeros).to(device)
-                concerned = torch.where(self._zeros_on[device], each, 0.0)
-                found[device] = torch.where(concerned < torch.inf, each, 0.0)
-            if part is not None:
-                part.scaling.zero_nonfinite(gradients, concerned, renew)
-        return found
-
     # -- scaling -----------------------------------------------------------------------------
 
-    def spikes(
-        self, coefficients: Sequence[Any], *, is_deferred: bool
-    ) -> tuple[list[Any], list[int], Tensor | None]:
-        """The gradients whose parameters are not to be updated, since `on_spike` is `"skip"`.
+    def scale(
+        self,
+        gradients: list[Tensor | None],
+        reports: Sequence[tuple[Storage[Any], Report[Any]]],
+        parameters: Sequence[Tensor],
+        zeroed: Norms | None = None,
+        can_defer: Callable[[], bool] | None = None,
+    ) -> tuple[Sequence[int], Tensor | None]:
+        """Multiply each gradient by the coefficient of its row.
 
         Args:
-            coefficients: of the rows, by storage.
-            is_deferred: True if the caller can skip the whole update on the device.
+            gradients: the gradients; one that shares memory gets its own first.
+            reports: of the rows, by storage, with their coefficients.
+            parameters: the parameters of the gradients.
+            zeroed: see `NonfiniteGradients.apply`.
+            can_defer: tells if the caller can skip the whole update on the device; None for no.
 
         Returns:
-            The coefficients that are left, 1 for these gradients; their indices; and if only the
-            device knows it, bool, 0-d: True if no parameter is to be updated.
+            The gradients that were left as they were since their parameters are not to be updated
+            (`on_spike="skip"`), and if only the device knows it, bool, 0-d: True if no parameter
+            is to be updated.
         """
+        skipped: list[int] = []
+        skips_update = None
+        coefficients = [report.coefficients for _, report in reports]
+        if self._skips:
+            is_deferred = can_defer is not None and can_defer()
+            coefficients, skipped, skips_update = self._without_spikes(coefficients, is_deferred)
+        renew = partial(_renewed, parameters)
+        for device, part in self._parts.items():
+            if zeroed is not None:
+                part.scaling.zero(gradients, zeroed[device], renew)
+            each: Any = None
+            for rows, factors in zip(self._maps, coefficients):
+                here = rows.storage.device
+                if rows.is_one_for_all:
+                    each = moved(factors, device)
+                elif rows.is_identity and here == device:
+                    each = factors
+                elif rows.joins or here == device:
+                    each = rows.write(factors, each, device)
+            if each is not None:
+                part.scaling.apply(gradients, each, renew)
+        return skipped, skips_update
+
+    def _without_spikes(
+        self, coefficients: Sequence[Any], is_deferred: bool
+    ) -> tuple[list[Any], list[int], Tensor | None]:
+        """The coefficients, 1 for gradients to be skipped; and these, as `scale` returns them."""
         left: list[Any] = []
         indices: list[int] = []
         skips_update = None
@@ -266,33 +264,6 @@ class Layout:
                     factors = torch.where(spikes, 1.0, factors)
             left.append(factors)
         return left, indices, skips_update
-
-    def scale(
-        self,
-        gradients: list[Tensor | None],
-        coefficients: Sequence[Any],
-        parameters: Sequence[Tensor],
-    ) -> None:
-        """Multiply each gradient by the coefficient of its row.
-
-        Args:
-            gradients: the gradients; one that shares memory gets its own first.
-            coefficients: of the rows, by storage.
-            parameters: the parameters of the gradients.
-        """
-        renew = partial(_renewed, parameters)
-        for device, part in self.parts.items():
-            each: Any = None
-            for rows, factors in zip(self._maps, coefficients):
-                here = rows.storage.device
-                if rows.is_one_for_all:
-                    each = moved(factors, device)
-                elif rows.is_identity and here == device:
-                    each = factors
-                elif rows.joins or here == device:
-                    each = rows.write(factors, each, device)
-            if each is not None:
-                part.scaling.apply(gradients, each, renew)
 
 
 def _unscaled(norms: Any, scale: Tensor | None, found_inf: Tensor | None) -> Any:

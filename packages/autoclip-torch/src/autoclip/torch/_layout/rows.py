@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autoclip.core.adapter import Mode, Storage
 from autoclip.torch import _ops
+from autoclip.torch._groups import Groups
 from autoclip.torch._ops import as_tensor, norm_dtype
 
 Norms: TypeAlias = Mapping[torch.device, Any]
@@ -57,10 +58,10 @@ class RowMap:
         self._indices = np.array([i for _, i in pairs], np.int64)
         self.is_identity = not mode.joins and self._indices.tolist() == [*range(len(rows))]
         self.is_one_for_all, self.joins = mode.has_one_row, mode.joins
-        self._index = _placed(self._indices, storage.device)
-        self._member_index = _placed(self._members, storage.device)
+        self._index = placed(self._indices, storage.device)
+        self._member_index = placed(self._members, storage.device)
         mask = np.array([skips[row] for row in storage.rows])
-        self.skips = _placed(mask, storage.device) if mask.any() else None
+        self.skips = placed(mask, storage.device) if mask.any() else None
         self._table = self._make_table() if mode.joins and not mode.has_one_row else None
 
     def _make_table(self) -> Any:
@@ -70,7 +71,7 @@ class RowMap:
         # Parameters of a group are neighbors, so rows come in order here.
         columns = np.arange(len(self._members)) - np.repeat(np.cumsum(counts) - counts, counts)
         table[self._members, columns] = self._indices
-        return _placed(table, self.storage.device)
+        return placed(table, self.storage.device)
 
     def norms(self, norms: Norms, total: Tensor | float) -> Any:
         """The norms of the rows, on the storage's device.
@@ -114,11 +115,11 @@ class RowMap:
             into[self._indices] = each
         else:
             is_here = device == self.storage.device
-            into.index_copy_(0, self._index if is_here else _placed(self._indices, device), each)
+            into.index_copy_(0, self._index if is_here else placed(self._indices, device), each)
         return into
 
 
-def _placed(array: npt.NDArray[Any], device: torch.device) -> Any:
+def placed(array: npt.NDArray[Any], device: torch.device) -> Any:
     """An array as it is, or as a tensor on a device that is not the CPU."""
     return array if _ops.uses_numpy(device) else torch.from_numpy(array).to(device)
 
@@ -154,34 +155,23 @@ def joint_norms_of(norms: Tensor) -> Tensor:
     return (norms / scale[:, None]).square().sum(dim=1).sqrt() * scale
 
 
-def are_finite(norms: Any) -> npt.NDArray[np.bool_]:
-    """bool[n] on the host; synchronizes with the device."""
-    if isinstance(norms, np.ndarray):
-        return np.isfinite(norms)
-    found: npt.NDArray[np.bool_] = norms.isfinite().cpu().numpy()
-    return found
+def row_devices(groups: Groups, count: int) -> list[torch.device]:
+    """The device of each row's history: its gradient's or its parameter's.
 
-
-def row_devices(
-    rows: Sequence[int],
-    count: int,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-) -> list[torch.device]:
-    """The device of each row's history: its parameter's; any that is not the CPU, if several.
+    One of several that is not the CPU.
 
     Args:
-        rows: the row of each parameter.
+        groups: the clipper's.
         count: the number of rows.
-        parameters: the parameters.
-        gradients: their gradients; None for none.
     """
     devices = [_CPU] * count
     trained = [False] * count
+    parameters = groups.parameters()
     # If any parameter is sharded, another process may have a gradient that is missing here.
     are_sharded = dtensor_class(parameters) is not None
-    for row, parameter, gradient in zip(rows, parameters, gradients):
-        device = (parameter if gradient is None or are_sharded else gradient).device
+    for row, parameter in zip(groups.row_of_parameters(), parameters):
+        gradient = None if are_sharded else parameter.grad
+        device = (parameter if gradient is None else gradient).device
         # Parameters on the meta device have no gradients, and trained ones come before frozen ones.
         if device.type not in ("cpu", "meta") and (
             devices[row] is _CPU or (parameter.requires_grad and not trained[row])

@@ -128,23 +128,19 @@ class CpuScaling:
         if tensors:
             foreach_mul_(tensors, factors)
 
-    def zero_nonfinite(
-        self, gradients: list[Any], norms: npt.NDArray[np.float64], renew: Renew
-    ) -> None:
-        """Zero each gradient whose norm is not finite.
+    def zero(self, gradients: list[Any], mask: npt.NDArray[np.bool_], renew: Renew) -> None:
+        """Zero some gradients, NaN and infinity too.
 
         Args:
             gradients: like those that this was made of; renewed ones are put in the list.
-            norms: float64[n], finite exactly where the gradient is.
+            mask: bool[n], True for those.
             renew: for gradients that share memory with others.
         """
-        broken = np.flatnonzero(~np.isfinite(norms)).tolist()
-        if broken:
-            self._overlaps.separate(gradients, broken, renew)
-        for i in broken:
-            gradient = gradients[i]
-            if gradient is not None:
-                values_of(gradient).zero_()
+        indices = (mask & self._is_here).nonzero()[0].tolist()
+        if indices:
+            self._overlaps.separate(gradients, indices, renew)
+        for i in indices:
+            values_of(gradients[i]).zero_()
 
 
 class _Gathered(NamedTuple):
@@ -275,26 +271,25 @@ class DeviceScaling:
             else:  # torch multiplies no 8-bit floats
                 values.copy_(values.float() * one[0])
 
-    def zero_nonfinite(self, gradients: list[Any], norms: Tensor, renew: Renew) -> None:
-        """Zero each gradient whose norm is not finite.
+    def zero(self, gradients: list[Any], mask: Tensor, renew: Renew) -> None:
+        """Zero some gradients, NaN and infinity too.
 
         Args:
             gradients: like those that this was made of; renewed ones are put in the list.
-            norms: [n], finite exactly where the gradient is, on the device.
+            mask: bool[n], True for those, on the device.
             renew: for gradients that share memory with others.
         """
         self._overlaps.separate(gradients, self._indices, renew)
         # Masked, not multiplied: NaN times zero is NaN.
-        broken = (norms < math.inf).logical_not()
         alone = list(self._others)
         for small, large, _ in self._plain.values():
             alone += large
             for part in small:
                 tensors = part.gather(gradients)
-                part.buffer.masked_fill_(part.repeated(broken), 0)
+                part.buffer.masked_fill_(part.repeated(mask), 0)
                 foreach_copy_(tensors, part.views)
         if alone:
-            each = broken.unbind()
+            each = mask.unbind()
             for i in alone:
                 values_of(gradients[i]).masked_fill_(each[i], 0)
 

@@ -67,7 +67,7 @@ def layout_of(
     if kind is None:
         if known is not None and known.fits(gradients):
             return known
-        return Layout(gradients)
+        return Layout(gradients, groups, histories)
     if isinstance(known, ShardedLayout) and known.is_of(parameters):
         return known
     return ShardedLayout(parameters, kind, groups, histories)
@@ -95,8 +95,6 @@ class ShardedLayout(Layout):
             them; on all processes.
     """
 
-    is_sharded = True
-
     def __init__(
         self,
         parameters: Sequence[Tensor],
@@ -104,9 +102,7 @@ class ShardedLayout(Layout):
         groups: Groups,
         histories: Histories[Any],
     ) -> None:
-        super().__init__([None] * len(parameters))
-        self.is_empty = False  # the other processes wait for this one, even if it has no gradient
-        self._groups, self._histories = groups, histories
+        super().__init__([None] * len(parameters), groups, histories)
         # The layouts of the parts that are here, and of the same after partial sums are added up.
         self._local: Layout | None = None
         self._summed: Layout | None = None
@@ -116,7 +112,7 @@ class ShardedLayout(Layout):
         self._are_dtensors = [isinstance(parameter, kind) for parameter in parameters]
         # Of parameters, not gradients: another process may have one, and its rows must not live
         # elsewhere there.
-        self.devices = [parameter.device for parameter in parameters]
+        self._devices = [parameter.device for parameter in parameters]
         self._meshes = self._find_meshes(parameters)
         self._device = self._meshes[0].device
         # The copy on the device, so a step copies only changes.
@@ -144,7 +140,9 @@ class ShardedLayout(Layout):
                 mesh = found[largest]
                 # Where its processes can talk, even if parameters are offloaded to the CPU.
                 kind = torch.device(mesh.device_type)
-                device = next((device for device in self.devices if device.type == kind.type), kind)
+                device = next(
+                    (device for device in self._devices if device.type == kind.type), kind
+                )
                 meshes[largest] = Mesh(mesh, device)
             meshes[largest].add(row, parameter, self._are_dtensors[row])
         return [*meshes.values()]
@@ -180,7 +178,7 @@ class ShardedLayout(Layout):
                     f"({mode}_clipping=False)."
                 )
 
-    def refuse_loss_scaler(self, found_inf: Tensor | None) -> None:
+    def _refuse_loss_scaler(self, found_inf: Tensor | None) -> None:
         """Refuse a loss scaler if torch's own may find overflows on some processes only.
 
         It looks for them along the dimensions on which the first gradient is sharded. A process
@@ -204,27 +202,38 @@ class ShardedLayout(Layout):
 
     @property
     def _measured_devices(self) -> list[torch.device]:
-        return [*dict.fromkeys(self.devices)]
+        return [*dict.fromkeys(self._devices)]
 
-    def measure(self, gradients: Sequence[Any]) -> Norms:
-        """The true norms of the gradients, the same on all processes; all of them must call this.
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Norms:
+        """See `Layout.measure`: the same on all processes, which must all call this.
+
+        They wait for one another, even one without a gradient: its norms are those of the others.
 
         Returns:
             The norms by the devices of the parameters, 0 for those on another one.
 
         Raises:
-            RuntimeError: the placement of a gradient changed, on any process; or, at the first
-                call, another process has another state.
+            RuntimeError: the placement of a gradient changed, on any process; at the first call,
+                another process has another state; or see `_refuse_loss_scaler`.
         """
+        self._refuse_loss_scaler(found_inf)
+        return super().measure(gradients, scale, found_inf)
+
+    def _measured(self, gradients: Sequence[Any]) -> Norms:
         if self._is_handshake_due():
             self._agree([g if isinstance(g, self._kind) else None for g in gradients])
         parts = self._parts_of(gradients)
         counted, fault = self._as_agreed(gradients, parts)
         for mesh in self._meshes:
             mesh.add_up(counted)
-        self._summed = _fitting(self._summed, counted)
+        self._summed = self._fitting(self._summed, counted)
         norms = torch.zeros(len(counted), dtype=torch.float64, device=self._device)
-        for some in self._summed.measure(counted).values():
+        for some in self._summed._measured(counted).values():
             norms += as_tensor(some).to(norms)
         # A finite square stays finite when it is added up.
         squares = torch.where(norms.isfinite(), norms.clamp(max=_LARGEST), norms).square()
@@ -238,30 +247,24 @@ class ShardedLayout(Layout):
             raise RuntimeError(fault)
         # Asynchronous on accelerators, yet all processes fail together.
         assert_async(torch.stack(alarms).sum() == 0, _OTHER_PROCESS)
-        self._local = _fitting(self._local, parts)
-        self.parts = self._local.parts
+        self._local = self._fitting(self._local, parts)
+        self._parts = self._local._parts
         return {device: self._at(device, norms) for device in self._measured_devices}
 
-    def zero(
-        self, gradients: list[Tensor | None], norms: Norms, parameters: Sequence[Tensor]
-    ) -> Norms:
-        """See `Layout.zero`."""
-        return super().zero(self._parts_of(gradients), norms, parameters)
-
     def scale(
-        self,
-        gradients: list[Tensor | None],
-        coefficients: Sequence[Any],
-        parameters: Sequence[Tensor],
-    ) -> None:
+        self, gradients: list[Tensor | None], *args: Any, **kwargs: Any
+    ) -> tuple[Sequence[int], Tensor | None]:
         """See `Layout.scale`; scaling is linear, so partial sums may wait to be added up."""
-        # Not `gradients`: `zero` may have given a parameter another one.
-        parts = self._parts_of([parameter.grad for parameter in parameters])
-        super().scale(parts, coefficients, parameters)
+        return super().scale(self._parts_of(gradients), *args, **kwargs)
 
     def _parts_of(self, gradients: Sequence[Any]) -> list[Tensor | None]:
         """The part of each gradient that is in this process."""
         return [g.to_local() if isinstance(g, self._kind) else g for g in gradients]
+
+    def _fitting(self, known: Layout | None, parts: Sequence[Tensor | None]) -> Layout:
+        if known is not None and known.fits(parts):
+            return known
+        return Layout(parts, self._groups, self._histories)
 
     def _agree(self, gradients: Sequence[Any]) -> None:
         facts: list[int] = []
@@ -313,13 +316,9 @@ class ShardedLayout(Layout):
 
     def _at(self, device: torch.device, norms: Tensor) -> Any:
         """The norms on one device, without those of parameters on another."""
-        if any(other != device for other in self.devices):
+        if any(other != device for other in self._devices):
             if device not in self._are_at:
-                mask = [other == device for other in self.devices]
+                mask = [other == device for other in self._devices]
                 self._are_at[device] = torch.tensor(mask, device=self._device)
             norms = torch.where(self._are_at[device], norms, 0.0)
         return moved(norms, device)
-
-
-def _fitting(layout: Layout | None, gradients: Sequence[Tensor | None]) -> Layout:
-    return layout if layout is not None and layout.fits(gradients) else Layout(gradients)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from autoclip.core.adapter import nonfinite_message
+from autoclip.tf._groups import Groups
 from autoclip.tf._histories import make_variable
 from autoclip.tf._private import compiled_by_xla
 
@@ -17,16 +17,15 @@ class NonfiniteGradients:
     """Finds gradients that are not finite by their norms.
 
     Args:
-        names: of all variables.
-        policies: `on_nonfinite` of each.
+        groups: the clipper's variables, their names and `on_nonfinite` of each.
     """
 
-    def __init__(self, names: Sequence[str], policies: Sequence[str]) -> None:
-        self._names = list(names)
-        self._zeroes = np.array([policy == "zero" for policy in policies])
-        self._raises = np.array([policy == "raise" for policy in policies])
+    def __init__(self, groups: Groups) -> None:
+        self._names = groups.names()
+        policies = np.array(groups.per_parameter("on_nonfinite"))
+        self._zeroes, self._raises = policies == "zero", policies == "raise"
         self._faults = (
-            make_variable(np.zeros(len(names), bool), "faults") if self._raises.any() else None
+            make_variable(np.zeros_like(self._raises), "faults") if self._raises.any() else None
         )
 
     def apply(self, norms: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
