@@ -5,6 +5,8 @@ Steps and loads are in across_frameworks, for both frameworks.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -86,6 +88,14 @@ def test_new_parameters_of_an_optimizer_join_once(path: str, mode: dict[str, boo
         clips_on(optimizer, mode)
     assert (found[0], found[-1]) == (0, 1)
     assert found == sorted(found)
+
+
+def test_a_copy_completes_an_interrupted_step_of_its_own(path: str) -> None:
+    for optimizer in interrupted(lambda: attached({}), lambda optimizer: update(optimizer, 4.0)):
+        clipper = optimizer.clipper
+        twins = [copy.deepcopy(clipper), pickle.loads(pickle.dumps(clipper))]
+        completed = data(clipper)
+        assert [data(twin) for twin in twins] == [completed, completed]
 
 
 @each_mode

@@ -29,16 +29,16 @@ OTHERS = [torch.ones(1)] * 21
 
 
 def of_few(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    return norms.CpuNorms(gradients).of(gradients)
+    return np.asarray(part_of(gradients, True).norms.of(gradients))
 
 
 def of_many(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
     together = [*gradients, *OTHERS]
-    return norms.CpuNorms(together).of(together)[: len(gradients)]
+    return of_few(together)[: len(gradients)]
 
 
 def on_device(gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
-    return norms.DeviceNorms(gradients, CPU).of(gradients).numpy()
+    return np.asarray(part_of(gradients, False).norms.of(gradients))
 
 
 @pytest.fixture(params=[of_few, of_many], ids=["few", "many"], scope="module")
@@ -389,7 +389,7 @@ def never(index: int) -> Tensor:
 
 def part_of(gradients: Sequence[Tensor | None], numpy: bool) -> Part:
     with numpy_path(numpy):
-        return Part.of(gradients, CPU, range(len(gradients)))
+        return Part.of(gradients, CPU, [i for i, g in enumerate(gradients) if g is not None])
 
 
 def layout_of(gradients: Sequence[Tensor | None]) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,9 +73,23 @@ class BaseHistory(ABC):
     def record(self, norms: Any) -> Report[Any]:
         """Compare one norm a row with its threshold, and append it to the row's window."""
 
-    @abstractmethod
     def once(self, norms: Any) -> Callable[[], Any]:
         """A function that records norms unless that has happened since; it may be called twice."""
+        # No closure: a copy of the history has a copy of the function.
+        return partial(self._record_once, self._mark(), norms)
+
+    def _record_once(self, before: Any, norms: Any) -> None:
+        if np.array_equal(self._to_host(self._mark()), self._to_host(before)):
+            self.record(norms)
+
+    @abstractmethod
+    def _mark(self) -> Any:
+        """A copy of the counts, on the device: another one after each step that records."""
+
+    @staticmethod
+    def _to_host(tensor: Any) -> npt.NDArray[Any]:
+        """A tensor as an array of NumPy."""
+        return np.asarray(tensor)
 
     @abstractmethod
     def read(
@@ -146,11 +161,6 @@ class BaseTensorHistory(BaseHistory):
     def _read_windows(self) -> Windows:
         """The windows, after a step that an interrupt has cut short has been completed."""
 
-    @staticmethod
-    @abstractmethod
-    def _to_host(tensor: Any) -> npt.NDArray[Any]:
-        """A tensor as an array of NumPy."""
-
     def read(
         self, rows: Sequence[int]
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
@@ -160,17 +170,3 @@ class BaseTensorHistory(BaseHistory):
             self._to_host(each)[index] for each in (held.values, held.counts, held.before)
         )
         return unpack(values, counts, before, self.history_length)
-
-    def once(self, norms: Any) -> Callable[[], Any]:
-        """See `History.once`."""
-        before = self._mark()
-
-        def record_once() -> None:
-            if np.array_equal(self._to_host(self._mark()), self._to_host(before)):
-                self.record(norms)
-
-        return record_once
-
-    @abstractmethod
-    def _mark(self) -> Any:
-        """A copy of the counts, on the device: another one after each step that records."""

@@ -132,14 +132,12 @@ class Attachment(CopyableAttachment):
         clipper: the clipper.
         optimizer: one that `check_optimizer` accepts.
         groups: the clipper's, which follow the optimizer's; None if it knows its own parameters.
-
-    Attributes:
-        pending: a checked state, until the optimizer has loaded its own and this is committed.
     """
 
     def __init__(self, clipper: Any, optimizer: Optimizer, groups: Groups | None = None) -> None:
         super().__init__(clipper, optimizer)
-        self.pending: State | None = None
+        # A checked state, until the optimizer has loaded its own and this is committed.
+        self._pending: State | None = None
         self._groups = groups
         self._settings: SettingsInGroups | None = None  # None after the warning
         self._handles: list[RemovableHandle] = []
@@ -324,11 +322,11 @@ class Attachment(CopyableAttachment):
 
     @disable_dynamo
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self.pending = None
+        self._pending = None
         entry = state_dict.get(STATE_KEY)
         if entry is not None:
             source = f"the optimizer's state_dict[{STATE_KEY!r}]"
-            self.pending = self._clipper._check_state_dict(entry, source)
+            self._pending = self._clipper._check_state_dict(entry, source)
         elif "clipper" in state_dict and "param_groups" not in state_dict:
             raise StateError(
                 f"state_dict must be an optimizer's, but got one with the keys {[*state_dict]}. If "
@@ -359,9 +357,9 @@ class Attachment(CopyableAttachment):
 
     @disable_dynamo
     def _after_load(self, optimizer: Optimizer) -> None:
-        if self.pending is not None:
-            self._clipper.commit_state(self.pending)
-            self.pending = None
+        if self._pending is not None:
+            self._clipper.commit_state(self._pending)
+            self._pending = None
 
 
 def _warn_of_other_steps(optimizer: Optimizer) -> None:

@@ -252,7 +252,9 @@ class Clipper(BaseClipper[Groups, Tensor]):
             self._layout = layout
         norms = layout.measure(gradients, scale, found_inf)
         if not norms:
-            return self._step_without_gradients()
+            self._warn_without_gradients()
+            self._reports, self._norm = (), 0.0
+            return StepResult(0.0)
         self._has_seen_a_gradient = True
         zeroed = None
         if layout.nonfinite is not None and found_inf is None:
@@ -264,11 +266,6 @@ class Clipper(BaseClipper[Groups, Tensor]):
         self._norm = total
         withheld = _withheld(parameters, skipped) if skipped else ()
         return StepResult(total, withheld, skips_update)
-
-    def _step_without_gradients(self) -> StepResult:
-        self._warn_without_gradients()
-        self._reports, self._norm = (), 0.0
-        return StepResult(0.0)
 
     def _warn_without_gradients(self) -> None:
         # An optimizer's parameters may be exchanged at any time; then it updates nothing either.
@@ -352,7 +349,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
         return self._histories.in_order(self._histories.thresholds(), torch.inf)
 
     def _arrange(self) -> None:
-        self._histories.arrange(row_devices(self._groups, len(self._histories)))
+        self._histories.arrange(row_devices(self._groups, self._histories))
 
     # -- optimizers --------------------------------------------------------------------------
 

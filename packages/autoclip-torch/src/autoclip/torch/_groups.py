@@ -185,19 +185,14 @@ class Groups(adapter.Groups[Tensor]):
             return theirs
         return [[theirs[i][j] for i, j in positions] for positions in followed.positions]
 
-    @property
-    def has_unnamed(self) -> bool:
-        """True if a parameter has no name; looks for new parameters first."""
-        self.by_group()
-        return any(None in group.names for group in self._groups)
-
     def name_parameters(self, names: Mapping[int, str]) -> None:
         """Give names to parameters that have none.
 
         Args:
             names: by the parameters' `id`.
         """
-        for group, parameters in zip(self._groups, self.by_group()):
+        by_group = self.by_group()  # first: there may be new parameters
+        for group, parameters in zip(self._groups, by_group):
             group.names = [
                 names.get(id(parameter)) if name is None else name
                 for name, parameter in zip(group.names, parameters)

@@ -199,16 +199,13 @@ class Groups(ABC, Generic[ParameterT]):
 
     # -- state -------------------------------------------------------------------------------
 
-    def infos(self) -> list[list[ParameterInfo]]:
-        """Names and shapes of each group's parameters, as a state holds them."""
-        return [
-            [ParameterInfo(name, self.shape_of(p)) for name, p in zip(group.names, parameters)]
-            for parameters, group in zip(self.by_group(), self._groups)
-        ]
-
     def state(self, *contents: Any) -> State:
         """The clipper's state; without `contents`, windows and counts by row, its description."""
-        infos = self.infos()  # first: an attached clipper may find new parameters
+        by_group = self.by_group()  # first: an attached clipper may find new parameters
+        infos = [
+            [ParameterInfo(name, self.shape_of(p)) for name, p in zip(group.names, parameters)]
+            for parameters, group in zip(by_group, self._groups)
+        ]
         return State.of(self._framework, self.mode, self.settings_by_group(), infos, *contents)
 
     def describe(self) -> str:

@@ -338,13 +338,8 @@ class History(BaseHistory, Saveable):
         ring = RingBuffer(windows, recorded, self.history_length)
         return partial(setattr, self, "_windows", _Windows(self._settings, ring))
 
-    def once(self, norms: npt.ArrayLike) -> Callable[[], Any]:
-        """A function that records norms unless that has happened since; it may be called twice."""
-        return partial(self._record_once, self.recorded, norms)
-
-    def _record_once(self, before: npt.NDArray[np.int64], norms: npt.ArrayLike) -> None:
-        if (self.recorded == before).all():
-            self.record(norms)
+    def _mark(self) -> npt.NDArray[np.int64]:
+        return self.recorded
 
     def export_state(self) -> State:
         return self._state(*self.read(range(self.rows)))

@@ -33,6 +33,7 @@ from autoclip.torch._layout.rows import (
     row_devices,
 )
 from autoclip.torch._layout.scaling import CpuScaling, DeviceScaling
+from autoclip.torch._private import is_fake
 
 # A sum of squares between these has lost nothing at either end of float64's range.
 _SMALLEST, _LARGEST = 1e-280, 1e300
@@ -53,12 +54,11 @@ class Part(NamedTuple):
 
     @classmethod
     def of(cls, gradients: Gradients, device: torch.device, indices: Iterable[int]) -> Part:
-        """The gradients at `indices`, all of them on `device`."""
+        """The gradients at `indices`, all of them on `device`; some may have no memory."""
+        indices = [i for i in indices if gradients[i].numel() and not is_fake(gradients[i])]
         if _ops.uses_numpy(device):
             return cls(CpuNorms(gradients, indices), CpuScaling(gradients, indices))
-        return cls(
-            DeviceNorms(gradients, device, indices), DeviceScaling(gradients, device, indices)
-        )
+        return cls(DeviceNorms(device, indices), DeviceScaling(gradients, device, indices))
 
 
 class Layout:
@@ -116,7 +116,7 @@ class Layout:
     def _arrange(self) -> None:
         """Find the row of each gradient, and bring the histories to the gradients' devices."""
         groups, histories, mode = self._groups, self._histories, self._groups.mode
-        histories.arrange(row_devices(groups, len(histories)))
+        histories.arrange(row_devices(groups, histories))
         rows = groups.row_of_parameters()
         skips = [settings.on_spike == "skip" for settings in histories.settings]
         self._skips = any(skips)

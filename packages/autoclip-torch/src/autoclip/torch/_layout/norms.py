@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from autoclip.torch._ops import norm_dtype
-from autoclip.torch._private import flattened, foreach_norm, is_fake, negated_view
+from autoclip.torch._private import flattened, foreach_norm, negated_view
 
 # A float32 sum of many squares loses the small ones: torch's norm of 16 M elements is off
 # by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Sums over rows of at most
@@ -44,7 +44,12 @@ Gradients: TypeAlias = Sequence[Any]
 """Tensors, or None for none; the classes here know which indices hold a tensor."""
 
 _WIDE = (torch.float32, torch.float64)
-REAL_DTYPES = (*_WIDE, torch.float16, torch.bfloat16)
+_REAL_DTYPES = (*_WIDE, torch.float16, torch.bfloat16)
+
+
+def is_plain(gradient: Tensor) -> bool:
+    """True if foreach operations multiply it: strided, real, and of at least 16 bits."""
+    return gradient.layout is torch.strided and gradient.dtype in _REAL_DTYPES
 
 
 def values_of(gradient: Tensor) -> Tensor:
@@ -178,10 +183,10 @@ class CpuNorms:
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
-        indices: the ones to measure; all by default.
+        indices: the ones to measure; none of them is empty.
     """
 
-    def __init__(self, gradients: Gradients, indices: Iterable[int] | None = None) -> None:
+    def __init__(self, gradients: Gradients, indices: Iterable[int]) -> None:
         self._sums: list[_Sums] = []
         self._others: list[int] = []
         self._few: list[_Alone] = []
@@ -189,13 +194,11 @@ class CpuNorms:
         # For each dtype: arrays and vectors to be gathered, gradients to be taken in rows.
         plain: dict[torch.dtype, tuple[list[int], list[int], list[int]]] = {}
         sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
-        for i in range(len(gradients)) if indices is None else indices:
+        for i in indices:
             gradient = gradients[i]
-            if gradient is None or not sizes[i] or is_fake(gradient):
-                continue
             self._smallest_squares[i] = _SMALL_MEAN_SQUARE * sizes[i]
             arrays, vectors, in_rows = plain.setdefault(gradient.dtype, ([], [], []))
-            if gradient.layout is not torch.strided or gradient.dtype not in REAL_DTYPES:
+            if not is_plain(gradient):
                 self._others.append(i)
             elif sizes[i] <= _SMALL:
                 (vectors if gradient.dim() == 1 else arrays).append(i)
@@ -331,26 +334,16 @@ class DeviceNorms:
     """Measures gradients on one device, by operations that never synchronize with it.
 
     Args:
-        gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
         device: the device for the norms.
-        indices: the ones to measure, all of them on `device`; all by default.
+        indices: the ones to measure, all of them on `device`; none of them is empty.
     """
 
-    def __init__(
-        self,
-        gradients: Gradients,
-        device: torch.device,
-        indices: Iterable[int] | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device, indices: Sequence[int]) -> None:
         self._dtype = norm_dtype(device)
         # XLA squares in the gradient's dtype before it adds up in another. It fuses the conversion.
         self._squares_narrowly = device.type == "xla"
         self._zero = torch.zeros((), dtype=self._dtype, device=device)
-        self._indices: list[int] = []
-        for i in range(len(gradients)) if indices is None else indices:
-            gradient = gradients[i]
-            if gradient is not None and gradient.numel() and not is_fake(gradient):
-                self._indices.append(i)
+        self._indices = indices
 
     def of(self, gradients: Gradients) -> Tensor:
         """The norms of gradients like those that this was made of.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autoclip.torch._layout.norms import Gradients, values_of
-from autoclip.torch._private import is_fake, is_view
+from autoclip.torch._private import is_view
 
 Renew: TypeAlias = Callable[[int], Tensor]
 """Gives a parameter, by its index, a gradient in memory of its own, and returns that."""
@@ -32,7 +32,7 @@ class Overlaps:
 
     Args:
         gradients: tensors of any dtype, layout and device; None for none.
-        indices: the ones to look at.
+        indices: the ones to look at; none of them is empty.
     """
 
     def __init__(self, gradients: Gradients, indices: Iterable[int]) -> None:
@@ -41,8 +41,6 @@ class Overlaps:
         self._opaque: list[int] = []
         for i in indices:
             gradient = gradients[i]
-            if gradient is None or is_fake(gradient) or not gradient.numel():
-                continue
             if gradient.device.type in _WITHOUT_ADDRESSES:
                 self._opaque.append(i)
             elif gradient.layout is torch.strided and gradient.is_contiguous():
@@ -100,17 +98,15 @@ class Overlaps:
         found = []
         for i in self._opaque:
             gradient = gradients[i]
-            if gradient is None:
-                continue
             if id(gradient) in seen or is_view(gradient):
                 found.append(i)
             seen.add(id(gradient))
         return found
 
 
-def _is_injective(gradient: Tensor | None) -> bool:
+def _is_injective(gradient: Tensor) -> bool:
     """True if each element surely has its own memory, unlike those of an expanded tensor."""
-    if gradient is None or (gradient.layout is torch.strided and gradient.is_contiguous()):
+    if gradient.layout is torch.strided and gradient.is_contiguous():
         return True
     reach = 0
     for stride, size in _strides(values_of(gradient)):

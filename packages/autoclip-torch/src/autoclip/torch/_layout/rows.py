@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoclip.core.adapter import Mode, Storage
+from autoclip.core.adapter import Histories, Mode, Storage
 from autoclip.torch import _ops
 from autoclip.torch._groups import Groups
 from autoclip.torch._ops import as_tensor, norm_dtype
@@ -155,18 +155,18 @@ def joint_norms_of(norms: Tensor) -> Tensor:
     return (norms / scale[:, None]).square().sum(dim=1).sqrt() * scale
 
 
-def row_devices(groups: Groups, count: int) -> list[torch.device]:
+def row_devices(groups: Groups, histories: Histories[Any]) -> list[torch.device]:
     """The device of each row's history: its gradient's or its parameter's.
 
     One of several that is not the CPU.
 
     Args:
         groups: the clipper's.
-        count: the number of rows.
+        histories: the clipper's.
     """
-    devices = [_CPU] * count
-    trained = [False] * count
-    parameters = groups.parameters()
+    parameters = groups.parameters()  # first: new ones add rows to the histories
+    devices = [_CPU] * len(histories)
+    trained = [False] * len(histories)
     # If any parameter is sharded, another process may have a gradient that is missing here.
     are_sharded = dtensor_class(parameters) is not None
     for row, parameter in zip(groups.row_of_parameters(), parameters):

@@ -7,7 +7,7 @@ Everything that follows from shapes and dtypes is worked out once, as in `norms`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoclip.torch._layout.norms import REAL_DTYPES, Gradients, chunks, values_of
+from autoclip.torch._layout.norms import Gradients, chunks, is_plain, values_of
 from autoclip.torch._layout.overlap import Overlaps, Renew
-from autoclip.torch._private import foreach_copy_, foreach_mul_, is_fake, negated_view
+from autoclip.torch._private import foreach_copy_, foreach_mul_, negated_view
 
 # Smaller coefficients lose digits in float32, or become zero.
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
@@ -27,11 +27,6 @@ _FEW = 16
 _SMALL = 2**16
 # How many elements are gathered, or at most widened from 16 bits, at a time.
 _CHUNK = 2**22
-
-
-def _is_plain(gradient: Tensor) -> bool:
-    """True if foreach operations multiply it: strided, real, and of at least 16 bits."""
-    return gradient.layout is torch.strided and gradient.dtype in REAL_DTYPES
 
 
 def _writable(gradient: Tensor) -> Tensor:
@@ -60,22 +55,19 @@ class CpuScaling:
 
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
-        indices: the ones to scale; all by default.
+        indices: the ones to scale; none of them is empty.
     """
 
-    def __init__(self, gradients: Gradients, indices: Iterable[int] | None = None) -> None:
+    def __init__(self, gradients: Gradients, indices: Sequence[int]) -> None:
         # foreach takes a fifth of the time for factors that are 0-d tensors, not numbers. So each
         # gradient has one, a view of a buffer that a step fills.
-        self._indices: list[int] = []
+        self._indices = indices
         self._buffers: list[npt.NDArray[np.floating]] = []
         self._factors: list[Sequence[Tensor] | None] = [None] * len(gradients)
         views: dict[torch.dtype, Sequence[Tensor]] = {}
-        for i in range(len(gradients)) if indices is None else indices:
+        for i in indices:
             gradient = gradients[i]
-            if gradient is None or is_fake(gradient):
-                continue
-            self._indices.append(i)
-            if _is_plain(gradient):
+            if is_plain(gradient):
                 dtype = _factor_dtype(gradient.dtype)
                 if dtype not in views:
                     buffer = torch.ones(len(gradients), dtype=dtype, device="cpu")
@@ -117,8 +109,6 @@ class CpuScaling:
         tensors, factors = [], []
         for i in clipped:
             gradient, k = gradients[i], 0 if is_shared else i
-            if gradient is None:
-                continue
             views = self._factors[i]
             if views is None or 0.0 < numbers[k] < _SMALLEST:
                 _multiply(gradient, numbers[k])
@@ -185,22 +175,15 @@ class DeviceScaling:
     Args:
         gradients: tensors of any floating or complex dtype, strided or sparse; None for none.
         device: the device they are on.
-        indices: the ones to scale, all of them on `device`; all by default.
+        indices: the ones to scale, all of them on `device`; none of them is empty.
     """
 
-    def __init__(
-        self,
-        gradients: Gradients,
-        device: torch.device,
-        indices: Iterable[int] | None = None,
-    ) -> None:
+    def __init__(self, gradients: Gradients, device: torch.device, indices: Sequence[int]) -> None:
         self._plain: dict[torch.dtype, _SameDtype] = {}
         self._others: list[int] = []
-        for i in range(len(gradients)) if indices is None else indices:
+        for i in indices:
             gradient = gradients[i]
-            if gradient is None or is_fake(gradient) or not gradient.numel():
-                continue
-            if _is_plain(gradient):
+            if is_plain(gradient):
                 empty = _SameDtype([], [], [])
                 self._plain.setdefault(gradient.dtype, empty).all.append(i)
             else:
@@ -222,8 +205,8 @@ class DeviceScaling:
                 ]
                 order, repeats = torch.tensor([part, counts], device=device).unbind()
                 small.append(_Gathered(part, order, repeats, here, views))
-        self._indices = [*self._others, *(i for same in self._plain.values() for i in same.all)]
-        self._overlaps = Overlaps(gradients, self._indices)
+        self._indices = indices
+        self._overlaps = Overlaps(gradients, indices)
 
     def apply(self, gradients: list[Any], coefficients: Tensor, renew: Renew) -> None:
         """Multiply every gradient by its coefficient, also by 1: the host does not know which.

@@ -148,10 +148,9 @@ def clipper_of(owner: Any) -> Any:
 
 def name_parameters(clippers: Iterable[Clipper | EngineClipper], model: nn.Module) -> None:
     """Give the model's names to parameters that the clippers got without one."""
-    names: dict[int, str] = {}
+    names = names_in(model)
     for clipper in clippers:
-        if isinstance(clipper, Clipper) and clipper._groups.has_unnamed:
-            names = names or names_in(model)
+        if isinstance(clipper, Clipper):
             clipper._groups.name_parameters(names)
 
 
