@@ -275,6 +275,18 @@ def test_detaching_allows_steps_by_hand() -> None:
     assert [len(window) for window in windows(clipper)] == [4] * 4
 
 
+def test_a_clipper_whose_optimizer_is_gone_takes_more_parameters() -> None:
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    clipper = QuantileClip.as_optimizer(torch.optim.SGD(weights[:1]), 0.5).clipper  # type: ignore[attr-defined]
+    gc.collect()
+    clipper.add_param_group({"params": weights[1:]})
+    for size in (1.0, 3.0):
+        for weight in weights:
+            weight.grad = torch.tensor([size])
+        clipper.step()
+    assert [weight.grad.item() for weight in weights] == [2.0, 2.0]  # type: ignore[union-attr]
+
+
 def test_a_clipper_outlives_its_optimizer() -> None:
     model = make_model()
     optimizer = QuantileClip.as_optimizer(Adam(model.parameters()), **SETTINGS)

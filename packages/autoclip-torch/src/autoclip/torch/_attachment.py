@@ -193,7 +193,7 @@ class Attachment(CopyableAttachment):
             self._handles[-1].remove()
             self._handles.pop()
         changes: list[Change] = [(vars(self._clipper), {"_attachment": None})]
-        if self._groups is not None and self._groups.is_attached:
+        if self._groups is not None:
             # If parameters have vanished, each later use of the clipper raises; this must not: the
             # error tells users to detach.
             with suppress(RuntimeError):

@@ -181,11 +181,12 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
         If it raises, the clipper is as it was.
         """
-        if self._groups.is_attached:
+        if self._is_attached:
             raise RuntimeError(
                 "The clipper is attached to an optimizer and takes its parameters from there: "
                 "call optimizer.add_param_group instead."
             )
+        self.detach()  # from one that is gone
         is_dict = isinstance(param_group, dict)
         group = param_group if is_dict else {"params": param_group}
         self._groups.add(self._entry({**settings, **group}))
@@ -269,8 +270,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
     def _warn_without_gradients(self) -> None:
         # An optimizer's parameters may be exchanged at any time; then it updates nothing either.
-        is_attached = self._groups.is_attached
-        if self._has_warned or (self._has_seen_a_gradient and not is_attached):
+        if self._has_warned or (self._has_seen_a_gradient and not self._is_attached):
             return
         self._has_warned = True
         parameters = self._groups.parameters()
@@ -290,7 +290,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
         else:
             caller, remedy = (
                 ("optimizer", "optimizer afterwards; this one does not train them")
-                if is_attached
+                if self._is_attached
                 else (self._settings.owner, "clipper afterwards, or attach it to the optimizer")
             )
             warn_user(
@@ -382,7 +382,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
         check_optimizer(optimizer, "attach")
         if self._is_attached:
             raise RuntimeError(attached_message(self))
-        self.detach()
+        self.detach()  # from one that is gone
         return Attachment(self, optimizer, self._groups).begin()
 
     def _attach_to_copy(self, optimizer: Optimizer) -> None:

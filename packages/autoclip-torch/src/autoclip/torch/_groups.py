@@ -40,11 +40,6 @@ class Groups(adapter.Groups[Tensor]):
         if self.mode.has_one_row:
             commit(*histories.insertion([settings.default]))
 
-    @property
-    def is_attached(self) -> bool:
-        """True if the parameters are read from an optimizer."""
-        return self._followed is not None
-
     def shape_of(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The shape; None of a lazy parameter."""
         return shape_of(parameter)

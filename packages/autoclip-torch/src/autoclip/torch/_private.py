@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,16 @@ from torch._compile import _disable_dynamo  # torch.optim's own, imports lazily
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Of any types: torch's own are narrower than its functions.
-_multiply: Any = torch._foreach_mul_
-_copy: Any = torch._foreach_copy_
+# Cast, since torch's own types are narrower than its functions.
+foreach_mul_: Callable[[Sequence[Tensor], Sequence[Tensor] | Tensor], None] = cast(
+    "Any", torch._foreach_mul_
+)
+"""Multiply each tensor in place by its factor, or all by one 0-d factor."""
+
+foreach_copy_: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = cast(
+    "Any", torch._foreach_copy_
+)
+"""Copy each source, of the second argument, into its target."""
 
 
 def disable_dynamo(function: Callable[P, R]) -> Callable[P, R]:
@@ -43,16 +50,6 @@ def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) ->
     return torch._foreach_norm(list(tensors), order, dtype=dtype)
 
 
-def foreach_mul_(tensors: Sequence[Tensor], factors: Sequence[Tensor] | Tensor) -> None:
-    """Multiply each tensor in place by its factor, or all by one 0-d factor."""
-    _multiply(tensors, factors)
-
-
-def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target."""
-    _copy(targets, sources)
-
-
 def flattened(tensors: list[Tensor]) -> Tensor:
     """A copy of the elements of tensors of one dtype, one after the other."""
     if len(tensors) == 1:  # of one, torch returns a view
@@ -60,9 +57,12 @@ def flattened(tensors: list[Tensor]) -> Tensor:
     return torch._C._nn.flatten_dense_tensors(tensors)
 
 
-def negated_view(tensor: Tensor) -> Tensor:
-    """A view with the opposite sign: of a lazily negated tensor, its memory."""
-    return torch._neg_view(tensor)
+def unnegated(tensor: Tensor) -> Tensor:
+    """The memory of a tensor, which NumPy and foreach operations can use.
+
+    Of one that autograd negated lazily, a view with the opposite sign.
+    """
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
 
 def assert_async(condition: Tensor, message: str) -> None:

@@ -106,7 +106,7 @@ def summarize(
 def _report(clipper: Clipper | EngineClipper, model: nn.Module | None) -> Report[Any] | None:
     """The last step in NumPy's arrays."""
     if isinstance(clipper, EngineClipper):
-        return clipper.last if clipper.has_stepped else None
+        return clipper._last
     if not clipper._reports:
         return None
     last = clipper.last

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from autoclip.torch._ops import norm_dtype
-from autoclip.torch._private import flattened, foreach_norm, negated_view
+from autoclip.torch._private import flattened, foreach_norm, unnegated
 
 # A float32 sum of many squares loses the small ones: torch's norm of 16 M elements is off
 # by 6e-4, a BLAS dot product over 2^18 elements with an outlier by 2e-5. Sums over rows of at most
@@ -66,7 +66,7 @@ def values_of(gradient: Tensor) -> Tensor:
     # They share their memory, and their norm, with the original.
     if gradient.is_complex():
         gradient = torch.view_as_real(gradient.conj() if gradient.is_conj() else gradient)
-    return negated_view(gradient) if gradient.is_neg() else gradient
+    return unnegated(gradient)
 
 
 def _norm_values(gradient: Tensor) -> Tensor:
@@ -304,8 +304,7 @@ def _sums(
 
 def _sum_rows(values: Tensor, length: int, out: npt.NDArray[np.float64]) -> None:
     """Write each row's sum of squares, of a float32 or float64 tensor, to `out`, [rows, 1, 1]."""
-    if values.is_neg():  # NumPy reads no lazily negated tensor
-        values = negated_view(values)
+    values = unnegated(values)
     if not values.is_contiguous():
         values = _flat(values)
     if len(out) * length < _LARGE or torch.get_num_threads() == 1:

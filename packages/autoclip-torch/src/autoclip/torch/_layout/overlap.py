@@ -70,7 +70,7 @@ class Overlaps:
             )
             found = [] if is_plain else [i for i in written if not _is_injective(gradients[i])]
             found += self._found_inside_another(gradients)
-        for i in dict.fromkeys(found) if found else ():
+        for i in dict.fromkeys(found):
             gradients[i] = renew(i)
 
     def _found_inside_another(self, gradients: Gradients) -> Sequence[int]:

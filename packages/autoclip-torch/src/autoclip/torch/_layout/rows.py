@@ -24,7 +24,7 @@ Norms: TypeAlias = Mapping[torch.device, Any]
 
 _CPU = torch.device("cpu")
 # The classes of parameters that are whole on each process.
-PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 class RowMap:
@@ -182,7 +182,7 @@ def row_devices(groups: Groups, histories: Histories[Any]) -> list[torch.device]
 
 def dtensor_class(parameters: Sequence[Tensor]) -> type[Any] | None:
     """The class of DTensors if a parameter is one."""
-    if PLAIN.issuperset(map(type, parameters)):  # the usual case
+    if _PLAIN.issuperset(map(type, parameters)):  # the usual case
         return None
     # Importing DTensor takes a second. If it was not imported, no DTensor exists.
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoclip.torch._layout.norms import Gradients, chunks, is_plain, values_of
 from autoclip.torch._layout.overlap import Overlaps, Renew
-from autoclip.torch._private import foreach_copy_, foreach_mul_, negated_view
+from autoclip.torch._private import foreach_copy_, foreach_mul_, unnegated
 
 # Smaller coefficients lose digits in float32, or become zero.
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
@@ -27,11 +27,6 @@ _FEW = 16
 _SMALL = 2**16
 # How many elements are gathered, or at most widened from 16 bits, at a time.
 _CHUNK = 2**22
-
-
-def _writable(gradient: Tensor) -> Tensor:
-    # foreach operations do not write to a gradient that autograd negated lazily.
-    return negated_view(gradient) if gradient.is_neg() else gradient
 
 
 def _multiply(gradient: Tensor, coefficient: float) -> None:
@@ -113,7 +108,7 @@ class CpuScaling:
             if views is None or 0.0 < numbers[k] < _SMALLEST:
                 _multiply(gradient, numbers[k])
             else:
-                tensors.append(_writable(gradient))
+                tensors.append(unnegated(gradient))
                 factors.append(views[k])
         if tensors:
             foreach_mul_(tensors, factors)
@@ -154,7 +149,7 @@ class _Gathered(NamedTuple):
 
     def gather(self, gradients: Gradients) -> list[Tensor]:
         """Copy the gradients into the buffer, and return them, to be written again."""
-        tensors = [_writable(gradients[i]) for i in self.indices]
+        tensors = [unnegated(gradients[i]) for i in self.indices]
         foreach_copy_(self.views, tensors)
         return tensors
 
@@ -227,7 +222,7 @@ class DeviceScaling:
         for dtype, (small, large, members) in self._plain.items():
             factor = coefficients.to(dtype) if dtype is torch.float64 else narrow
             if is_shared and dtype.itemsize >= 4:
-                foreach_mul_([_writable(gradients[i]) for i in members], factor[0])
+                foreach_mul_([unnegated(gradients[i]) for i in members], factor[0])
                 continue
             for part in small:
                 tensors = part.gather(gradients)
@@ -283,7 +278,7 @@ def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     CUDA and XLA widen and round element by element; other devices make a float32 copy of
     the gradient.
     """
-    gradient = _writable(gradient)
+    gradient = unnegated(gradient)
     is_narrow = gradient.dtype.itemsize < 4
     if not is_narrow or gradient.numel() <= _CHUNK or gradient.device.type == "xla":
         return [gradient]

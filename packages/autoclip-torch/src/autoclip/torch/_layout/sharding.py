@@ -30,7 +30,7 @@ from autoclip.torch._layout.agreement import (
 from autoclip.torch._layout.layout import Layout
 from autoclip.torch._layout.managed import refuse_managed
 from autoclip.torch._layout.mesh import Mesh, is_nonzero, process_groups
-from autoclip.torch._layout.rows import PLAIN, Norms, dtensor_class, moved
+from autoclip.torch._layout.rows import Norms, dtensor_class, moved
 from autoclip.torch._ops import as_tensor
 from autoclip.torch._private import assert_async
 
@@ -63,7 +63,7 @@ def layout_of(
             processes.
     """
     refuse_managed(parameters)
-    kind = None if PLAIN.issuperset(map(type, parameters)) else dtensor_class(parameters)
+    kind = dtensor_class(parameters)
     if kind is None:
         if known is not None and known.fits(gradients):
             return known

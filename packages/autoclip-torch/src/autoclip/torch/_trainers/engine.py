@@ -58,11 +58,6 @@ class EngineClipper(MaxNorm):
         )
         self._attachment: Any = None
 
-    @property
-    def has_stepped(self) -> bool:
-        """True if there is a `last` step."""
-        return self._last is not None
-
     def detach(self) -> None:
         """Give the engine back its own clipping. The history stays; a second call does nothing."""
         if self._attachment is not None:
