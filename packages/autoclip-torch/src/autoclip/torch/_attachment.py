@@ -23,7 +23,7 @@ from autoclip.core.adapter import (
 )
 from autoclip.torch._copies import CopyableAttachment
 from autoclip.torch._groups import Groups
-from autoclip.torch._parameters import SettingsInGroups, clipped_inside, optimizers_in
+from autoclip.torch._parameters import clipped_inside, hyperparameters, optimizers_in
 from autoclip.torch._private import disable_dynamo, is_fake
 
 STATE_KEY = "autoclip"
@@ -139,7 +139,7 @@ class Attachment(CopyableAttachment):
         # A checked state, until the optimizer has loaded its own and this is committed.
         self._pending: State | None = None
         self._groups = groups
-        self._settings: SettingsInGroups | None = None  # None after the warning
+        self._settings: _SettingsInGroups | None = None  # None after the warning
         self._handles: list[RemovableHandle] = []
         self._has_stepped = False
         self._may_be_nested = _overrides_a_step(type(optimizer))
@@ -174,7 +174,7 @@ class Attachment(CopyableAttachment):
         if self._groups is not None:
             changes.append(self._groups.following(optimizer))
             names = self._groups.settings.default.settings
-            self._settings = SettingsInGroups(optimizer, names)
+            self._settings = _SettingsInGroups(optimizer, names)
         try:
             for register, hook in hooks:
                 self._handles.append(getattr(optimizer, register)(hook))
@@ -360,6 +360,47 @@ class Attachment(CopyableAttachment):
         if self._pending is not None:
             self._clipper.commit_state(self._pending)
             self._pending = None
+
+
+class _SettingsInGroups:
+    """The settings of a clipper that stand in an optimizer's groups, to notice others later.
+
+    A clipper takes them from a group when the group is new, and afterwards owns its settings.
+
+    Args:
+        optimizer: the optimizer.
+        names: of the clipper's settings.
+    """
+
+    def __init__(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+        own = hyperparameters(optimizer)
+        self._names = [name for name in names if name not in own]
+        self._remember(optimizer.param_groups)
+
+    def _remember(self, groups: list[dict[str, Any]]) -> None:
+        self._groups, self._sizes = [*map(id, groups)], [*map(len, groups)]
+        self._values = [
+            (i, name, group[name])
+            for i, group in enumerate(groups)
+            for name in self._names
+            if name in group
+        ]
+
+    def written(self, optimizer: Optimizer) -> str:
+        """An assignment that a user has made since, as Python; "" if there is none."""
+        groups = optimizer.param_groups
+        if [*map(len, groups)] == self._sizes and all(
+            groups[i].get(name) is value for i, name, value in self._values
+        ):
+            return ""
+        before = {(i, name): value for i, name, value in self._values}
+        # Others than before are those of a checkpoint, or new.
+        is_same = [*map(id, groups)] == self._groups
+        self._remember(groups)
+        for i, name, value in self._values if is_same else ():
+            if (i, name) not in before or before[i, name] != value:
+                return f"param_groups[{i}][{name!r}] = {value!r:.200}"
+        return ""
 
 
 def _warn_of_other_steps(optimizer: Optimizer) -> None:

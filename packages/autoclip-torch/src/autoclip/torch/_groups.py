@@ -143,12 +143,12 @@ class Groups(adapter.Groups[Tensor]):
         ):
             self._followed = found  # only other objects or positions: rows stay as they are
             return found
-        after = self.mode.rows_by_group([len(group.names) for group in groups])
         changes: Iterable[Change] = ()
         if not self.mode.has_one_row:
-            settings_by_row = [group.settings for group, own in zip(groups, after) for _ in own]
+            sizes = [len(group.names) for group in groups]
+            settings_by_row = self.mode.by_row([group.settings for group in groups], sizes)
             changes = self._histories.insertion(settings_by_row, moved)
-        self._replace(groups, changes, _followed=found, _rows=(self.version + 1, after))
+        self._replace(groups, changes, _followed=found)
         return found
 
     def _settings_in(self, now: Followed, index: int) -> GroupSettings:

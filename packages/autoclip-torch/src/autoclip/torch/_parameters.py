@@ -53,47 +53,6 @@ class OptimizerGroups(list[Any]):
             super().__init__(self.groups)
 
 
-class SettingsInGroups:
-    """The settings of a clipper that stand in an optimizer's groups, to notice others later.
-
-    A clipper takes them from a group when the group is new, and afterwards owns its settings.
-
-    Args:
-        optimizer: the optimizer.
-        names: of the clipper's settings.
-    """
-
-    def __init__(self, optimizer: Optimizer, names: Iterable[str]) -> None:
-        own = hyperparameters(optimizer)
-        self._names = [name for name in names if name not in own]
-        self._remember(optimizer.param_groups)
-
-    def _remember(self, groups: list[dict[str, Any]]) -> None:
-        self._groups, self._sizes = [*map(id, groups)], [*map(len, groups)]
-        self._values = [
-            (i, name, group[name])
-            for i, group in enumerate(groups)
-            for name in self._names
-            if name in group
-        ]
-
-    def written(self, optimizer: Optimizer) -> str:
-        """An assignment that a user has made since, as Python; "" if there is none."""
-        groups = optimizer.param_groups
-        if [*map(len, groups)] == self._sizes and all(
-            groups[i].get(name) is value for i, name, value in self._values
-        ):
-            return ""
-        before = {(i, name): value for i, name, value in self._values}
-        # Others than before are those of a checkpoint, or new.
-        is_same = [*map(id, groups)] == self._groups
-        self._remember(groups)
-        for i, name, value in self._values if is_same else ():
-            if (i, name) not in before or before[i, name] != value:
-                return f"param_groups[{i}][{name!r}] = {value!r:.200}"
-        return ""
-
-
 def hyperparameters(optimizer: object) -> set[str]:
     """The names of an optimizer's own hyperparameters, those of optimizers inside it included.
 

@@ -28,7 +28,6 @@ from autoclip.torch._layout.rows import (
     RowMap,
     joined,
     joint_norms,
-    joint_norms_of,
     moved,
     row_devices,
 )
@@ -185,7 +184,8 @@ class Layout:
         is_alone = len(norms) == 1 and self._home in norms
         found = norms[self._home] if is_alone else joined(norms, self._home)
         if not isinstance(found, np.ndarray):
-            return joint_norms_of(found[None])[0]
+            norm: Tensor = joint_norms(found[None])[0]
+            return norm
         if len(found) <= _FEW:
             total = math.hypot(*found.tolist())
             if total < math.inf:  # with an infinity, hypot overlooks a NaN

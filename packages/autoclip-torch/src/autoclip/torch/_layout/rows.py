@@ -5,6 +5,7 @@ Norms, like coefficients, are NumPy arrays on the CPU, and tensors on any other 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -86,10 +87,10 @@ class RowMap:
         if self._table is None:
             return norms[device][self._index]
         found = joined(norms, device)
-        if isinstance(found, np.ndarray):
-            return joint_norms(np.append(found, 0.0)[self._table])
+        is_array = isinstance(found, np.ndarray)
+        with_zero = np.append(found, 0.0) if is_array else torch.cat([found, found.new_zeros(1)])
         # Not index_add: on CUDA its sums depend on the order of the threads.
-        return joint_norms_of(torch.cat([found, found.new_zeros(1)])[self._table])
+        return joint_norms(with_zero[self._table])
 
     def indices_of(self, mask: npt.NDArray[np.bool_]) -> list[int]:
         """The gradients of the rows that `mask` selects."""
@@ -139,20 +140,14 @@ def joined(norms: Norms, device: torch.device) -> Any:
     return sum((moved(each, device) for each in others), moved(first, device))
 
 
-def joint_norms(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def joint_norms(norms: Any) -> Any:
     """The norm of each row's entries together: [n] from [n, m]."""
+    is_array = isinstance(norms, np.ndarray)
     # Scaled by the largest: norms near the ends of the range have squares beyond it.
-    largest = norms.max(axis=1, initial=0.0)
-    scale = np.where((largest > 0) & (largest < np.inf), largest, 1.0)
-    found: npt.NDArray[np.float64] = np.sqrt(np.square(norms / scale[:, None]).sum(axis=1)) * scale
-    return found
-
-
-def joint_norms_of(norms: Tensor) -> Tensor:
-    """`joint_norms` on a device."""
-    largest = norms.amax(dim=1)
-    scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
-    return (norms / scale[:, None]).square().sum(dim=1).sqrt() * scale
+    largest = norms.max(axis=1, initial=0.0) if is_array else norms.amax(dim=1)
+    where: Any = np.where if is_array else torch.where
+    scale = where((largest > 0) & (largest < math.inf), largest, 1.0)
+    return ((norms / scale[:, None]) ** 2).sum(1) ** 0.5 * scale
 
 
 def row_devices(groups: Groups, histories: Histories[Any]) -> list[torch.device]:
