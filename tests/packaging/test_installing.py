@@ -98,26 +98,27 @@ def test_core_alone_says_what_to_install(make_environment: Callable) -> None:
     environment.pip("install", "autoclip")
     assert environment.installed().keys() == {"autoclip", "autoclip-core"}
     for name in ("torch", "tf"):
-        for statement in (
-            f"import autoclip.{name}",
-            f"import autoclip.{name}.anything",
-            f"from autoclip.{name} import QuantileClip",
+        statement = f"import autoclip.{name}"
+        for error in (
+            environment.fail(statement),
+            environment.fail_with_torch(statement),
+            environment.fail_with_torch(f"import autoclip.{name}.anything"),
+            environment.fail_with_torch(f"from autoclip.{name} import QuantileClip"),
         ):
-            error = environment.fail(statement)
-            assert f"ModuleNotFoundError: autoclip.{name} is not installed" in error, statement
+            assert f"ModuleNotFoundError: autoclip.{name} is not installed" in error
             assert f"pip install autoclip-{name}\n" in error
         # What a library goes by that can do without.
-        attempt = f"try: import autoclip.{name}\nexcept ImportError as error: print(error.name)"
-        assert environment.succeed(attempt) == f"autoclip.{name}"
+        attempt = f"try: {statement}\nexcept ImportError as error: print(error.name)"
+        assert environment.succeed_with_torch(attempt) == f"autoclip.{name}"
 
 
 @pytest.mark.parametrize("name", ["QuantileClip", "StandardClip"])
 def test_a_clipper_is_imported_from_its_framework(name: str, make_environment: Callable) -> None:
     environment = make_environment()
     environment.pip("install", "autoclip")
-    error = environment.fail(f"from autoclip import {name}")
+    error = environment.fail_with_torch(f"from autoclip import {name}")
     assert f"from autoclip.torch import {name}, or from autoclip.tf import {name}" in error
-    assert environment.succeed("import autoclip; print(autoclip.__file__)") == "None"
+    assert environment.succeed_with_torch("import autoclip; print(autoclip.__file__)") == "None"
 
 
 def test_an_empty_folder_of_the_adapter_is_not_the_adapter(
@@ -128,7 +129,7 @@ def test_an_empty_folder_of_the_adapter_is_not_the_adapter(
     environment.pip("install", "autoclip-core")
     (tmp_path / "src" / "autoclip" / "torch" / "__pycache__").mkdir(parents=True)
     (environment.site_packages / "_editable.pth").write_text(str(tmp_path / "src"))
-    assert "pip install autoclip-torch\n" in environment.fail("import autoclip.torch")
+    assert "pip install autoclip-torch\n" in environment.fail_with_torch("import autoclip.torch")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,6 +26,15 @@ MODES = [False, True]
 BATCH = 8
 WIDTH = 6
 TOLERANCE = 1e-5
+
+
+def mode_on_each_commit(often: bool) -> pytest.MarkDecorator:
+    """Parametrize `global_clipping`: `often` on each commit, both nightly.
+
+    For layouts of parameters whose parts other tests have in both modes.
+    """
+    modes = [often, pytest.param(not often, marks=pytest.mark.nightly)]
+    return pytest.mark.parametrize("global_clipping", modes)
 
 
 class Net(nn.Module):

@@ -16,6 +16,7 @@ from oracles import (
     assert_same_everywhere,
     batches,
     full,
+    mode_on_each_commit,
     own_part,
     parallelize,
     placed,
@@ -268,7 +269,7 @@ def test_other_settings_on_one_process_are_an_error_on_all(attached):
 
 
 @pytest.mark.processes(2)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(False)
 def test_a_history_that_one_process_has_loaded_is_an_error_on_all(global_clipping):
     rank = dist.get_rank()
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from oracles import (
     assert_same_everywhere,
     assert_trains_alike,
     batches,
+    mode_on_each_commit,
     own_part,
     parallelize,
     shard,
@@ -89,7 +90,7 @@ def test_fsdp2_on_four(global_clipping):
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(False)
 def test_hybrid_sharding(global_clipping):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     assert_trains_alike(lambda model: shard(model, mesh=mesh), global_clipping, part=own())
@@ -113,7 +114,7 @@ def test_tensor_parallel(global_clipping):
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(True)
 def test_fsdp2_and_tensor_parallel(global_clipping):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     place = (mesh["dp"].get_local_rank(), 2)
@@ -125,7 +126,7 @@ def test_fsdp2_and_tensor_parallel(global_clipping):
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(False)
 def test_tensor_parallel_on_four(global_clipping):
     """Ten features over four ranks: three for each, and one for the last."""
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
@@ -144,7 +145,7 @@ def test_tensor_parallel_on_four(global_clipping):
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(True)
 def test_plain_tensors_beside_sharded_ones(global_clipping):
     """Parameters that fully_shard is told to leave alone, and that the user averages."""
 
@@ -178,7 +179,7 @@ def test_mixed_precision_policy(reduced, global_clipping):
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(False)
 def test_pure_bfloat16(global_clipping):
     assert_clips_what_it_gets(lambda model: shard(model.bfloat16()), global_clipping)
 

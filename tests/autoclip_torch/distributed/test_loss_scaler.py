@@ -137,8 +137,19 @@ REFUSED = {
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    ("case", "fused"),
+    [
+        pytest.param(
+            case,
+            fused,
+            marks=[pytest.mark.nightly] * (fused and case != "fsdp2 and tensor parallel"),
+            id=f"{case}-{'fused' if fused else 'plain'}",
+        )
+        for case in REFUSED
+        for fused in (False, True)
+    ],
+)
 def test_refused_on_all_ranks_before_any_collective(case, fused):
     model = REFUSED[case]()
     optimizer = torch.optim.Adam(model.parameters(), fused=fused)

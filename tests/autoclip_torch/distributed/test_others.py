@@ -14,6 +14,7 @@ from oracles import (
     assert_same_everywhere,
     assert_trains_alike,
     batches,
+    mode_on_each_commit,
     own_part,
     shard,
 )
@@ -27,7 +28,7 @@ from autoclip.torch import QuantileClip
 
 
 @pytest.mark.processes(2)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(True)
 def test_fsdp2_with_offloading_trains_as_one_process(global_clipping):
     assert_trains_alike(
         lambda model: shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),

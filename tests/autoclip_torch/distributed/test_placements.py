@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracles import MODES, assert_equal_reports, assert_same_everywhere, full, placed, zeros
+from oracles import (
+    MODES,
+    assert_equal_reports,
+    assert_same_everywhere,
+    full,
+    mode_on_each_commit,
+    placed,
+    zeros,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -82,7 +90,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(True)
 def test_gradients_missing_on_some_ranks_only(global_clipping):
     """A missing shard or summand counts as zero, a missing replica not at all."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
@@ -116,7 +124,7 @@ def test_gradients_missing_on_some_ranks_only(global_clipping):
 
 
 @pytest.mark.processes(4)
-@pytest.mark.parametrize("global_clipping", MODES)
+@mode_on_each_commit(False)
 def test_several_meshes(global_clipping):
     """One of one dimension, one of two, and a part of that one."""
     line = init_device_mesh("cpu", (4,))
