@@ -18,6 +18,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras  # noqa: F401
+import pytest  # noqa: F401
 import tensorflow as tf  # noqa: F401
 import torch
 import torch._dynamo

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 
+import pytest  # noqa: F401 (once here, not in each process)
 import torch
 import torch._dynamo
 import torch.distributed as dist
