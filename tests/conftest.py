@@ -78,9 +78,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Take the frameworks' and the tests' own objects, millions, out of each garbage collection."""
+    """Take the frameworks' and the tests' own objects, millions, out of each garbage collection.
+
+    Collections are also rarer: tracing a graph makes millions of objects, and keeps most of them.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def multiply_examples(items: list[pytest.Item], factor: float) -> None:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from frameworks import WAYS
 from in_tensorflow import Steps
 from in_tensorflow import steps as shared_steps
-from keras_training import build_optimizer
+from keras_training import build_optimizer, fit_in_order
 from processes import ForkServer
 
 from autoclip.core import History, Quantile, Report, Rule
@@ -177,11 +177,10 @@ def fit(growing: tuple[np.ndarray, np.ndarray]) -> Callable[..., dict[str, list[
     """
 
     def run(
-        model: Any, epochs: int = 1, built: bool = True, **options: Any
+        model: Any, epochs: int = 1, built: bool = True, batch_size: int = 16, **options: Any
     ) -> dict[str, list[float]]:
         if built:
             build_optimizer(model)
-        options = {"batch_size": 16, "shuffle": False, "verbose": 0, **options}
-        return model.fit(*growing, epochs=epochs, **options).history
+        return fit_in_order(model, *growing, batch_size, epochs=epochs, **options).history
 
     return run

@@ -105,7 +105,9 @@ def test_fit_equals_one_device_with_the_same_global_batch(kind):
     assert_in_step(clipper)
 
 
-@pytest.mark.parametrize("steps", [None, 2], ids=["each batch", "accumulated"])
+@pytest.mark.parametrize(
+    "steps", [None, pytest.param(2, marks=pytest.mark.nightly)], ids=["each batch", "accumulated"]
+)
 def test_the_callback_adds_up_each_update_once_and_not_once_a_replica(steps):
     # In a graph Keras itself cannot accumulate under this strategy.
     model = make_model(
@@ -286,7 +288,9 @@ def test_loss_scaling():
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 2}, {"steps_per_execution": 2}], ids=["accumulation", "steps"]
+    "options",
+    [{"steps": 2}, pytest.param({"steps_per_execution": 2}, marks=pytest.mark.nightly)],
+    ids=["accumulation", "steps"],
 )
 def test_what_keras_can_do_eagerly_alone(options):
     """In a graph Keras itself cannot, under this strategy; see the documentation."""

@@ -18,6 +18,8 @@ FITS = {
     "xla": {"jit_compile": True},
     "auto": {"jit_compile": "auto"},
 }
+# How a step runs, and `global_clipping`, on each commit. Nightly all.
+OFTEN = [("eager", True), ("graph", False), ("xla", False)]
 
 
 # "auto" means no XLA on a CPU, and so the same graph.
@@ -29,11 +31,15 @@ def how(request):
     return FITS[request.param]
 
 
-@pytest.fixture(params=[False, True], ids=["parameter-wise", "global"])
-def global_clipping(request):
-    return request.param
-
-
+@pytest.mark.parametrize(
+    ("how", "global_clipping"),
+    [
+        pytest.param(how, mode, marks=[pytest.mark.nightly] * ((how, mode) not in OFTEN))
+        for how in FITS
+        for mode in (False, True)
+    ],
+    indirect=["how"],
+)
 def test_fit_is_the_loop_by_hand(model, growing, fit, by_hand, how, global_clipping):
     expected = by_hand(
         model(), keras.optimizers.Adam(1e-3), Quantile(0.9), 1000, global_clipping
@@ -53,7 +59,13 @@ def test_fit_is_the_loop_by_hand(model, growing, fit, by_hand, how, global_clipp
     expected.assert_equals(ours, optimizer.clipper)
 
 
-@pytest.mark.parametrize("make", [lambda: keras.optimizers.SGD(0.1), keras.optimizers.Adam])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.SGD(0.1),  # whose first step makes no variable
+        pytest.param(keras.optimizers.Adam, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_step_is_traced_as_often_as_without_a_clipper(model, growing, monkeypatch, make):
     traces = []
     original = keras.Model.train_step
@@ -248,7 +260,7 @@ class TestEmbeddings:
             for how in ("eager", "graph", "xla")
             for is_global in (False, True)
         ],
-        indirect=True,
+        indirect=["how"],
     )
     def test_fit(self, tokens, by_hand, how, global_clipping):
         x, y = tokens[0].astype(np.int32), tokens[1].astype(np.float32)

@@ -87,7 +87,9 @@ def test_at_quantile_one_nothing_changes(growing):
 
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
-@pytest.mark.parametrize("name", ["model.keras", "model.h5", "saved_model"])
+@pytest.mark.parametrize(
+    "name", ["model.keras", pytest.param("model.h5", marks=pytest.mark.nightly), "saved_model"]
+)
 def test_a_reload_drops_the_clipper_in_silence(growing, windows, tmp_path, recwarn, name):
     """Keras 2 saves no transformers, and says nothing. The history travels by `save`, `load`."""
     clipper = QuantileClip(0.5)

@@ -9,8 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from hypothesis import settings
 
 import autoclip.tf as package
+
+# A function of a test runs a few times, in less time than the optimization of its graph takes. The
+# profiles `thorough` and `nightly` optimize graphs; pages and examples always do.
+if settings.get_current_profile_name() == "deterministic":
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
 @contextmanager

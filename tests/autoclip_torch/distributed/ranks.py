@@ -10,13 +10,17 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork, and cores are few
 
-import pytest  # noqa: F401 (once here, not in each process)
+# Once here, not in each process.
+import oracles  # noqa: F401
+import pytest  # noqa: F401
 import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.device_mesh
 import torch.distributed.fsdp
+import torch.distributed.optim
+import torch.distributed.pipelining
 import torch.distributed.tensor.parallel
 import torch.testing
 
