@@ -18,12 +18,7 @@ from autoclip.core._history import BaseTensorHistory
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
 from autoclip.core._rules.rule import RULES, rule_instance
 from autoclip.core._settings.mode import Mode
-from autoclip.core._settings.settings import (
-    CLIPPER_SETTINGS,
-    ClipperSettings,
-    GroupSettings,
-    given,
-)
+from autoclip.core._settings.settings import CLIPPER_SETTINGS, ClipperSettings, GroupSettings, given
 from autoclip.core._state.files import CHECKPOINT_FILE, write_file
 from autoclip.core._state.state import GroupState, ParameterInfo, State
 from autoclip.core._step import numbers_of, record, thresholds_of

@@ -15,12 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from autoclip.core import State, StateError
-from autoclip.core.adapter import (
-    Change,
-    commit,
-    second_clipper_message,
-    warn_user,
-)
+from autoclip.core.adapter import Change, commit, second_clipper_message, warn_user
 from autoclip.torch._copies import CopyableAttachment
 from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import clipped_inside, hyperparameters, optimizers_in

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from autoclip.core import (
-    OnNonfinite,
-    OnSpike,
-    Quantile,
-    Record,
-    Report,
-    Rule,
-    Standard,
-)
+from autoclip.core import OnNonfinite, OnSpike, Quantile, Record, Report, Rule, Standard
 from autoclip.core.adapter import (
     AttachmentHandle,
     BaseClipper,
@@ -39,12 +31,7 @@ from autoclip.torch._attachment import Attachment, StepResult, check_optimizer
 from autoclip.torch._groups import Groups
 from autoclip.torch._histories import Histories
 from autoclip.torch._layout import Layout, is_distributed, layout_of, row_devices
-from autoclip.torch._parameters import (
-    OptimizerGroup,
-    OptimizerGroups,
-    ParamsT,
-    entries_of,
-)
+from autoclip.torch._parameters import OptimizerGroup, OptimizerGroups, ParamsT, entries_of
 from autoclip.torch._private import disable_dynamo
 
 P = ParamSpec("P")

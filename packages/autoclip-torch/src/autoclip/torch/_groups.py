@@ -13,11 +13,7 @@ from torch.optim import Optimizer
 from autoclip.core import adapter
 from autoclip.core.adapter import Change, ClipperSettings, Group, GroupSettings, Histories, commit
 from autoclip.torch._following import NEW_CLIPPER, Followed
-from autoclip.torch._parameters import (
-    hyperparameters,
-    named,
-    shape_of,
-)
+from autoclip.torch._parameters import hyperparameters, named, shape_of
 
 _params = itemgetter("params")
 

@@ -8,11 +8,7 @@ try:
     try:
         from lightning.pytorch import Callback, LightningModule, Trainer
     except ModuleNotFoundError:  # libraries such as Darts and NeuralForecast bring only this one
-        from pytorch_lightning import (  # type: ignore[assignment]
-            Callback,
-            LightningModule,
-            Trainer,
-        )
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 except ModuleNotFoundError as error:
     raise ImportError(
         "autoclip.torch.lightning needs Lightning, which cannot be imported here: "

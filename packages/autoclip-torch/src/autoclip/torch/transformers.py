@@ -25,11 +25,7 @@ from autoclip.torch._attachment import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._files.reading import state_dicts
 from autoclip.torch._trainers.engine import EngineClipper
-from autoclip.torch._trainers.maker import (
-    ClipperClass,
-    ClipperMaker,
-    Clippers,
-)
+from autoclip.torch._trainers.maker import ClipperClass, ClipperMaker, Clippers
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]

@@ -15,10 +15,7 @@ from functools import partial
 from typing import Union
 
 from autoclip.core._errors import StateError
-from autoclip.core._state.safetensors import (
-    MAX_FILE_BYTES,
-    read_header,
-)
+from autoclip.core._state.safetensors import MAX_FILE_BYTES, read_header
 
 if sys.platform != "win32":
     import fcntl

@@ -23,14 +23,7 @@ from autoclip.torch import _ops
 from autoclip.torch._groups import Groups
 from autoclip.torch._layout.nonfinite import NonfiniteGradients
 from autoclip.torch._layout.norms import CpuNorms, DeviceNorms, Gradients
-from autoclip.torch._layout.rows import (
-    Norms,
-    RowMap,
-    joined,
-    joint_norms,
-    moved,
-    row_devices,
-)
+from autoclip.torch._layout.rows import Norms, RowMap, joined, joint_norms, moved, row_devices
 from autoclip.torch._layout.scaling import CpuScaling, DeviceScaling
 from autoclip.torch._private import is_fake
 
