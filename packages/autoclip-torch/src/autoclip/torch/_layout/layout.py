@@ -221,7 +221,7 @@ class Layout:
             coefficients, skipped, skips_update = self._without_spikes(coefficients, is_deferred)
         renew = partial(_renewed, parameters)
         for device, part in self._parts.items():
-            if zeroed is not None:
+            if zeroed and device in zeroed:
                 part.scaling.zero(gradients, zeroed[device], renew)
             each: Any = None
             for rows, factors in zip(self._maps, coefficients):

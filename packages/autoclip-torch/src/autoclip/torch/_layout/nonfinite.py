@@ -33,8 +33,8 @@ class NonfiniteGradients:
             norms: of all gradients.
 
         Returns:
-            The norms of the gradients after that, and on each device bool[n], the gradients that
-            become zero; None if no policy asks for it.
+            The norms of the gradients after that, and by device bool[n], the gradients that become
+            zero; without an entry, or None, none does.
 
         Raises:
             FloatingPointError: see `Clipper.step`.
@@ -47,11 +47,15 @@ class NonfiniteGradients:
                 raise FloatingPointError(nonfinite_message([names[i] for i in faults]))
         if not self._zeroes.any():
             return norms, None
-        found, zeroed = {}, {}
+        found, zeroed = dict(norms), {}
         for device, each in norms.items():
             if device not in self._zeroes_on:
                 self._zeroes_on[device] = placed(self._zeroes, device)
-            zeroed[device] = here = self._zeroes_on[device] & ~(each < math.inf)
+            here = self._zeroes_on[device] & ~(each < math.inf)
             is_array = isinstance(each, np.ndarray)
-            found[device] = np.where(here, 0.0, each) if is_array else each.masked_fill(here, 0.0)
+            if not is_array or here.any():  # a device is not asked
+                zeroed[device] = here
+                found[device] = (
+                    np.where(here, 0.0, each) if is_array else each.masked_fill(here, 0.0)
+                )
         return found, zeroed
