@@ -374,24 +374,25 @@ class _SettingsInGroups:
 
     def _remember(self, groups: list[dict[str, Any]]) -> None:
         self._groups, self._sizes = [*map(id, groups)], [*map(len, groups)]
-        self._values = {
-            (i, name): group[name]
+        self._values = [
+            (i, name, group[name])
             for i, group in enumerate(groups)
             for name in self._names
             if name in group
-        }
+        ]
 
     def written(self, optimizer: Optimizer) -> str:
         """An assignment that a user has made since, as Python; "" if there is none."""
         groups = optimizer.param_groups
         if [*map(len, groups)] == self._sizes and all(
-            groups[i].get(name) is value for (i, name), value in self._values.items()
+            groups[i].get(name) is value for i, name, value in self._values
         ):
             return ""
-        before, former = self._values, self._groups
+        before = {(i, name): value for i, name, value in self._values}
+        # Others than before are those of a checkpoint, or new.
+        is_same = [*map(id, groups)] == self._groups
         self._remember(groups)
-        # Other groups than before are those of a checkpoint, or new.
-        for (i, name), value in self._values.items() if self._groups == former else ():
+        for i, name, value in self._values if is_same else ():
             if (i, name) not in before or before[i, name] != value:
                 return f"param_groups[{i}][{name!r}] = {value!r:.200}"
         return ""
