@@ -10,7 +10,7 @@ from hypothesis import settings
 
 
 def every_way() -> bool:
-    """Whether the profile is one that leaves all to Keras, as users do."""
+    """True under the profiles that leave everything to Keras, as users do."""
     return settings.get_current_profile_name() in ("thorough", "nightly")
 
 
