@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import numpy_path
+from paths import histories_of, numpy_path
 from torch import Tensor
 
 from autoclip.torch import QuantileClip
@@ -394,7 +394,7 @@ def part_of(gradients: Sequence[Tensor | None], numpy: bool) -> Part:
 
 def layout_of(gradients: Sequence[Tensor | None]) -> Layout:
     clipper = QuantileClip([torch.zeros(1, requires_grad=True) for _ in gradients])
-    return Layout(gradients, clipper._groups, clipper._histories)
+    return Layout(gradients, clipper._groups, histories_of(clipper))
 
 
 @given(

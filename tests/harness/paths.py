@@ -37,8 +37,12 @@ def room(at_once: int, first: int | None = None) -> AbstractContextManager[Any]:
     return mock.patch.multiple(_histories, _ALLOCATE_AT_ONCE=at_once, _FIRST_CAPACITY=first)
 
 
+def histories_of(clipper: Any) -> Any:
+    return clipper._histories
+
+
 def kinds_of_history(clipper: Any) -> set[type]:
-    return {type(storage.history) for storage in clipper._histories.storages}
+    return {type(storage.history) for storage in histories_of(clipper).storages}
 
 
 def windows_of(history: Any) -> Any:
@@ -48,7 +52,7 @@ def windows_of(history: Any) -> Any:
 
 def exact_thresholds(clipper: Any) -> Iterator[tuple[Any, Any]]:
     """Rows and their thresholds in float64; `clipper.thresholds` are float32."""
-    for storage, thresholds in clipper._histories.thresholds():
+    for storage, thresholds in histories_of(clipper).thresholds():
         yield storage.rows, thresholds
 
 
