@@ -225,7 +225,7 @@ class Clipper(BaseClipper[Groups, Tensor]):
 
         Args:
             scale: 0-d, the loss scale that the gradients still have; None if they have none.
-            found_inf: 0-d, not 0 if a loss scaler will skip this step; None if there is no scaler.
+            found_inf: 0-d, nonzero if a loss scaler skips this step. None without a loss scaler.
             can_defer: tells if the caller can skip the whole update on the device; None for no.
 
         Raises:

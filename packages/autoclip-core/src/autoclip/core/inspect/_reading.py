@@ -131,7 +131,7 @@ def _read(name: str) -> dict[str, State]:
     try:
         return _states_in(name)
     except OSError as error:
-        error.filename = error.filename or name  # of a file that was open, Python does not say it
+        error.filename = error.filename or name  # only errors of opening name the file
         raise
 
 

@@ -155,8 +155,8 @@ class Layout:
         Args:
             gradients: tensors that this layout `fits`; None for none.
             scale: 0-d, the loss scale that the gradients still have; None if they have none.
-            found_inf: 0-d, not 0 if a loss scaler will skip this step, whose norms are NaN, so not
-                recorded; None if there is no scaler.
+            found_inf: 0-d, nonzero if a loss scaler skips this step: then all norms are NaN and
+                nothing is recorded. None without a loss scaler.
         """
         norms = self._measured(gradients)
         versions = self._groups.version, self._histories.version
