@@ -140,7 +140,7 @@ class _Windows:
         self.is_stale = True
         if not self.ring.is_full:
             self.ring = self.ring.reserved(np.flatnonzero(entered))
-        tracker.update(entered, self.ring.push_each(entered))
+        tracker.update(self.ring, entered, self.ring.push_each(entered))
         self.is_stale = False
 
 

@@ -1,4 +1,4 @@
-"""Trackers of the quantile rule: sorted windows of a few rows, bands of many."""
+"""Trackers of the quantile rule: bands of windows, in Python's numbers for a few rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -15,61 +16,109 @@ from autoclip.core._numpy.tracker import FewRows, Tracker, register_tracker
 from autoclip.core._rules.quantile import Quantile
 from autoclip.core._window import interpolate
 
-_MOST_SORTED_ROWS = 72
-"""Above this many rows, bands are faster.
+_FEW_ROWS = 200
+"""Above this many rows NumPy is faster than Python's numbers.
 
-In a loop of nothing else that is so from 40 rows on, see `core_history.py`. In training, NumPy's
-code has left the caches by the next step, and Python's numbers stay ahead up to about 80.
+In a loop of nothing else that is so from 170 rows on, see `core_history.py`. In training, NumPy's
+code has left the caches by the next step, and Python's numbers stay ahead up to about 250.
 """
-_LONGEST_SORTED = 2**14
-"""Up to this length, moving half of a sorted window takes less time than the care of a band."""
+_LARGEST_ROOT = 1024
+"""The band stops growing there: a `history_length` beyond 2^20 is hardly ever filled."""
+_SORTED_AT_ONCE = 2**22
 
 
 @register_tracker(Quantile)
 def _make(rules: Sequence[Quantile], history_length: int) -> Tracker | FewRows:
-    if len(rules) <= _MOST_SORTED_ROWS and history_length <= _LONGEST_SORTED:
-        return _SortedRows(rules)
-    return _Bands(rules, history_length)
+    return (_FewBands if len(rules) <= _FEW_ROWS else _Bands)(rules, history_length)
 
 
-class _SortedRows(FewRows):
-    """Quantiles of a few sorted windows."""
+def _width(history_length: int) -> int:
+    return max(16, 2 * min(math.isqrt(history_length), _LARGEST_ROOT))
 
-    def __init__(self, rules: Sequence[Quantile]) -> None:
+
+class _FewBands(FewRows):
+    """The bands that `_Bands` describes, of a few rows."""
+
+    def __init__(self, rules: Sequence[Quantile], history_length: int) -> None:
         self._rules = [(rule.quantile, rule.factor) for rule in rules]
-        self._ordered = [array("f") for _ in rules]
+        self._width = _width(history_length)
+        self._margin = self._width // 4
+        # The number of new bands that may still be cut in this step before they are needed.
+        self._cuts = 0
+        self._clear()
 
-    def update(self, entered: Sequence[float], left: Sequence[float]) -> None:
-        for ordered, norm, old in zip(self._ordered, entered, left):
-            if old:
-                del ordered[bisect_left(ordered, old)]
-            if norm:
-                insort(ordered, norm)
+    def _clear(self) -> None:
+        rows = len(self._rules)
+        self._thresholds = [math.inf] * rows
+        self._bands = [array("f") for _ in range(rows)]
+        self._below = [0] * rows
+        self._low, self._high = array("f", [-math.inf]) * rows, array("f", [math.inf]) * rows
 
     def thresholds(self, ring: RingBuffer) -> list[float]:
-        found = []
-        for ordered, (quantile, factor) in zip(self._ordered, self._rules):
-            if not ordered:
-                found.append(math.inf)
+        return self._thresholds.copy()
+
+    def update(self, ring: RingBuffer, entered: Sequence[float], left: Sequence[float]) -> None:
+        self._cuts = -(-len(entered) // self._margin)
+        for row, norm, old, low, high in zip(count(), entered, left, self._low, self._high):
+            # Most norms replace one on the same side of the band, which changes nothing.
+            if (norm < low and old < low) or (norm > high and old > high) or not norm:
                 continue
-            position = quantile * (len(ordered) - 1)
-            lower = int(position)
-            a, t = ordered[lower], position - lower
-            if t:  # then there is a next one
-                b = ordered[lower + 1]
-                a = a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
-            found.append(factor * a)
-        return found
+            band, below = self._bands[row], self._below[row]
+            if old < low:
+                below -= 1
+            elif old <= high:
+                del band[bisect_left(band, old)]
+            if norm < low:
+                below += 1
+            elif norm <= high:
+                insort(band, norm)
+            self._judge(ring, row, band, below)
+
+    def _judge(self, ring: RingBuffer, row: int, band: array[float], below: int) -> None:
+        """Find the ends and the threshold of a band that has changed.
+
+        Args:
+            ring: the windows.
+            row: the number of the row.
+            band: the norms in its band.
+            below: the number of norms below them.
+        """
+        quantile, factor = self._rules[row]
+        length, margin = ring.length(row), self._margin
+        position = quantile * (length - 1)
+        lower = int(position)
+        if len(band) > self._width:
+            # Drop the end that is farther from the order statistics that are asked for.
+            if lower - below > self._width // 2:
+                del band[0]
+                below += 1
+            else:
+                del band[-1]
+        end = below + len(band)
+        # How far the order statistics are from the ends, where there is more beyond an end.
+        room = lower - below if below else margin
+        if end < length:
+            room = min(room, end - lower - 2)
+        if room < 0 or (room < margin and self._cuts > 0):
+            self._cuts -= 1
+            ordered = np.sort(ring.read(row))
+            size = min(self._width, length)
+            below = min(max(lower + 1 - size // 2, 0), length - size)
+            end = below + size
+            band = self._bands[row] = array("f", ordered[below:end].tobytes())
+        self._below[row] = below
+        self._low[row] = band[0] if below else -math.inf
+        self._high[row] = band[-1] if end < length else math.inf
+        a, t = band[lower - below], position - lower
+        if t:  # then there is a next one
+            b = band[lower - below + 1]
+            a = a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
+        self._thresholds[row] = factor * a
 
     def rebuild(self, ring: RingBuffer) -> None:
-        self._ordered = [
-            array("f", np.sort(ring.read(row)).tobytes()) for row in range(len(self._rules))
-        ]
-
-
-_LARGEST_ROOT = 1024
-"""The band stops growing there: a `history_length` beyond 2^20 is hardly ever filled."""
-_SORTED_AT_ONCE = 2**22
+        self._clear()
+        for row in np.flatnonzero(ring.counts).tolist():
+            self._judge(ring, row, self._bands[row], 0)
 
 
 class _Bands(Tracker):
@@ -95,7 +144,7 @@ class _Bands(Tracker):
         self._quantiles = np.array([rule.quantile for rule in rules], np.float64)
         self._factors = np.array([rule.factor for rule in rules], np.float64)
         self._scales = bool((self._factors != 1.0).any())
-        self._width = max(16, 2 * min(math.isqrt(history_length), _LARGEST_ROOT))
+        self._width = _width(history_length)
         # Rows whose order statistics come this close to an end wait for a new band.
         self._margin = self._width // 4
         self._cuts = -(-rows // self._margin)

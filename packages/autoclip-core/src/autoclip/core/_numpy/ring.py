@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -82,6 +84,13 @@ class RingBuffer:
         """int64[rows]: how many norms the window of each row holds."""
         return np.minimum(self.counts, self.history_length)
 
+    def length(self, row: int) -> int:
+        """The number of norms that the window of a row holds."""
+        if self.is_full:
+            return self.history_length
+        count: int = self._counts_view[row]
+        return min(count, self.history_length)
+
     @property
     def recorded(self) -> npt.NDArray[np.int64]:
         """int64[rows]: how many norms each row has ever recorded."""
@@ -145,16 +154,17 @@ class RingBuffer:
             entered: one norm a row, 0 for a row that records nothing.
 
         Returns:
-            The norm that fell out of each row's window, 0 if none did.
+            The norm that fell out of each row's window, NaN if none did.
         """
-        fallen = [0.0] * len(entered)
+        fallen = [math.nan] * len(entered)
         values, counts, length = self._values_view, self._counts_view, self.history_length
-        self._unfinished = entered, counts.tolist()
-        for row, norm in enumerate(entered):
+        before = counts.tolist()
+        self._unfinished = entered, before
+        for row, norm, start, count in zip(itertools.count(), entered, self._row_starts, before):
             if norm:
-                count = counts[row]
-                slot = self._row_starts[row] + count % length
-                fallen[row] = values[slot]
+                slot = start + count % length
+                if count >= length:
+                    fallen[row] = values[slot]
                 values[slot] = norm
                 counts[row] = count + 1
         self._unfinished = None

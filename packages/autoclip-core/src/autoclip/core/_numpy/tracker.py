@@ -57,8 +57,14 @@ class FewRows(ABC):
         """The threshold of each row; infinite if it has recorded nothing."""
 
     @abstractmethod
-    def update(self, entered: Sequence[float], left: Sequence[float]) -> None:
-        """Take in a norm of each row, and drop the one that fell out of its window; 0 for none."""
+    def update(self, ring: RingBuffer, entered: Sequence[float], left: Sequence[float]) -> None:
+        """Bring the thresholds up to date after rows recorded a norm.
+
+        Args:
+            ring: the windows, which hold the new norms already.
+            entered: a norm of each row, 0 if it recorded none.
+            left: the norm that fell out of each row's window, NaN if none did.
+        """
 
     @abstractmethod
     def rebuild(self, ring: RingBuffer) -> None:
