@@ -26,6 +26,7 @@ def full(rule: Rule, rows: int, history_length: int) -> History:
     history = History(rows, rule, history_length)
     windows = [factors(generator, history_length) for _ in range(rows)]
     history.write(range(rows), windows, [history_length] * rows)
+    assert np.isfinite(history.thresholds).all()  # trackers follow a load at the next read or step
     return history
 
 

@@ -16,11 +16,11 @@ from autoclip.core._numpy.tracker import FewRows, Tracker, register_tracker
 from autoclip.core._rules.quantile import Quantile
 from autoclip.core._window import interpolate
 
-_FEW_ROWS = 200
+_FEW_ROWS = 140
 """Above this many rows NumPy is faster than Python's numbers.
 
-In a loop of nothing else that is so from 170 rows on, see `core_history.py`. In training, NumPy's
-code has left the caches by the next step, and Python's numbers stay ahead up to about 250.
+In a loop of nothing else, see `core_history.py`. In training, NumPy's code has left the caches by
+the next step, and Python's numbers stay ahead up to about 250.
 """
 _LARGEST_ROOT = 1024
 """The band stops growing there: a `history_length` beyond 2^20 is hardly ever filled."""
