@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -82,6 +83,19 @@ def test_the_metapackage_offers_each_framework_and_both() -> None:
         "tf": {"autoclip-tf": pin},
         "all": {"autoclip-torch": pin, "autoclip-tf": pin},
     }
+
+
+@pytest.mark.parametrize("page", ["docs/tensorflow.md", "packages/autoclip-tf/README.md"])
+def test_another_build_of_tensorflow_comes_with_every_requirement(page: str) -> None:
+    """Pip installs the packages themselves without requirements there."""
+    text = (REPOSITORY / page).read_text("utf-8")
+    [line] = [line for line in text.splitlines() if line.startswith("pip install tensorflow-cpu")]
+    named = {Requirement(each).name for each in shlex.split(line)[2:]} | {"tensorflow"}
+    needed = [
+        *declared("autoclip-core").core.dependencies,
+        *declared("autoclip-tf").core.dependencies,
+    ]
+    assert {Requirement(each).name for each in needed} - set(PROJECTS) <= named
 
 
 @pytest.mark.parametrize("name", PROJECTS)
