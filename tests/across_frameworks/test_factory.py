@@ -72,7 +72,10 @@ def test_only_classes_of_optimizers(framework: ModuleType) -> None:
     kind = framework.OPTIMIZERS[0]
     must = f"must be a subclass of {framework.LIBRARY}'s Optimizer, got"
     for given, match in (
-        (framework.optimizer(kind), "there is as_optimizer"),
+        (
+            framework.optimizer(kind),
+            rf"{must} an instance of {kind.__name__}\. Pass that to as_optimizer instead",
+        ),
         (
             functools.partial(kind, 0.1),
             rf"partial\(QuantileClip\.optimizer_factory\({kind.__name__}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_a_rule_is_an_instance(framework: ModuleType) -> None:
             make()
     with pytest.raises(TypeError, match="rule must be a Rule"):
         clipper_of(framework, "Clipper", 0.9)
+
+
+def test_reports_are_of_a_clipper(framework: ModuleType) -> None:
+    """Often an optimizer is given, whose clipper is meant."""
+    logging = importlib.import_module(f"{framework.package.__name__}.logging")
+    for wrong in (framework.optimizer(framework.OPTIMIZERS[0]), "history.autoclip"):
+        for report in (logging.log_values, logging.summarize):
+            with pytest.raises(TypeError, match=rf"optimizer\.clipper, got {type(wrong).__name__}"):
+                report(wrong)
 
 
 def test_as_optimizer_is_called_on_the_class(framework: ModuleType) -> None:

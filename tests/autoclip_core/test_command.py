@@ -266,11 +266,11 @@ class TestPlot:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--row", "decoder"), "There is no row 'decoder'"),
-            (("--row", "encoder"), "2 rows have 'encoder' in their names: encoder.weight.0, "),
+            (("--row", "decoder"), "There is no row 'decoder', only 'encoder.weight.0', "),
+            (("--row", "encoder"), "2 rows have 'encoder' in their names: 'encoder.weight.0', "),
             (("--row", "2"), "There is no row 2"),
-            (("--quantiles", "0.5,2"), "quantiles lie between 0 and 1"),
-            (("--quantiles", "x"), "invalid _quantiles value: 'x'"),
+            (("--quantiles", "0.5,2"), "must be numbers from 0 to 1, as in 0.5,0.9, got '0.5,2'"),
+            (("--quantiles", "x"), "must be numbers from 0 to 1, as in 0.5,0.9, got 'x'"),
             (("--kind", "pie"), "invalid choice: 'pie'"),
         ],
     )

@@ -365,7 +365,7 @@ def test_the_row_of_all_parameters_is_none_of_them() -> None:
 
 def test_what_does_not_say_which_parameters() -> None:
     report = MaxNorm(Quantile(0.5)).record(1.0)
-    with pytest.raises(TypeError, match="True, False or a regular expression"):
+    with pytest.raises(TypeError, match="must be a bool or a regular expression"):
         log_values(report, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is not a regular expression"):
         log_values(report, "*weight")

@@ -701,15 +701,30 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
         filled().load(path)
 
 
-@pytest.mark.parametrize("beginning", [b"", b"PK\3\4", b"\x89HDF\r\n\x1a\n", b"\x80\x02}"])
-def test_another_large_file_is_refused_before_it_is_read(beginning: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("beginning", "says"),
+    [
+        (b"", "Load another copy"),
+        (
+            b"PK\3\4",
+            "If it is a checkpoint of PyTorch or Keras, load it into your optimizer or model",
+        ),
+        (b"\x89HDF\r\n\x1a\n", "If it is a checkpoint of PyTorch or Keras"),
+        (b"\x80\x02}", "If it is a checkpoint of PyTorch or Keras"),
+    ],
+)
+def test_another_large_file_is_refused_before_it_is_read(
+    beginning: bytes, says: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model"
     with path.open("wb") as file:
         file.write(beginning)
         file.truncate(MAX_FILE_BYTES)  # sparse: it takes no space
     history = filled()
     tracemalloc.start()
-    with pytest.raises(StateError, match=f"^{path} is .*not an AutoClip state: it does not begin"):
+    with pytest.raises(
+        StateError, match=f"^{path} is .*not an AutoClip state: it does not begin.*{says}"
+    ):
         history.load(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -657,7 +657,7 @@ def test_a_negative_norm_raises_and_records_nothing(
 def test_a_wrong_shape_raises_and_records_nothing(norms: Any) -> None:
     history = History(2, Quantile(0.9), 10)
     before = saved(history)
-    says = f"norms must be one a row, shape (2,), but got shape {np.shape(norms)}."
+    says = f"norms must have one number per row, shape (2,), got {np.shape(norms)}."
     with pytest.raises(ValueError, match=re.escape(says)):
         history.record(norms)
     assert saved(history) == before

@@ -785,8 +785,9 @@ shared = parameter(2)
 MISTAKES: dict[str, tuple[Any, str]] = {
     "nothing": (list, "empty parameter list"),
     "a tensor": (lambda: shared, "single"),
-    "a number": (lambda: 3, "not iterable"),
-    "None": (lambda: None, "not iterable"),
+    "a model": (lambda: nn.Linear(1, 1), r"such as model\.parameters\(\), but got Linear"),
+    "a number": (lambda: 3, "but got int"),
+    "None": (lambda: None, "but got NoneType"),
     "a group without a list": (lambda: {"params": [shared]}, "is str"),
     "a number in the list": (lambda: [1.0], "is float"),
     "a set in a group": (lambda: [{"params": {shared}}], "set"),

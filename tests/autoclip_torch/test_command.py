@@ -161,6 +161,24 @@ class TestFolders:
         os.utime(tmp_path / "history.autoclip", ns=(1, 1))
         assert data(read_states(tmp_path)) == {"": optimizer.clipper.state_dict()["data"]}
 
+    @pytest.mark.parametrize("name", ["train.bin", "data.pt", "corpus.tar", "digits.h5"])
+    def test_so_are_other_programs_files(self, name: str, tmp_path: Path) -> None:
+        optimizer, parameters = make(1)
+        train(optimizer, parameters, 1)
+        torch.save(optimizer.state_dict(), tmp_path / "checkpoint.pth.tar")
+        os.utime(tmp_path / "checkpoint.pth.tar", ns=(1, 1))
+        (tmp_path / name).write_bytes(bytes(range(1, 100)))
+        expected = optimizer.clipper.state_dict()["data"]
+        assert data(read_states(tmp_path)) == {"autoclip": expected}
+        optimizer.clipper.save(tmp_path / name)  # as state files are not
+        assert data(read_states(tmp_path)) == {"": expected}
+
+    @pytest.mark.parametrize("contents", [b"", bytes(100)])
+    def test_a_file_that_a_crash_has_cut_off_is_not(self, contents: bytes, tmp_path: Path) -> None:
+        (tmp_path / "1.pt").write_bytes(contents)
+        with pytest.raises(StateError, match=r"1\.pt is damaged"):
+            read_states(tmp_path)
+
     def test_a_damaged_file_is_not_passed_over(self, tmp_path: Path) -> None:
         optimizer, parameters = make(1)
         train(optimizer, parameters, 1)
@@ -264,6 +282,22 @@ class TestConvert:
         assert main(["convert", str(old), str(new), "--history", "clippers.1"]) == 0
         assert read_states(new)[""].rule == "standard"
         assert main(["convert", str(old), str(new), "--history", "clippers.2"]) == 1
+
+    def test_the_old_file_is_not_overwritten(self, old: Path, capsys: Any) -> None:
+        before = old.read_bytes()
+        link = old.with_name("link.pth")
+        link.symlink_to(old)
+        for new in (old, link):
+            assert main(["convert", str(old), str(new)]) == 2
+            assert f"{new} is OLD itself" in capsys.readouterr().err
+        assert old.read_bytes() == before
+
+    @pytest.mark.parametrize("sizes", ["x", "1,", "2,-1"])
+    def test_sizes_that_are_no_numbers(self, sizes: str, old: Path, capsys: Any) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["convert", str(old), "new.autoclip", "--group-sizes", sizes])
+        says = f"argument --group-sizes: must be ints ≥ 0, as in 10,4, got {sizes!r}"
+        assert says in capsys.readouterr().err
 
     @pytest.mark.parametrize("sizes", ["1", "2,1"])
     def test_sizes_that_do_not_add_up(self, sizes: str, old: Path, capsys: Any) -> None:

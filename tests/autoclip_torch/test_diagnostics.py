@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def test_values_by_parameter_name(named: bool) -> None:
     }
     if not named:
         assert "autoclip/norm/group 0, parameter 3" in log_values(clipper, True)
+
+
+def test_a_pattern_that_only_the_models_names_would_match_warns_once() -> None:
+    model = make_model()
+    clipper = QuantileClip(model.parameters(), quantile=0.5)
+    train(model, clipper)
+    with pytest.warns(UserWarning, match=r"'weight\$' matches no name such as 'group 0, param"):
+        assert log_values(clipper, r"weight$") == log_values(clipper)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_values(clipper, r"weight$")
+        log_values(clipper, r"weight$", model=model)
+        log_values(clipper, r"parameter 3")
 
 
 @pytest.mark.parametrize("part", ["whole", "layer", "checkpoint"])

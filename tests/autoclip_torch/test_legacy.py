@@ -146,6 +146,8 @@ def test_one_group_of_all_that_an_optimizer_had_in_several(tmp_path: Path) -> No
         "clipper": old_state_dict("quantile", [[1.0], [2.0, 3.0], None, [4.0]]),
     }
     optimizer = QuantileClip.as_optimizer(make_optimizer(), 0.5, 100, include_current=False)
+    with pytest.raises(StateError, match=r"has 1 parameter group, .* convert again with --group-s"):
+        optimizer.clipper.load(convert(old, tmp_path))
     optimizer.clipper.load(convert(old, tmp_path, "--group-sizes", "2,2"))
     assert windows(optimizer.clipper) == [[1.0], [2.0, 3.0], [], [4.0]]
     assert [len(group["params"]) for group in optimizer.clipper.param_groups] == [2, 2]

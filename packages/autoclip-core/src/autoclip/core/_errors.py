@@ -17,6 +17,11 @@ class NoHistoryError(StateError):
     """A file that may be undamaged, but holds no history: it is another program's."""
 
 
+def not_a_clipper_message(given: object) -> str:
+    """The error for an argument that is no clipper; often it is the optimizer."""
+    return f"clipper must be a clipper, such as optimizer.clipper, got {type(given).__name__}."
+
+
 def nonfinite_message(names: Sequence[str]) -> str:
     """The error of `on_nonfinite="raise"` for the parameters called `names`."""
     return (

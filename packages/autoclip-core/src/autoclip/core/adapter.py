@@ -13,7 +13,12 @@ from autoclip.core._clipper.groups import Group, Groups, ParamGroup
 from autoclip.core._clipper.histories import Histories, Storage, rows_by_storage
 from autoclip.core._clipper.logging import check_parameters
 from autoclip.core._clipper.notices import EQUAL, MANY, constant_notice, idle_notice, log_and_watch
-from autoclip.core._errors import attached_message, nonfinite_message, second_clipper_message
+from autoclip.core._errors import (
+    attached_message,
+    nonfinite_message,
+    not_a_clipper_message,
+    second_clipper_message,
+)
 from autoclip.core._history import BaseTensorHistory
 from autoclip.core._ops import SMALLEST_NORM, Ops, is_recorded
 from autoclip.core._rules.rule import RULES, rule_instance
@@ -62,6 +67,7 @@ __all__ = [
     "make_factory",
     "needs_order",
     "nonfinite_message",
+    "not_a_clipper_message",
     "numbers_of",
     "pack",
     "record",

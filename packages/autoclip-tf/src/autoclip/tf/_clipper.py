@@ -364,7 +364,7 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
         report = None if self._last is None else self._last.report
         if report is None:
             raise RuntimeError(
-                "There is nothing to report: the last step had no gradient"
+                "There is nothing to report: no step yet, or no gradient in the last"
                 + (
                     ", or its tf.function was traced before the clipper was attached."
                     if self._is_attached

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from autoclip.core import Report, inspect
-from autoclip.core.adapter import log_and_watch
+from autoclip.core.adapter import log_and_watch, not_a_clipper_message
 from autoclip.tf._clipper import Clipper
 
 __all__ = ["log_values", "summarize"]
@@ -42,7 +42,8 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
             norm was recorded for many logged steps.
 
     Raises:
-        TypeError, ValueError: `parameters` is neither a bool nor a regular expression.
+        TypeError, ValueError: `clipper` is no clipper, or `parameters` is neither a bool nor a
+            regular expression.
 
     >>> import tensorflow as tf
     >>> from autoclip.tf import QuantileClip
@@ -83,4 +84,6 @@ def summarize(clipper: Clipper) -> inspect.Summary:
 
 
 def _report(clipper: Clipper) -> Report[Any] | None:
+    if not isinstance(clipper, Clipper):
+        raise TypeError(not_a_clipper_message(clipper))
     return None if clipper._last is None else clipper._last.read()

@@ -321,7 +321,9 @@ class Clipper(BaseClipper[Groups, Tensor]):
             RuntimeError: no step has found a gradient yet, or the last one found none.
         """
         if not self._reports:
-            raise RuntimeError("There is nothing to report: the last step had no gradient.")
+            raise RuntimeError(
+                "There is nothing to report: no step yet, or no gradient in the last."
+            )
         report = self._histories.joined(self._reports)
         return replace(report, names=self._groups.row_names())
 

@@ -114,6 +114,11 @@ def entries_of(parameters: ParamsT | OptimizerGroups) -> list[Any]:
             "parameters must be an iterable of tensors, (name, tensor) pairs or dicts, but got "
             f"a single {torch.typename(parameters)}. Put it into a list."
         )
+    if not isinstance(parameters, Iterable):
+        raise TypeError(
+            "parameters must be an iterable of tensors, (name, tensor) pairs or dicts, such as "
+            f"model.parameters(), but got {type(parameters).__name__}."
+        )
     _refuse_set(parameters)
     entries: list[Any] = list(parameters)
     if not entries:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autoclip.core import Report, inspect
-from autoclip.core.adapter import log_and_watch
+from autoclip.core.adapter import log_and_watch, not_a_clipper_message
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import names_in
@@ -53,10 +53,11 @@ def log_values(
 
     Warns:
         UserWarning: once, if the total norm does not vary, since something clips first; once, if no
-            norm was recorded for many logged steps.
+            norm was recorded for many logged steps; once, if parameters have no names to match.
 
     Raises:
-        TypeError, ValueError: `parameters` is neither a bool nor a regular expression.
+        TypeError, ValueError: `clipper` is no clipper, or `parameters` is neither a bool nor a
+            regular expression.
 
     >>> import torch
     >>> from autoclip.torch import QuantileClip
@@ -97,16 +98,19 @@ def summarize(
     >>> [row.name for row in summarize(clipper).hardest()]
     ['weight']
     """
+    report = _report(clipper, model)
     state = clipper.export_state()
     if model is not None and isinstance(clipper, Clipper):
         state = _groups(clipper, model).state(*state.by_row())
-    return inspect.summarize(state, _report(clipper, model))
+    return inspect.summarize(state, report)
 
 
 def _report(clipper: Clipper | EngineClipper, model: nn.Module | None) -> Report[Any] | None:
     """The last step in NumPy's arrays."""
     if isinstance(clipper, EngineClipper):
         return clipper._last
+    if not isinstance(clipper, Clipper):
+        raise TypeError(not_a_clipper_message(clipper))
     if not clipper._reports:
         return None
     last = clipper.last

@@ -122,10 +122,11 @@ def make_factory(
 def _not_a_class(call: str, given: Any, base: type) -> str:
     message = (
         f"{call}: optimizer_class must be a subclass of {base.__module__.split('.')[0]}'s "
-        f"{base.__name__}, got {given!r:.200}."
+        f"{base.__name__}, got "
     )
     if isinstance(given, base):
-        return f"{message} For an optimizer that is made already there is as_optimizer."
+        return f"{message}an instance of {type(given).__name__}. Pass that to as_optimizer instead."
+    message += f"{given!r:.200}."
     if inner := getattr(given, "func", None):  # a functools.partial
         name = getattr(inner, "__name__", "Optimizer")
         return f"{message} Put the partial around the factory: partial({call}({name}, …), …)."

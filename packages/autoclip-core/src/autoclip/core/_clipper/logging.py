@@ -93,8 +93,8 @@ def check_parameters(parameters: object) -> None:
         return
     if not isinstance(parameters, str):
         raise TypeError(
-            "Which parameters to log is True, False or a regular expression that is searched in "
-            f"their names, but got {parameters!r:.200} of type {type(parameters).__name__}."
+            "parameters (log_parameters of a callback) must be a bool or a regular expression, "
+            f"searched in their names, got {parameters!r:.200} ({type(parameters).__name__})."
         )
     try:
         re.compile(parameters)

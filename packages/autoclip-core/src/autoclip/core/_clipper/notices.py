@@ -6,6 +6,8 @@ none at all. Both are looked for where numbers are read, never in a step.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -107,6 +109,8 @@ def log_and_watch(
     values = log_values(report, parameters)
     watch = _WATCHES.setdefault(clipper, _Watch())
     watch.look(clipper, report, values["autoclip/total_norm"])
+    if isinstance(parameters, str) and report.names[0].startswith("group "):
+        watch.look_at_names(parameters, report.names)
     return values
 
 
@@ -120,7 +124,7 @@ class _Watch:
         self._equal = self._distinct = 1
         self._idle = 0
         self._recorded = -1
-        self._said_constant = self._said_idle = False
+        self._said_constant = self._said_idle = self._said_unnamed = False
 
     def look(self, clipper: Saveable, report: Report[Any], total: float) -> None:
         if recorded_rows(report).any():
@@ -129,6 +133,16 @@ class _Watch:
                 self._look_at_total(clipper, report, total)
         elif not self._said_idle:
             self._look_whether_idle(clipper, total)
+
+    def look_at_names(self, parameters: str, names: Sequence[str]) -> None:
+        if self._said_unnamed or any(re.search(parameters, name) for name in names):
+            return
+        self._said_unnamed = True
+        warn_user(
+            f"No norm of a parameter is logged: {parameters!r:.200} matches no name such as "
+            f"{names[0]!r}. For the model's own names, give log_values the model, or the optimizer "
+            "model.named_parameters()."
+        )
 
     def _look_at_total(self, clipper: Saveable, report: Report[Any], total: float) -> None:
         norms = np.asarray(report.norms)

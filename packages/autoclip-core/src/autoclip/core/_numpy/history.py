@@ -298,7 +298,7 @@ class History(BaseHistory, Saveable):
         given = np.array(norms, np.float64)  # a copy: the report keeps it
         if given.shape != windows.shape:
             raise ValueError(
-                f"norms must be one a row, shape ({self.rows},), but got shape {given.shape}."
+                f"norms must have one number per row, shape ({self.rows},), got {given.shape}."
             )
         if windows.is_stale:
             windows.settled()

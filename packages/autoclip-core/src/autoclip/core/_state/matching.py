@@ -125,9 +125,10 @@ def _pairs_by_order(saved: State, current: State, source: str) -> list[Pair]:
     theirs, mine = len(saved.groups), len(current.groups)
     if theirs != mine:
         raise StateError(
-            f"{source} has {theirs} parameter groups, but the clipper has {mine}, and no "
-            "parameter's name is in both. Groups without shared names are matched by order: make "
-            "the same ones."
+            f"{source} has {theirs} parameter group{'s' * (theirs != 1)}, but the clipper has "
+            f"{mine}, and no parameter's name is in both. Groups without shared names are matched "
+            "by order: make the same ones. If `autoclip convert` wrote it, convert again with "
+            "--group-sizes."
         )
     if not saved.mode.joins:
         for i, (there, here) in enumerate(zip(saved.groups, current.groups)):

@@ -27,6 +27,9 @@ from autoclip.core._errors import NoHistoryError, StateError
 MAX_FILE_BYTES = 2**33
 """The largest state that is written or read, 8 GiB: two million rows of a thousand norms each."""
 
+CHECKPOINTS = (b"PK\x03\x04", b"\x80", b"\x89HDF")
+"""The first bytes of checkpoints of PyTorch and Keras: zip archives, pickles, HDF5 files."""
+
 MAX_HEADER_BYTES = 100_000_000
 """The largest header, a limit of the safetensors library: 700,000 names of 100 characters."""
 
@@ -213,13 +216,18 @@ def read_header(file: BinaryIO, size: int, source: str) -> bytes:
             f"{source} is not an AutoClip state: it has only {size} bytes. "
             "It may be empty or cut off."
         )
-    length, first = _header_length(file.read(8)), file.read(1)
-    available = min(size - 8, MAX_HEADER_BYTES)
+    beginning, first = file.read(8), file.read(1)
+    length, available = _header_length(beginning), min(size - 8, MAX_HEADER_BYTES)
     if first != b"{" or length > available:
         raise StateError(
             f"{source} is damaged, cut off, or not an AutoClip state: it does not begin with a "
             f"safetensors header of at most {available} bytes. "
-            "Load another copy or an earlier checkpoint."
+            + (
+                "If it is a checkpoint of PyTorch or Keras, load it into your optimizer or model. "
+                "Convert one of autoclip 0.2.1 first: autoclip convert OLD NEW."
+                if beginning.startswith(CHECKPOINTS)
+                else "Load another copy or an earlier checkpoint."
+            )
         )
     header = first + file.read(length - 1)
     if f'"{_KEY}"'.encode() not in header:

@@ -220,10 +220,11 @@ def _add(commands: Any, name: str, text: str, run: object) -> argparse.ArgumentP
 
 
 def _quantiles(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    if not all(0.0 <= value <= 1.0 for value in values):
-        raise argparse.ArgumentTypeError("quantiles lie between 0 and 1")
-    return values
+    with suppress(ValueError):
+        values = tuple(float(part) for part in text.split(","))
+        if all(0.0 <= value <= 1.0 for value in values):
+            return values
+    raise argparse.ArgumentTypeError(f"must be numbers from 0 to 1, as in 0.5,0.9, got {text!r}")
 
 
 @contextmanager

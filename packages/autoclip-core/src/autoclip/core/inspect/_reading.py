@@ -14,7 +14,7 @@ from autoclip.core._errors import NoHistoryError, StateError
 from autoclip.core._rules.rule import RULES
 from autoclip.core._settings.settings import CLIPPER_SETTINGS, GroupSettings
 from autoclip.core._state.files import CHECKPOINT_FILE, PathLike, read_file
-from autoclip.core._state.safetensors import read_header
+from autoclip.core._state.safetensors import CHECKPOINTS, read_header
 from autoclip.core._state.state import GroupState, State
 
 READERS = "autoclip.readers"
@@ -31,9 +31,10 @@ the file or folder in it that is to be read, or None.
 # A damaged file with one of these suffixes is a damaged state, not another program's file.
 _OWN_SUFFIXES = ("autoclip", "safetensors")
 _PACKAGES = {
-    **dict.fromkeys(("pt", "pth", "ckpt", "bin"), "autoclip-torch"),
+    **dict.fromkeys(("pt", "pth", "tar", "ckpt", "bin"), "autoclip-torch"),
     **dict.fromkeys(("keras", "h5", "weights.json", "index"), "autoclip-tf"),
 }
+_TOLD_BY_CONTENTS = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".keras", ".h5")
 _MAX_FOLDERS = 5
 
 
@@ -90,7 +91,7 @@ def _find_in_folder(name: str) -> tuple[str, dict[str, State]]:
     suffixes = _suffixes()
     missing: ImportError | None = None
     for file in _newest_first(folder):
-        if _suffix(file, suffixes) is not None:
+        if _suffix(file, suffixes) is not None and not _is_foreign(file):
             try:
                 return file, _read(file)
             except NoHistoryError:
@@ -201,6 +202,17 @@ def _kind_by_contents(name: str) -> str | None:
                 names = archive.namelist()
                 return "pt" if any(each.endswith("/data.pkl") for each in names) else "keras"
     return None
+
+
+def _is_foreign(name: str) -> bool:
+    """True if a file is another program's that has a checkpoint's suffix: a corpus `train.bin`."""
+    if not name.lower().endswith(_TOLD_BY_CONTENTS):
+        return False
+    with open(name, "rb") as file:
+        first = file.read(9)
+    if first[8:] == b"{" or not first.strip(b"\0"):  # a state, or a checkpoint that was cut off
+        return False
+    return not first.startswith(CHECKPOINTS)
 
 
 def _call(reader: EntryPoint, name: str) -> Any:

@@ -112,10 +112,10 @@ class Rows:
         if len(found) == 1:
             return found[0]
         shown = [self.names[i] for i in found] or self.names
-        some = ", ".join(map(printable, shown[:5])) + ", …" * (len(shown) > 5)
+        some = ", ".join(f"'{printable(each)}'" for each in shown[:5]) + ", …" * (len(shown) > 5)
         if found:
             raise KeyError(f"{len(found)} rows have {row!r} in their names: {some}.")
-        raise KeyError(f"There is no row {row!r}. The {len(self)} rows are {some}.")
+        raise KeyError(f"There is no row {row!r}, only {some}.")
 
     @property
     def shares(self) -> npt.NDArray[np.float64]:

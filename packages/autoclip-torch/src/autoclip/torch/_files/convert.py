@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from contextlib import suppress
 
 from autoclip.core import StateError
 from autoclip.core.adapter import write_file
@@ -31,10 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sizes(text: str) -> list[int]:
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 0:
-        raise argparse.ArgumentTypeError("a parameter group has no negative number of parameters")
-    return sizes
+    with suppress(ValueError):
+        sizes = [int(part) for part in text.split(",")]
+        if min(sizes) >= 0:
+            return sizes
+    raise argparse.ArgumentTypeError(f"must be ints ≥ 0, as in 10,4, got {text!r}")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -55,7 +58,9 @@ def _run(arguments: argparse.Namespace) -> int:
             state = legacy.convert(saved, file.tensor, arguments.group_sizes)
         except StateError as error:
             raise StateError(f"{arguments.old}: {error}") from error
+    if os.path.exists(arguments.new) and os.path.samefile(arguments.old, arguments.new):
+        raise ValueError(f"{arguments.new} is OLD itself, which may hold more. Name another file.")
     write_file(arguments.new, state.to_bytes())
     rows = sum(len(group.lengths) for group in state.groups)
-    print(f"{arguments.new}: rule {state.rule}, mode {state.mode}, {rows} rows")
+    print(f"{arguments.new}: rule {state.rule}, mode {state.mode}, {rows} row{'s' * (rows != 1)}")
     return 0
