@@ -504,4 +504,4 @@ def test_a_history_of_the_cores(tmp_path: Path, capsys: Any) -> None:
     history = History(rows=1, rule=Quantile(0.5))
     history.record([1.0])
     history.save(tmp_path / "any_name")
-    assert "group 0, parameter 0" in main(capsys, "show", tmp_path / "any_name")[1]
+    assert "group 0 parameter 0" in main(capsys, "show", tmp_path / "any_name")[1]

@@ -201,7 +201,7 @@ def state(rule: str = "quantile", record: str = "raw", **others: Any) -> State:
 
 def test_a_rule_that_is_not_registered_here() -> None:
     summary = summarize(state("somebodys_rule", strength=3))
-    assert [row.name for row in summary.rows] == ["encoder.weight", "group 0, parameter 1"]
+    assert [row.name for row in summary.rows] == ["encoder.weight", "group 0 parameter 1"]
     assert all(math.isnan(row.threshold) and math.isnan(row.clipped) for row in summary.rows)
     assert math.isnan(summary.clipped_at()[0.5])
     text = str(summary)

@@ -419,7 +419,7 @@ def test_the_error_calls_parameters_without_a_name_by_their_place(path: str) -> 
     ours = parameters()
     clipper = QuantileClip([{"params": ours[:1]}, {"params": ours[1:]}], on_nonfinite="raise")
     give(ours, gradients_of([math.nan, 1.0, math.inf]))
-    words = "gradients of group 0, parameter 0, group 1, parameter 1 hold NaN or infinity"
+    words = "gradients of group 0 parameter 0, group 1 parameter 1 hold NaN or infinity"
     with pytest.raises(FloatingPointError, match=words):
         clipper.step()
 

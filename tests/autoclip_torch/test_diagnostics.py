@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,17 @@ def test_values_by_parameter_name(named: bool) -> None:
         f"autoclip/{what}/{name}" for what in ("norm", "threshold") for name in names[::2]
     }
     if not named:
-        assert "autoclip/norm/group 0, parameter 3" in log_values(clipper, True)
+        numbered = log_values(clipper, True)
+        assert "autoclip/norm/group 0 parameter 3" in numbered
+        # MLflow accepts no other names.
+        assert all(re.fullmatch(r"[/\w.\- ]*", name) for name in numbered)
 
 
 def test_a_pattern_that_only_the_models_names_would_match_warns_once() -> None:
     model = make_model()
     clipper = QuantileClip(model.parameters(), quantile=0.5)
     train(model, clipper)
-    with pytest.warns(UserWarning, match=r"'weight\$' matches no name such as 'group 0, param"):
+    with pytest.warns(UserWarning, match=r"'weight\$' matches no name such as 'group 0 param"):
         assert log_values(clipper, r"weight$") == log_values(clipper)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -113,7 +117,7 @@ def test_a_summary_of_the_history_and_the_last_step() -> None:
     assert summary.last_coefficients == coefficients
     [ax] = plot.norms(summary, names[2]).axes
     assert ax.get_title("left") == names[2]
-    assert "group 0, parameter 2" in str(summarize(clipper))
+    assert "group 0 parameter 2" in str(summarize(clipper))
 
 
 def test_a_clipper_that_has_made_no_step() -> None:
@@ -142,3 +146,32 @@ def test_tensorboard(tmp_path: Path) -> None:
     for name in expected[0]:
         found = [event.value for event in events.Scalars(name)]
         assert found == pytest.approx([values[name] for values in expected], rel=1e-6)
+
+
+def test_weights_that_another_optimizer_updates_are_warned_about_once() -> None:
+    model = make_model()
+    clipped: Any = QuantileClip.as_optimizer(torch.optim.Adam(model.parameters()))
+    other = type(clipped)(clipped.param_groups)  # as torchrl's group_optimizers
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(30):
+            other.zero_grad()
+            model(torch.ones(5, 4)).square().mean().backward()
+            if step % 2:
+                other.step()
+            assert log_values(clipped.clipper) == {}
+    [warning] = caught
+    assert "changed 9 times, but this QuantileClip has made no step" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_a_clipper_that_waits_for_its_first_step_is_not_warned_about() -> None:
+    model = make_model()
+    optimizer: Any = QuantileClip.as_optimizer(torch.optim.Adam(model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(64):  # gradients are accumulated, and each batch is logged
+            model(torch.ones(5, 4)).square().mean().backward()
+            log_values(optimizer.clipper)
+        optimizer.step()
+        assert log_values(optimizer.clipper)

@@ -17,7 +17,7 @@ import re
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -280,6 +280,38 @@ def test_the_search_for_optimizers_inside_prints_no_parameter() -> None:
             warnings.simplefilter("ignore")  # it was trained before
             optimizer.step()
     assert optimizer.clipper.has_history  # type: ignore[attr-defined]
+
+
+class Offloading:
+    """Has an optimizer for each parameter but one, as torchao's CPUOffloadOptimizer (0.18)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], make_optimizer: Any) -> None:
+        first, *others = parameters
+        self.d_opt = self.optimizer = make_optimizer([first])
+        self.optim_dict = {parameter: make_optimizer([parameter]) for parameter in others}
+
+    def step(self) -> None:
+        self.d_opt.step()
+        for optimizer in self.optim_dict.values():
+            optimizer.step()
+
+
+def test_each_of_several_optimizers_inside_gets_a_clipper() -> None:
+    """The message is short, and names no optimizer twice."""
+    parameters = [Unprintable(torch.ones(3)) for _ in range(10)]
+    with pytest.raises(TypeError) as caught:
+        QuantileClip.as_optimizer(cast("Any", Offloading(parameters, AdamW)))
+    assert str(caught.value).endswith(
+        "Attach a clipper to each of the 10 optimizers inside: `.optimizer`, "
+        "`.optim_dict[<Unprintable 0>]`, `.optim_dict[<Unprintable 1>]`, …."
+    )
+    model = make_model()
+    factory = QuantileClip.optimizer_factory(SGD, **SETTINGS)  # the way out, in one line
+    offloading = Offloading(model.parameters(), lambda own: factory(own, lr=0.1))
+    train(model, cast("Any", _Zeroing(offloading, model)), range(4))
+    expected, plain = make(lambda parameters: SGD(parameters, lr=0.1))
+    train(expected, plain, range(4))
+    assert torch.equal(weights(model), weights(expected))
 
 
 # -- own state_dict and load_state_dict ----------------------------------------------------------
@@ -620,6 +652,39 @@ def test_weights_that_are_updated_in_the_backward_pass() -> None:
     assert torch.equal(weights(model), weights(expected))
     with pytest.warns(UserWarning, match="hooks that run in the backward pass"):
         late.step()
+
+
+class Releasing(SGD):
+    """Updates one parameter at a time, and frees its gradient, as optimi's optimizers (0.3) can."""
+
+    def release_gradients(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.register_post_accumulate_grad_hook(self._update)
+
+    def _update(self, parameter: Tensor) -> None:
+        self.step()
+        parameter.grad = None
+
+
+@each_mode
+def test_one_optimizer_that_steps_for_each_parameter(mode: dict[str, Any]) -> None:
+    """Right for each parameter by itself; the norm of several can only be that of a part."""
+    expected, plain = make(lambda parameters: SGD(parameters, lr=0.1))
+    train(expected, plain, range(5))
+    model = make_model()
+    optimizer = Releasing(model.parameters(), lr=0.1)
+    QuantileClip.as_optimizer(optimizer, **SETTINGS, **mode)
+    optimizer.release_gradients()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(5):
+            backward(model, step)
+            optimizer.step()  # nothing is left
+    if mode:
+        assert ["inside the backward pass" in str(each.message) for each in caught] == [True]
+    else:
+        assert not caught
+        assert torch.equal(weights(model), weights(expected))
 
 
 def test_parameters_that_are_never_trained() -> None:

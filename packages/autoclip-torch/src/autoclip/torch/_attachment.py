@@ -19,7 +19,7 @@ from autoclip.core.adapter import Change, commit, second_clipper_message, warn_u
 from autoclip.torch._copies import CopyableAttachment
 from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import clipped_inside, hyperparameters, optimizers_in
-from autoclip.torch._private import disable_dynamo, is_fake
+from autoclip.torch._private import disable_dynamo, is_fake, is_in_backward
 
 STATE_KEY = "autoclip"
 """The key of a clipper's state in its optimizer's `state_dict()`."""
@@ -101,9 +101,13 @@ def _refuse_clipped_inside(optimizer: Optimizer) -> None:
 
 def _hint_of_inner(wrapper: object) -> str:
     """A hint at the optimizer that an object wraps; empty if there is none."""
-    names = [f"`{path}`" for path in optimizers_in(wrapper)]
+    inside = {id(each): f"`{path}`" for path, each in optimizers_in(wrapper).items()}
+    names = [*inside.values()]
+    if len(names) == 1:
+        return f"Attach to the optimizer inside, its attribute {names[0]}."
     if names:
-        return f"Attach to the optimizer inside, its attribute {' or '.join(names)}."
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        return f"Attach a clipper to each of the {len(names)} optimizers inside: {some}."
     if type(wrapper).__module__.startswith("fastai."):
         return (
             "fastai's own optimizers are none of torch's. Train with "
@@ -232,6 +236,8 @@ class Attachment(CopyableAttachment):
             self._clear(optimizer)
         if not self._has_stepped:
             _refuse_clipped_inside(optimizer)  # one that was attached after this one
+            if self._groups is not None:
+                _warn_of_parts(self._groups)
             self._has_stepped = True
         if self.may_lack_history:
             self.may_lack_history = False
@@ -425,6 +431,17 @@ def _warn_of_other_steps(optimizer: Optimizer) -> None:
             "parameter during the backward pass, where this clipper cannot clip. Use an optimizer "
             "that updates all parameters in step(): for example, in the Hugging Face Trainer, "
             'optim="galore_adamw" instead of "galore_adamw_layerwise".'
+        )
+
+
+def _warn_of_parts(groups: Groups) -> None:
+    """Warn if a hook steps while the backward pass still computes gradients of the same row."""
+    is_partial = groups.mode.joins and is_in_backward()
+    if is_partial and any(parameter.grad is None for parameter in groups.parameters()):
+        warn_user(
+            "This step runs inside the backward pass, before all gradients exist. With "
+            "global_clipping or group_clipping, the norm is that of the present ones alone. Clip "
+            "each parameter by itself, without these settings, or step after the backward pass."
         )
 
 

@@ -259,8 +259,10 @@ class Clipper(BaseClipper[Groups, Tensor]):
         # An optimizer's parameters may be exchanged at any time; then it updates nothing either.
         if self._has_warned or (self._has_seen_a_gradient and not self._is_attached):
             return
-        self._has_warned = True
         parameters = self._groups.parameters()
+        if self._has_seen_a_gradient and any(map(_accumulates_hooked, parameters)):
+            return  # a hook has stepped and freed the gradients
+        self._has_warned = True
         if not any(parameter.requires_grad for parameter in parameters):
             warn_user(
                 "A clipper's step found no gradient, and none of its parameters requires one: they "
@@ -592,9 +594,12 @@ def _as_scalar(norm: Tensor | float) -> Tensor:
     return torch.from_numpy(np.array(narrow, np.float32))
 
 
+def _accumulates_hooked(parameter: Tensor) -> bool:
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def _has_backward_hooks(parameter: Tensor) -> bool:
-    own = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
-    return any(own)
+    return bool(parameter._backward_hooks) or _accumulates_hooked(parameter)
 
 
 def _withheld(

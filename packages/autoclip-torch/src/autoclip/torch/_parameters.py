@@ -77,8 +77,13 @@ def optimizers_in(wrapper: object) -> dict[str, Optimizer]:
             items = value.items()
         # An optimizer's state has thousands of items, whose keys are tensors.
         held = [(key, each) for key, each in items if isinstance(each, Optimizer)]
-        found |= {f".{name}[{key!r}]": each for key, each in held}
+        found |= {f".{name}[{_printed(key, i)}]": each for i, (key, each) in enumerate(held)}
     return found
+
+
+def _printed(key: object, index: int) -> str:
+    """A key as Python; of others, such as the parameter of an optimizer of its own, the number."""
+    return repr(key) if isinstance(key, (str, int)) else f"<{type(key).__name__} {index}>"
 
 
 def clipped_inside(optimizer: Optimizer) -> tuple[str, Optimizer] | None:

@@ -78,6 +78,11 @@ def is_fake(tensor: Tensor) -> bool:
     )
 
 
+def is_in_backward() -> bool:
+    """True if a backward pass calls this, through a hook."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_view(tensor: Tensor) -> bool:
     """True if a tensor was made as a view of another one."""
     return tensor._is_view()

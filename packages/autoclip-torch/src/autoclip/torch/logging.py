@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from autoclip.core import Report, inspect
-from autoclip.core.adapter import log_and_watch, not_a_clipper_message
+from autoclip.core.adapter import log_and_watch, not_a_clipper_message, warn_user
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._groups import Groups
 from autoclip.torch._parameters import names_in
@@ -53,7 +54,8 @@ def log_values(
 
     Warns:
         UserWarning: once, if the total norm does not vary, since something clips first; once, if no
-            norm was recorded for many logged steps; once, if parameters have no names to match.
+            norm was recorded for many logged steps; once, if the weights change many times, but the
+            clipper has made no step; once, if parameters have no names to match.
 
     Raises:
         TypeError, ValueError: `clipper` is no clipper, or `parameters` is neither a bool nor a
@@ -73,7 +75,30 @@ def log_values(
     9.0
     """
     report = _report(clipper, None if parameters is False else model)
-    return {} if report is None else log_and_watch(clipper, report, parameters)
+    if report is not None:
+        return log_and_watch(clipper, report, parameters)
+    if isinstance(clipper, Clipper):
+        _look_for_other_updates(clipper)
+    return {}
+
+
+# Versions of the weights, as torch counts changes in place, that clippers without a step have seen.
+_VERSIONS: WeakKeyDictionary[Clipper, set[int]] = WeakKeyDictionary()
+_MANY = 10
+
+
+def _look_for_other_updates(clipper: Clipper) -> None:
+    """Warn, once, if the weights change again and again while the clipper makes no step."""
+    if clipper._norm is not None or len(seen := _VERSIONS.setdefault(clipper, set())) == _MANY:
+        return
+    seen.add(sum(parameter._version for parameter in clipper._groups.parameters()))
+    if len(seen) == _MANY:
+        warn_user(
+            f"The weights have changed {_MANY - 1} times, but this {type(clipper).__name__} has "
+            "made no step. If it is attached, its optimizer's step() is not called, or has been "
+            "replaced by one without hooks: another optimizer was made of its groups, as Horovod's "
+            "DistributedOptimizer does. Attach a clipper to the optimizer that updates the weights."
+        )
 
 
 def summarize(

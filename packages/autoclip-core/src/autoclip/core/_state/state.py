@@ -62,7 +62,7 @@ def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
         groups: the names of each group's parameters.
     """
     return [
-        f"group {i}, parameter {k}" if name is None else name
+        f"group {i} parameter {k}" if name is None else name
         for i, names in enumerate(groups)
         for k, name in enumerate(names)
     ]
