@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
 from autoclip.core import ParameterInfo, Quantile, Rule, Saveable, State
 from autoclip.core.adapter import (
@@ -118,6 +117,8 @@ class HistoryFile(Saveable):
 
 
 def main(steps: int) -> None:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images, labels = jnp.asarray(digits.data / 16), jnp.asarray(digits.target)
     params = {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}

@@ -3,7 +3,7 @@
 Every block runs, in order, in one namespace and one process. A comment on the line before a block
 says otherwise:
 
-* `<!-- needs: deepspeed -->`: run with the page's other blocks of this need, where it is installed.
+* `<!-- needs: deepspeed -->`: run where that is installed, in a second run of the whole page.
 * `<!-- recipe: trl -->`: run by tests/frameworks, where what it needs is installed.
 * `<!-- not run: reason -->`: not run.
 
@@ -112,11 +112,11 @@ def run_page(path: str, needs: str) -> None:
 
     Args:
         path: of the page.
-        needs: only the blocks that are marked with this need.
+        needs: also the blocks that are marked with this need.
     """
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks_of(Path(path)):
-        if block.needs == needs and not (block.recipe or block.not_run):
+        if block.needs in ("", needs) and not (block.recipe or block.not_run):
             # Empty lines before it, so that a traceback has the page's line numbers.
             source = "\n" * block.line + block.code
             printed = io.StringIO()

@@ -575,9 +575,9 @@ class QuantileClip(Clipper):
         warmup_steps: the number of norms a row records before its rule counts; None for 0.
         include_current: True if a norm is part of the window that it is compared with; None for
             True.
-        record: `"raw"` or `"clipped"`.
-        on_spike: `"clip"` or `"zero"`.
-        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
+        record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
+        on_spike: `"clip"` or `"zero"` a gradient above its threshold.
+        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
         factor: multiplies the quantile; a finite real number > 0.
 
     Raises:
@@ -633,9 +633,9 @@ class StandardClip(Clipper):
         warmup_steps: the number of norms a row records before its rule counts; None for 25.
         include_current: True if a norm is part of the window that it is compared with; None for
             False.
-        record: `"raw"` or `"clipped"`.
-        on_spike: `"clip"` or `"zero"`.
-        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
+        record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
+        on_spike: `"clip"` or `"zero"` a gradient above its threshold.
+        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
         decay: weights each norm by `decay ** age`; a real number in (0, 1), or None for equal
             weights.
         factor: multiplies the threshold; a finite real number > 0.

@@ -480,9 +480,9 @@ class QuantileClip(Clipper):
             for 0.
         include_current: True if a norm is part of the window that it is compared with; None for
             True. autoclip 0.2.1 compared it with the norms before it: False.
-        record: `"raw"` or `"clipped"`.
-        on_spike: `"clip"`, `"zero"` or `"skip"`.
-        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
+        record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
+        on_spike: `"clip"` or `"zero"` a gradient above its threshold, or `"skip"` its update.
+        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
         factor: a finite real number > 0 that the quantile is multiplied by.
         global_threshold: the name of `global_clipping` in autoclip 0.2.1; deprecated.
 
@@ -538,9 +538,9 @@ class StandardClip(Clipper):
             25.
         include_current: True if a norm is part of the window that it is compared with; None for
             False: a spike among the norms that it is compared with hides itself.
-        record: `"raw"` or `"clipped"`.
-        on_spike: `"clip"`, `"zero"` or `"skip"`.
-        on_nonfinite: `"keep"`, `"zero"` or `"raise"`.
+        record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
+        on_spike: `"clip"` or `"zero"` a gradient above its threshold, or `"skip"` its update.
+        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
         decay: weights norms by `decay ** age`, as an exponential average does; None for equal
             weights. See `autoclip.core.Standard`, as for all that follow.
         factor: a finite real number > 0 that the threshold is multiplied by.
