@@ -369,3 +369,9 @@ def test_what_does_not_say_which_parameters() -> None:
         log_values(report, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is not a regular expression"):
         log_values(report, "*weight")
+
+
+def test_a_summary_is_of_a_clipper_a_state_or_a_file() -> None:
+    says = r"source must be a clipper, .* a State or the path of a file, got dict"
+    with pytest.raises(TypeError, match=says):
+        summarize(History(1, Quantile(0.5)).state_dict())  # type: ignore[arg-type]

@@ -74,6 +74,8 @@ def find_states(path: PathLike) -> tuple[str, dict[str, State]]:
         The path of the file that was read, and each state by its path in it.
     """
     name = os.fspath(path)
+    if not os.path.exists(name) and os.path.isfile(f"{name}.index"):
+        name = f"{name}.index"  # TensorFlow's functions return and take a checkpoint's prefix
     if os.path.isdir(name):
         return _find_in_folder(name)
     return name, _read(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Union
@@ -45,6 +46,11 @@ def rows_of(source: Source) -> Rows:
         return Rows.of(source)
     if isinstance(source, Saveable):
         return Rows.of(source.export_state())
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "source must be a clipper, such as optimizer.clipper, a State or the path of a file, "
+            f"got {type(source).__name__}."
+        )
     states = read_states(source)
     if len(states) > 1:
         raise StateError(
