@@ -1,7 +1,6 @@
 """Histories: what they remember, the thresholds and coefficients that follow, and what is saved.
 
-One to eight rows take the path for a few rows, nine and more the one for many; the properties
-cover both.
+A few rows have other trackers than many; the properties cover both.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Row
+from rules import MANY_ROWS
 
 from autoclip.core import SMALLEST_NORM, History, Quantile, Rule, Standard, State
 from autoclip.core.adapter import GroupSettings
@@ -112,6 +112,8 @@ seeds = st.integers(0, 2**32 - 1)
 shares = st.sampled_from([0.0, 0.1, 0.9])
 history_lengths = st.integers(1, 20) | st.integers(21, 300)
 row_counts = st.sampled_from([1, 3, 9])
+few_and_many = st.sampled_from([2, MANY_ROWS])
+copies_of_rows = st.sampled_from([1, MANY_ROWS])
 quantiles = st.sampled_from([0.0, 0.01, 0.5, 0.9, 1.0]) | st.floats(0, 1)
 factors = st.sampled_from([1.0, 1.5])
 quantile_rules = st.builds(Quantile, quantiles, factors)
@@ -139,10 +141,6 @@ pasts = st.fixed_dictionaries({"include_current": st.booleans(), "warmup_steps":
 
 
 # -- everything against the reference ----------------------------------------------------------
-
-
-# Many rows have other trackers than a few, and the same thresholds.
-copies_of_rows = st.sampled_from([1, 80])
 
 
 def follows(settings: list[GroupSettings], stream: Norms, cuts: set[int], copies: int) -> None:
@@ -324,7 +322,7 @@ def test_bands_that_are_a_small_part_of_their_windows() -> None:
     qs = [0.0, 0.25, 0.9, 1.0]
     stream = np.hstack([make_stream(kind, 0, 8000, len(qs)) for kind in KINDS])
     each = [Quantile(q) for q in qs] * len(KINDS)
-    copies = -(-80 // len(each))  # fewer rows have no bands
+    copies = -(-MANY_ROWS // len(each))
     history = History(copies * len(each), each * copies, 2500)
     for k, norms in enumerate(stream):
         found = history.record(np.tile(norms, copies)).thresholds
@@ -589,7 +587,7 @@ def test_the_smallest_norm_that_counts(more: int) -> None:
 
 
 @pytest.mark.parametrize("rule", [Quantile(0.5), Standard(), Standard(decay=0.9, shrink=True)])
-@pytest.mark.parametrize("rows", [3, 80])
+@pytest.mark.parametrize("rows", [3, MANY_ROWS])
 def test_a_finite_norm_beyond_float32_is_clipped_to_the_ceiling(rule: Rule, rows: int) -> None:
     limited, free = (History(rows, rule, 10, max_norm=each) for each in (4.0, None))
     for history, coefficient in ((limited, 4.0 / 3e39), (free, 1.0)):
@@ -758,7 +756,7 @@ def test_one_long_row_beside_many_empty_ones(rule: Rule) -> None:
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 300), st.integers(0, 700), st.sampled_from([2, 9]))
+@given(st.integers(1, 300), st.integers(0, 700), few_and_many)
 def test_windows_grow_by_doubling_up_to_the_history_length(
     length: int, steps: int, rows: int
 ) -> None:
@@ -1006,7 +1004,7 @@ def test_settings_that_differ_in_more_than_numbers_change_nothing(
 @given(
     kinds, seeds, shares, rules, history_lengths, st.lists(st.integers(0, 150), max_size=4), pasts
 )
-@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("rows", [3, MANY_ROWS])
 def test_to_save_load_and_go_on_is_never_to_have_stopped(
     rows: int,
     kind: str,
@@ -1045,7 +1043,7 @@ def test_the_same_through_a_file_with_long_windows(rule: Rule, rows: int, tmp_pa
 
 
 @settings(max_examples=30)
-@given(kinds, seeds, plain_rules, st.integers(1, 80), st.integers(1, 80), st.sampled_from([2, 9]))
+@given(kinds, seeds, plain_rules, st.integers(1, 80), st.integers(1, 80), few_and_many)
 def test_a_window_goes_on_in_a_history_of_another_length(
     kind: str, seed: int, rule: Rule, first: int, second: int, rows: int
 ) -> None:

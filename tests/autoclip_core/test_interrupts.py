@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from interrupts import interrupted
-from rules import RULES
+from rules import MANY_ROWS, RULES
 
 from autoclip.core import History, Rule
 
 LENGTH = 20
 OF_EACH_KIND = [RULES[name] for name in ("quantile", "standard", "shrink", "log", "own")]
 each_rule = pytest.mark.parametrize("rule", OF_EACH_KIND, ids=str)
-# Sorted windows and whole ones of a few rows; bands and blocks of many.
-each_size = pytest.mark.parametrize("rows", [2, 73])
+# Bands and whole windows of a few rows; bands and blocks of many.
+each_size = pytest.mark.parametrize("rows", [2, MANY_ROWS])
 each_past = pytest.mark.parametrize("include_current", [True, False])
 # Where a ring grows, and where it is full.
 each_length = pytest.mark.parametrize("held", [16, 45])

@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
+from rules import MANY_ROWS
 
 from autoclip.core import SMALLEST_NORM, History, Quantile, Standard, State
 from autoclip.core._numpy import tracker
@@ -120,7 +121,7 @@ def core_few_rows(file: File) -> Rows:
 
 
 def core_many_rows(file: File) -> Rows:
-    return _core(file, copies=9, whole=True)
+    return _core(file, copies=MANY_ROWS, whole=True)
 
 
 def core_without_trackers(file: File) -> Rows:

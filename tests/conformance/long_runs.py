@@ -18,6 +18,8 @@ import numpy.typing as npt
 from autoclip.core import History, Quantile, Rule, Standard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "harness"))
+from rules import MANY_ROWS
+
 LENGTH = 1000
 CHECKPOINTS = 10
 MOST_GROWTH = 2 * 2**20  # bytes; the allocator keeps a little more now and then
@@ -106,9 +108,10 @@ def through_torch(name: str, rule: Rule, on_device: bool) -> None:
 RULES: dict[str, Rule] = {"quantile": Quantile(0.9), "standard": Standard(2.0)}
 RUNS: dict[str, Callable[[str], None]] = {}
 for kind, chosen in RULES.items():
-    # Up to eight rows take the path for a few rows.
     RUNS[f"core {kind}, few rows"] = lambda name, rule=chosen: through_core(name, rule, 2)
-    RUNS[f"core {kind}, many rows"] = lambda name, rule=chosen: through_core(name, rule, 9, 200_000)
+    RUNS[f"core {kind}, many rows"] = lambda name, rule=chosen: through_core(
+        name, rule, MANY_ROWS, 200_000
+    )
     RUNS[f"torch {kind}, host"] = lambda name, rule=chosen: through_torch(name, rule, False)
     RUNS[f"torch {kind}, device path"] = lambda name, rule=chosen: through_torch(name, rule, True)
 

@@ -12,6 +12,9 @@ import pytest
 
 from autoclip.core import Quantile, Rule, Standard, register_rule, setting
 
+MANY_ROWS = 150
+"""A history of that many rows has NumPy's trackers, not those for a few rows."""
+
 
 @register_rule
 @dataclass(frozen=True)
