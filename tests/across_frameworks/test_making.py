@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from types import ModuleType
 from typing import Any
 
 import pytest
 from rules import WRONG_SETTINGS
 
+import autoclip.core
 from autoclip.core import Quantile
 
 
@@ -66,6 +68,14 @@ def test_a_rule_is_an_instance(framework: ModuleType) -> None:
             make()
     with pytest.raises(TypeError, match="rule must be a Rule"):
         clipper_of(framework, "Clipper", 0.9)
+
+
+def test_a_package_shows_its_public_names_only(framework: ModuleType) -> None:
+    """In `dir()`, `help()` and an editor's completion."""
+    for package in (framework.package, autoclip.core):
+        shown = {name for name in vars(package) if not name.startswith("_")}
+        modules = {each.name for each in pkgutil.iter_modules(package.__path__)}
+        assert shown - modules == {each for each in package.__all__ if not each.startswith("_")}
 
 
 def test_reports_are_of_a_clipper(framework: ModuleType) -> None:

@@ -11,9 +11,9 @@ decided here. It is usable on its own, with NumPy:
 array([1.])
 """
 
-from autoclip.core._installation import refuse_legacy_installation
+from autoclip.core import _installation
 
-refuse_legacy_installation()
+_installation.refuse_legacy_installation()
 
 from autoclip.core._clipper.logging import log_values  # noqa: E402
 from autoclip.core._clipper.max_norm import MaxNorm  # noqa: E402
@@ -33,7 +33,8 @@ from autoclip.core._version import __version__  # noqa: E402
 from autoclip.core._window import Window  # noqa: E402
 
 # Accelerations, which the rules know nothing of.
-from autoclip.core._numpy import quantile_trackers, standard_trackers  # noqa: E402, F401  isort: skip
+from autoclip.core._numpy import quantile_trackers as _quantile  # noqa: E402, F401  isort: skip
+from autoclip.core._numpy import standard_trackers as _standard  # noqa: E402, F401  isort: skip
 
 __all__ = [
     "MAX_FILE_BYTES",
