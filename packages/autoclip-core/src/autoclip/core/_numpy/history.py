@@ -315,6 +315,7 @@ class History(BaseHistory, Saveable):
     def read(
         self, rows: Sequence[int]
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+        """Copy the windows of `rows`, oldest norm first, and how many norms each ever recorded."""
         index = list(rows)
         return [self._ring.read(row) for row in index], self._ring.recorded[index]
 
