@@ -26,6 +26,8 @@ from engine_training import (
 )
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 STEPS = 6
 ZERO = [pytest.param(f"ZeRO {stage}", marks=NEEDS_DEEPSPEED) for stage in range(4)]
@@ -247,7 +249,12 @@ def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **setti
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers.logger import DummyLogger
-    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ParallelStrategy
+    from lightning.pytorch.strategies import (
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        ParallelStrategy,
+    )
 
     from autoclip.torch.lightning import AutoClipCallback
 
@@ -255,6 +262,10 @@ def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **setti
         def __init__(self) -> None:
             super().__init__()
             self.net = make_model()
+
+        def configure_model(self) -> None:
+            if engine == "FSDP2":
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
         def training_step(self, batch: dict[str, Tensor]) -> Tensor:
             return (self.net(batch["x"]) - batch["labels"]).square().mean()
@@ -281,11 +292,15 @@ def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **setti
         def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
             log.append(dict(metrics))
 
-    strategy = (
-        OnCpuFSDP(process_group_backend="gloo", state_dict_type="sharded")
-        if engine == "FSDP1"
-        else OnCpuDeepSpeed(config=config(int(engine[-1])), process_group_backend="gloo")
-    )
+    strategy: Any
+    if engine == "FSDP1":
+        strategy = OnCpuFSDP(process_group_backend="gloo", state_dict_type="sharded")
+    elif engine == "FSDP2":
+        strategy = ModelParallelStrategy(
+            dist.get_world_size(), tensor_parallel_size=1, process_group_backend="gloo"
+        )
+    else:
+        strategy = OnCpuDeepSpeed(config=config(int(engine[-1])), process_group_backend="gloo")
     trainer = Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
@@ -306,7 +321,7 @@ def make_lightning(engine: str, folder: Path, log: list[dict[str, Any]], **setti
 
 
 @pytest.mark.processes(2)
-@pytest.mark.parametrize("engine", [*ZERO, "FSDP1"])
+@pytest.mark.parametrize("engine", [*ZERO, "FSDP1", "FSDP2"])
 def test_lightning_resumes_as_never_stopping(engine, tmp_path):
     log: list[dict[str, Any]] = []
     trainer, module, loader = make_lightning(engine, Path(tmp_path), log)
@@ -323,6 +338,9 @@ def test_lightning_resumes_as_never_stopping(engine, tmp_path):
     trainer.fit(module, loader, ckpt_path=str(Path(tmp_path) / "step=3.ckpt"))
     (restored,) = trainer.callbacks[0]._clippers
     assert restored.state_dict() == saved
+    if engine == "FSDP2":  # which clips each parameter, too
+        assert all(isinstance(p, DTensor) for p in module.parameters())
+        return
 
     trainer, module, loader = make_lightning(engine, Path(tmp_path), log, quantile=0.5)
     with pytest.raises(ValueError, match="global_clipping=True"):

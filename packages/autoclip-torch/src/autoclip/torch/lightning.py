@@ -79,10 +79,14 @@ class AutoClipCallback(Callback):
         self._maker = ClipperMaker(clipper_class, rule, settings)
         self._clippers = Clippers()
         self._restored: list[dict[str, Any]] = []
+        # The strategy of FSDP2 saves optimizers through torch.distributed.checkpoint.
+        self._drops_entries = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the optimizers exist, and their states are restored only after this."""
         model = trainer.strategy.model
+        strategies = [each.__name__ for each in type(trainer.strategy).__mro__]
+        self._drops_entries = "ModelParallelStrategy" in strategies
         self._clippers = Clippers(self._maker.attach(trainer.optimizers, model, pl_module))
         self._restore()
         if trainer.gradient_clip_val:
@@ -98,7 +102,8 @@ class AutoClipCallback(Callback):
             "clippers": [
                 clipper.state_dict()
                 for clipper in self._clippers
-                if isinstance(clipper, EngineClipper) and clipper.is_saved_alone
+                if self._drops_entries
+                or (isinstance(clipper, EngineClipper) and clipper.is_saved_alone)
             ]
         }
 
