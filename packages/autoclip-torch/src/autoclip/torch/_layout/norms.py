@@ -28,7 +28,7 @@ from autoclip.torch._private import flattened, foreach_norm, unnegated
 # are float32 sums over at most 512 of such rows, to 6e-7.
 _ROW = 512
 # Up to this size gathering a gradient with others costs less than a call of its own.
-_SMALL = 2**12
+_SMALL = 2**11
 # From this size on torch's threads are worth waking; below, one BLAS call in NumPy is quicker.
 _LARGE = 2**18
 # torch.cat takes vectors as they are, in a fifth of the time, but is one more call.
