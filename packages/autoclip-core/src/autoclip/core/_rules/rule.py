@@ -52,7 +52,7 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         """Check the settings."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,7 +48,7 @@ class Standard(Rule):
     log: bool = setting(False)
     name: ClassVar[str] = "standard"
     # The deviation of a handful of norms says little; that of a single one is 0.
-    defaults: ClassVar[Mapping[str, Any]] = {"include_current": False, "warmup_steps": 25}
+    defaults: ClassVar[dict[str, Any]] = {"include_current": False, "warmup_steps": 25}
 
     def __post_init__(self) -> None:
         """Check the settings."""
