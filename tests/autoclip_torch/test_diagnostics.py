@@ -95,6 +95,22 @@ def test_values_by_group_and_of_all(mode: str) -> None:
     assert [row.name for row in summarize(clipper, model=model).rows] == list(clipper.last.names)
 
 
+@pytest.mark.parametrize("on_spike", ["clip", "zero", "skip"])
+def test_the_mean_coefficient_is_that_of_the_steps(on_spike: Any) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = QuantileClip.as_optimizer(optimizer, quantile=0.6, on_spike=on_spike).clipper
+    coefficients = []
+    generator = torch.Generator().manual_seed(0)
+    for i in range(12):
+        optimizer.zero_grad()
+        (model(torch.randn(5, 4, generator=generator)) * (1 + i % 3)).square().mean().backward()
+        optimizer.step()
+        coefficients.append(clipper.last.coefficients)
+    found = torch.tensor([row.coefficient for row in summarize(clipper).rows])
+    torch.testing.assert_close(found, torch.stack(coefficients).mean(0))
+
+
 def test_a_summary_of_the_history_and_the_last_step() -> None:
     model = make_model()
     clipper = QuantileClip(model.parameters(), quantile=0.5)

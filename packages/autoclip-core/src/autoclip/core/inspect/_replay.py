@@ -34,12 +34,14 @@ class Replay:
         counts: bool[rows, steps], which steps count in shares: those whose threshold is exact, or,
             of a window that has lost norms, the newer half.
         final: float64[rows], the thresholds after the last step; infinite for an empty window.
+        drops: bool[rows, 1], which rows zero or skip a gradient above its threshold.
     """
 
     norms: npt.NDArray[np.float64]
     thresholds: npt.NDArray[np.float64]
     counts: npt.NDArray[np.bool_]
     final: npt.NDArray[np.float64]
+    drops: npt.NDArray[np.bool_]
 
     @property
     def clipped(self) -> npt.NDArray[np.bool_]:
@@ -53,9 +55,13 @@ class Replay:
 
     @cached_property
     def coefficients(self) -> npt.NDArray[np.float64]:
-        """float64[rows]: the mean of `min(1, threshold / norm)` over the steps that count."""
+        """float64[rows]: the mean of `min(1, threshold / norm)` over the steps that count.
+
+        0 for a gradient that is dropped. A rule's own `clip_to` is not computed again.
+        """
         with np.errstate(invalid="ignore"):
             each = np.minimum(1.0, self.thresholds / self.norms)
+        each[self.drops & self.clipped] = 0.0
         return _ratio(np.where(self.counts, each, 0.0).sum(1), self.counts.sum(1))
 
 
@@ -87,7 +93,8 @@ def replay(
     # Where norms have left the window, the older half stands for them.
     unknown = np.where(recorded > lengths, lengths // 2, 0)
     counts = np.arange(steps) >= (steps - lengths + unknown)[:, None]
-    return Replay(norms.astype(np.float64), thresholds[:, :-1], counts, thresholds[:, -1])
+    drops = np.array([[each.on_spike != "clip"] for each in settings], bool).reshape(-1, 1)
+    return Replay(norms.astype(np.float64), thresholds[:, :-1], counts, thresholds[:, -1], drops)
 
 
 def _rule_thresholds(
