@@ -66,6 +66,9 @@ def test_a_pattern_that_only_the_models_names_would_match_warns_once() -> None:
         log_values(clipper, r"weight$")
         log_values(clipper, r"weight$", model=model)
         log_values(clipper, r"parameter 3")
+        groups = QuantileClip(model.parameters(), quantile=0.5, group_clipping=True)
+        train(model, groups)
+        log_values(groups, r"weight$", model=model)  # these have no other names
 
 
 @pytest.mark.parametrize("part", ["whole", "layer", "checkpoint"])

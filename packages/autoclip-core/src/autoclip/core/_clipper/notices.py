@@ -109,7 +109,7 @@ def log_and_watch(
     values = log_values(report, parameters)
     watch = _WATCHES.setdefault(clipper, _Watch())
     watch.look(clipper, report, values["autoclip/total_norm"])
-    if isinstance(parameters, str) and report.names[0].startswith("group "):
+    if isinstance(parameters, str) and report.names[0] == "group 0 parameter 0":
         watch.look_at_names(parameters, report.names)
     return values
 
