@@ -599,6 +599,20 @@ class TestFrozenLayers:
         assert clipper_of(other).export_state().groups[0].recorded.tolist() == [16, 16]
 
     @pytest.mark.filterwarnings("ignore:Skipping variable loading")
+    @pytest.mark.parametrize("group_clipping", [False, True])
+    def test_a_whole_group_frozen_before_saving(self, group_clipping, tmp_path):
+        groups = [{"match": "hidden", "quantile": 0.3}, {"match": "kernel", "quantile": 0.7}]
+        model = make_model(adam(group_settings=groups, group_clipping=group_clipping))
+        *_, kept, last = fit(model).optimizer.clipper.export_state().groups
+        model.get_layer("hidden").trainable = False
+        model.save(tmp_path / "model.keras")
+        with pytest.warns(UserWarning, match="not used: "):
+            other = keras.saving.load_model(tmp_path / "model.keras")
+        found = clipper_of(other).export_state().groups
+        np.testing.assert_equal([g.windows() for g in found], [g.windows() for g in (kept, last)])
+        assert [group["quantile"] for group in fit(other).optimizer.clipper.param_groups] == [0.7, 0.5]
+
+    @pytest.mark.filterwarnings("ignore:Skipping variable loading")
     def test_frozen_before_saving_in_global_mode(self, tmp_path):
         model = fit(make_model(QuantileClip.as_optimizer(keras.optimizers.Adam(), 0.5, 10, True)))
         model.get_layer("hidden").trainable = False
@@ -759,6 +773,17 @@ class TestNames:
         assert self.windows(other) == self.windows(model) and not said
         assert all(self.windows(other).values())
 
+    def by_group(self, model):
+        """The positions of each group's variables in the model, and the group's settings."""
+        order = [id(variable) for variable in model.trainable_variables]
+        return [
+            (
+                [order.index(id(variable)) for variable in group["params"]],
+                [group["match"], group["quantile"], group["max_norm"]],
+            )
+            for group in clipper_of(model).param_groups
+        ]
+
     @pytest.mark.parametrize(
         ("kind", "names"),
         [
@@ -794,6 +819,26 @@ class TestNames:
             warnings.simplefilter("error", UserWarning)
             model.load_weights(tmp_path / "m.weights.h5")
         assert self.windows(model) == theirs
+
+    def test_a_pattern_of_such_a_path_selects_the_same_variables(self, tmp_path):
+        """Though two layers then have one path, and each time that the model is saved and loaded."""
+        inputs = outputs = keras.Input((4,))
+        for name in ("encoder", "decoder"):
+            parts = [keras.layers.Dense(4, name="dense"), keras.layers.Dense(4, name=name[0])]
+            outputs = keras.Sequential(parts, name=name)(outputs)
+        model = keras.Model(inputs, keras.layers.Dense(4, name="out")(outputs))
+        groups = [
+            {"match": "^decoder/dense", "quantile": 0.3},
+            {"match": "^encoder/.*kernel|^out", "max_norm": 0.5},
+        ]
+        model.compile(adam(group_settings=groups), loss="mse", jit_compile=False)
+        expected, theirs = self.by_group(self.fit(model)), self.windows(model)
+        for _ in range(2):
+            model.save(tmp_path / "m.keras")
+            model = keras.saving.load_model(tmp_path / "m.keras")
+            assert self.by_group(model) == expected
+            assert list(self.windows(model).values()) == list(theirs.values())
+        assert [variables for variables, _ in expected] == [[4, 5], [0, 2, 8, 9], [1, 3, 6, 7]]
 
     @pytest.mark.filterwarnings("ignore:A total of", "ignore:Skipping variable loading")
     @carried(by_file)

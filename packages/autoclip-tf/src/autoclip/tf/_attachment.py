@@ -218,6 +218,7 @@ class _Attached(_Optimizer):
             'optimizer without a clipper, delete config["autoclip"] first.',
             "optimizer": _reference(self._plain_class),
             "clipper": keras.saving.serialize_keras_object(self.clipper),
+            "paths": self.clipper._groups.paths if self.clipper._groups.patterns else [],
         }
         return config
 
@@ -229,6 +230,7 @@ class _Attached(_Optimizer):
             keras.saving.deserialize_keras_object(each, custom_objects)
             for each in ({**saved["optimizer"], "config": config}, saved["clipper"])
         )
+        clipper._groups.paths = saved["paths"]
         clipper.attach(optimizer)
         return optimizer
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from autoclip.core import adapter as core
 from autoclip.core.adapter import ClipperSettings, Group, GroupSettings
+from autoclip.tf._files.paths import pairs_of_paths
 from autoclip.tf._private import (
     check_backend,
     name_of,
@@ -32,6 +33,9 @@ class Groups(core.Groups[Variable]):
     Attributes:
         index: the position of each variable among all variables, by its `variable_key`; empty
             before `build`.
+        paths: the variables' paths in the order of `build`, in which patterns are searched. In a
+            model that Keras loads, variables of nested models have shorter paths than those in the
+            optimizer's configuration, which count.
 
     Raises:
         TypeError: `group_settings` is not a list of dicts, or a value has the wrong type.
@@ -47,6 +51,7 @@ class Groups(core.Groups[Variable]):
         ]
         self._groups = [*patterns, rest]
         self.index: dict[str, int] = {}
+        self.paths: list[str] = []
 
     @property
     def patterns(self) -> list[Group[Variable]]:
@@ -58,6 +63,7 @@ class Groups(core.Groups[Variable]):
         groups = Groups(self.settings)
         patterns = [Group[Variable](each.settings, match=each.match) for each in self.patterns]
         groups._groups = [*patterns, *groups._groups]
+        groups.paths = self.paths
         return groups
 
     def build(self, variables: Iterable[Variable]) -> None:
@@ -78,20 +84,24 @@ class Groups(core.Groups[Variable]):
                 )
             return
         groups = self.unbuilt()._groups
-        for variable in variables:
-            name = name_of(variable)
-            group = next(g for g in groups if g.match is None or re.search(g.match, name))
+        names = [name_of(variable) for variable in variables]
+        paths = list(names)
+        for i, j in pairs_of_paths(self.paths, names):
+            paths[j] = self.paths[i]
+        for variable, name, path in zip(variables, names, paths):
+            group = next(g for g in groups if g.match is None or re.search(g.match, path))
             group.parameters.append(variable)
             group.names.append(name)
         for group in groups:
-            if not group.parameters and group.match is not None:
-                names = ", ".join(repr(name_of(variable)) for variable in variables)
+            # With a configuration, the variables that matched may be frozen since.
+            if not group.parameters and group.match is not None and not self.paths:
                 raise ValueError(
                     f"The parameter group with match={group.match!r:.200} has no variable: the "
                     "pattern matches no name, or earlier groups have them all. The names are "
-                    f"{names:.1000}."
+                    f"{', '.join(map(repr, paths)):.1000}."
                 )
         self._groups = [group for group in groups if group.parameters]
+        self.paths = paths
         self.index = {variable_key(each): i for i, each in enumerate(self.parameters())}
         self.version += 1
 

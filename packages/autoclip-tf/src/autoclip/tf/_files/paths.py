@@ -24,13 +24,21 @@ def with_paths_of(saved: State, current: State) -> State:
         current: the state of the clipper that loads it.
     """
     theirs, mine = _names(saved), _names(current)
+    paths = {i: mine[j] for i, j in pairs_of_paths(theirs, mine)}
+    return _renamed(saved, paths) if paths else saved
+
+
+def pairs_of_paths(theirs: Sequence[str], mine: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The index of each path in `theirs` that only begins otherwise in `mine`, and its index there.
+
+    Paths in both have no pair.
+    """
     both = {*theirs} & {*mine}
     old = [i for i, name in enumerate(theirs) if name and name not in both]
     new = [i for i, name in enumerate(mine) if name and name not in both]
     old_names, new_names = [theirs[i] for i in old], [mine[i] for i in new]
-    paths = {old[i]: new_names[j] for i, j in _ends(old_names, new_names)}
-    paths |= {old[i]: new_names[j] for j, i in _ends(new_names, old_names)}
-    return _renamed(saved, paths) if paths else saved
+    yield from ((old[i], new[j]) for i, j in _ends(old_names, new_names))
+    yield from ((old[i], new[j]) for j, i in _ends(new_names, old_names))
 
 
 def with_model_of(saved: State, current: State, others: Collection[str]) -> State:
