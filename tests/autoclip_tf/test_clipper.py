@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoclip.tf import QuantileClip, StandardClip
+from autoclip.tf.logging import log_values, summarize
 
 SHAPES = [(3,), (2, 2), ()]
 
@@ -313,6 +314,28 @@ def test_repr():
     assert repr(clipper) == "QuantileClip(\n    quantile=0.5, factor=1.0, history_length=10\n)"
     clipper.build([tf.Variable([0.0])])
     assert repr(clipper).endswith("history_length=10\n    group 0: 1 parameter\n)")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [log_values, summarize, QuantileClip.state_dict, QuantileClip.check, pickle.dumps],
+    ids=["log_values", "summarize", "state_dict", "check", "pickle"],
+)
+def test_numbers_are_not_read_while_a_function_is_traced(read):
+    variable = tf.Variable([0.0])
+    clipper = QuantileClip(0.5, on_nonfinite="raise")
+
+    @tf.function
+    def step(clips):
+        if clips:
+            clipper([(tf.constant([1.0]), variable)])
+        return read(clipper) if clips else clipper.total_norm
+
+    with pytest.raises(RuntimeError, match=r"such as Keras's train_step.*clipper\.total_norm"):
+        step(True)
+    clipper([(tf.constant([1.0]), variable)])
+    read(clipper)
+    assert float(step(False)) == 1.0
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])

@@ -343,6 +343,10 @@ def test_parameter_servers_are_refused():
         clipper = QuantileClip()
         with pytest.raises(RuntimeError, match="its workers update the variables one by one"):
             clipper.build([tf.Variable([0.0])])
+        variable = tf.Variable([0.0])
+    for build in (clipper.build, QuantileClip.as_optimizer(keras.optimizers.SGD()).build):
+        with pytest.raises(RuntimeError, match="its workers update the variables one by one"):
+            build([variable])  # outside of the scope, too
     assert not clipper.built
 
 

@@ -610,7 +610,10 @@ class TestFrozenLayers:
             other = keras.saving.load_model(tmp_path / "model.keras")
         found = clipper_of(other).export_state().groups
         np.testing.assert_equal([g.windows() for g in found], [g.windows() for g in (kept, last)])
-        assert [group["quantile"] for group in fit(other).optimizer.clipper.param_groups] == [0.7, 0.5]
+        assert [group["quantile"] for group in fit(other).optimizer.clipper.param_groups] == [
+            0.7,
+            0.5,
+        ]
 
     @pytest.mark.filterwarnings("ignore:Skipping variable loading")
     def test_frozen_before_saving_in_global_mode(self, tmp_path):
@@ -821,7 +824,7 @@ class TestNames:
         assert self.windows(model) == theirs
 
     def test_a_pattern_of_such_a_path_selects_the_same_variables(self, tmp_path):
-        """Though two layers then have one path, and each time that the model is saved and loaded."""
+        """Though two layers then have one path, and each time that a model is saved and loaded."""
         inputs = outputs = keras.Input((4,))
         for name in ("encoder", "decoder"):
             parts = [keras.layers.Dense(4, name="dense"), keras.layers.Dense(4, name=name[0])]

@@ -348,3 +348,16 @@ def test_variables_of_any_dtype_and_order_keep_their_rows():
     state = State.from_bytes(data_of(clipper))
     assert [p.name for p in state.groups[0].parameters] == ["a", "b"]
     np.testing.assert_allclose(state.groups[0].values, [np.sqrt(3), 5.0], rtol=1e-6)
+
+
+def test_variables_of_unknown_shape():
+    variables = [
+        tf.Variable([0.0, 0.0], name="v", shape=tf.TensorShape(shape)) for shape in (None, [None])
+    ]
+    clipper, other = QuantileClip(0.5), QuantileClip(0.5)
+    for size in (1.0, 3.0):
+        clipped = clipper([(tf.constant([size, 0.0]), variable) for variable in variables])
+    np.testing.assert_allclose([gradient for gradient, _ in clipped], [[2.0, 0.0]] * 2)
+    other.build(variables)
+    other.load_state_dict(clipper.state_dict())
+    assert data_of(other) == data_of(clipper)

@@ -105,9 +105,10 @@ class Groups(core.Groups[Variable]):
         self.index = {variable_key(each): i for i, each in enumerate(self.parameters())}
         self.version += 1
 
-    def shape_of(self, parameter: Variable) -> tuple[int, ...]:
+    def shape_of(self, parameter: Variable) -> tuple[int, ...] | None:
         """See `autoclip.core.adapter.Groups`, as for what follows."""
-        return tuple(tf_variable(parameter).shape.as_list())
+        shape = tf_variable(parameter).shape
+        return tuple(shape) if shape.is_fully_defined() else None
 
     def checked(self, settings: GroupSettings) -> GroupSettings:
         """Return settings that TensorFlow can follow.

@@ -25,6 +25,7 @@ from autoclip.core.adapter import (
     thresholds_of,
 )
 from autoclip.tf._ops import OPS
+from autoclip.tf._private import to_host
 
 _MOST_BYTES = 2**36
 
@@ -163,8 +164,7 @@ class TensorHistory(BaseTensorHistory):
 
     @staticmethod
     def _to_host(tensor: Any) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = tensor.numpy()
-        return array
+        return to_host(tensor)
 
     def _mark(self) -> tf.Tensor:
         return self._read_windows().counts

@@ -9,6 +9,7 @@ import tensorflow as tf
 from autoclip.core import Report
 from autoclip.tf._histories import make_variable
 from autoclip.tf._layout import Layout
+from autoclip.tf._private import to_host
 
 
 class LastStep:
@@ -52,7 +53,7 @@ class LastStep:
         optimizer's iterations grow and this does not, updates pass by the clipper: their graph was
         traced before it was attached.
         """
-        return int(self._steps.numpy())
+        return int(to_host(self._steps))
 
     @property
     def numbers(self) -> tf.Tensor:
@@ -79,7 +80,7 @@ class LastStep:
 
     def read(self) -> Report[npt.NDArray[np.float32]] | None:
         """The same in NumPy's arrays, with one read from the device; outside of any graph."""
-        values = self.numbers.numpy()
+        values = to_host(self.numbers)
         if not values.any():
             return None
         with np.errstate(over="ignore"):  # the threshold of a row that clips nothing

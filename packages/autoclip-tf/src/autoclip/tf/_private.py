@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
+import numpy.typing as npt
 import tensorflow as tf
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
@@ -213,6 +214,22 @@ def numerics_are_checked() -> bool:
     return bool(should_invoke_op_callbacks())
 
 
+def to_host(values: Any) -> npt.NDArray[Any]:
+    """The numbers of a tensor or a variable; waits for the device.
+
+    Raises:
+        RuntimeError: a graph is under construction, which has no numbers yet.
+    """
+    if not tf.executing_eagerly():
+        raise RuntimeError(
+            "AutoClip cannot read numbers while a tf.function is traced, such as Keras's "
+            "train_step. Return tensors from it, such as clipper.total_norm, or read after it. In "
+            "fit, AutoClipCallback logs the values."
+        )
+    array: npt.NDArray[Any] = values.numpy()
+    return array
+
+
 def build_scope(variables: Sequence[Any]) -> AbstractContextManager[Any]:
     """The scope of the strategy that the variables were made under, unless one is entered.
 
@@ -223,7 +240,7 @@ def build_scope(variables: Sequence[Any]) -> AbstractContextManager[Any]:
         RuntimeError: the clipper cannot work under this strategy.
     """
     strategy = (
-        getattr(tf_variable(variables[0]), "distribute_strategy", None) if variables else None
+        getattr(tf_variable(variables[0]), "_distribute_strategy", None) if variables else None
     )
     if strategy is None or tf.distribute.has_strategy():
         check_strategy(tf.distribute.get_strategy())

@@ -10,7 +10,7 @@ import tensorflow as tf
 from autoclip.core.adapter import nonfinite_message
 from autoclip.tf._groups import Groups
 from autoclip.tf._histories import make_variable
-from autoclip.tf._private import compiled_by_xla
+from autoclip.tf._private import compiled_by_xla, to_host
 
 
 class NonfiniteGradients:
@@ -77,7 +77,7 @@ class NonfiniteGradients:
         """Raise for a gradient that XLA could not refuse; see `Clipper.check`."""
         if self._faults is None:
             return
-        faults = self._faults.numpy()
+        faults = to_host(self._faults)
         if faults.any():
             self._faults.assign(np.zeros_like(faults))
             raise FloatingPointError(
