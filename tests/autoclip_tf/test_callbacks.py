@@ -291,6 +291,21 @@ class TestCallback:
             fit(trained, callbacks=[AutoClipCallback()])
         assert int(trained.optimizer.iterations) == 0
 
+    @pytest.mark.filterwarnings("error::UserWarning")
+    def test_a_clipper_that_is_detached_during_the_training(self, model, fit):
+        """Its epochs have no values, and another training has its own clipper."""
+        trained, callback = compiled(model), AutoClipCallback()
+        clipper = trained.optimizer.clipper
+        toggle = {1: clipper.detach, 2: lambda: clipper.attach(trained.optimizer)}
+        at = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, _: toggle.get(epoch, int)()
+        )
+        found = fit(trained, epochs=3, callbacks=[callback, at])["autoclip/total_norm"]
+        assert np.isfinite(found).tolist() == [True, False, True]
+        trained.compile(QuantileClip.as_optimizer(keras.optimizers.SGD()), loss="mse")
+        assert np.isfinite(fit(trained, callbacks=[callback])["autoclip/total_norm"]).all()
+        assert callback.clipper is trained.optimizer.clipper is not clipper
+
     def test_it_evaluates_and_predicts(self, model, growing):
         trained = compiled(model)
         loss = trained.evaluate(*growing, verbose=0, callbacks=[AutoClipCallback()])

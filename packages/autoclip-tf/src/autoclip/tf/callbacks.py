@@ -84,6 +84,7 @@ class AutoClipCallback(keras.callbacks.Callback):
             )
         check_parameters(log_parameters)
         self._given = clipper
+        self._logged: Clipper | None = None
         self._prefix = prefix
         self._every = _batches_between(update_freq)
         self._parameters = log_parameters
@@ -95,9 +96,10 @@ class AutoClipCallback(keras.callbacks.Callback):
 
     @property
     def clipper(self) -> Clipper:
-        """The clipper that was given, or that of the model's optimizer."""
-        if self._given is not None:
-            return self._given
+        """The clipper that was given, or that of the model's optimizer as training began."""
+        for known in (self._given, self._logged):
+            if known is not None:
+                return known
         found = [
             optimizer.clipper
             for optimizer in optimizers_in(self.model.optimizer)
@@ -119,6 +121,8 @@ class AutoClipCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find the clipper and add up its steps from now on; Keras calls this."""
+        self._logged = None  # that of a training before, of which the model may be another
+        self._logged = self.clipper
         sums = self.clipper._sums
         sums.enabled = True
         self._epoch, self._batch = sums.open(), sums.open()
@@ -178,7 +182,7 @@ class AutoClipCallback(keras.callbacks.Callback):
 
     def _look(self, sums: Sums) -> None:
         updates, seen = (now - before for now, before in zip(self._counts(), self._before))
-        if updates and not seen:
+        if updates > 0 and not seen:
             self._say(
                 "unseen",
                 f"{updates} updates passed by the clipper in this epoch, unclipped: the training "
