@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import keras
@@ -247,6 +248,31 @@ class TestAlone:
         ):
             tf.train.Checkpoint(clipper=standard).restore(path)
         np.testing.assert_array_equal(standard.export_state().groups[0].values, BEFORE[-4:])
+
+    def test_an_asynchronous_one_holds_the_history_of_its_moment(self, tmp_path):
+        """Its thread writes while the training goes on; here it waits until that has ended."""
+        has_trained = threading.Event()
+
+        class Gate(tf.Module):
+            def _serialize_to_tensors(self):
+                assert has_trained.wait(timeout=60)
+                return {"gate": tf.constant(0)}
+
+        variable, clipper = tf.Variable([0.0]), self.clipper()
+        checkpoint = tf.train.Checkpoint(a_gate=Gate(), clipper=clipper)
+        options = tf.train.CheckpointOptions(experimental_enable_async_checkpoint=True)
+        for i in range(2):  # TensorFlow copies eagerly first, and in a graph then
+            self.steps(clipper, variable, BEFORE)
+            has_trained.clear()
+            path = checkpoint.save(f"{tmp_path}/{i}/checkpoint", options=options)
+            state = clipper.state_dict()
+            self.steps(clipper, variable, AFTER)
+            has_trained.set()
+            checkpoint.sync()
+            other = self.clipper()
+            other.build([variable])
+            tf.train.Checkpoint(clipper=other).restore(path).expect_partial()
+            assert other.state_dict() == state
 
     def test_not_inside_a_function(self, tmp_path):
         clipper = self.clipper()

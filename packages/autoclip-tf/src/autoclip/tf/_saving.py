@@ -15,6 +15,7 @@ from autoclip.tf._files.paths import paths_in, with_model_of, with_paths_of
 from autoclip.tf._groups import Groups
 from autoclip.tf._private import (
     Saved,
+    Trackable,
     name_of,
     other_weights,
     saving_for_inference,
@@ -170,7 +171,22 @@ class SavedState(Saved):
             )
         return {STATE: tf.constant(self.to_bytes())}
 
+    def _copy_trackable_to_cpu(self, object_map: Any) -> None:
+        # An asynchronous checkpoint, whose thread writes the copy while the training goes on.
+        # TensorFlow calls this once eagerly and once in a function, which it runs at each save.
+        copied = object_map.setdefault(self, _CopiedState())
+        tf.py_function(lambda: copied.__dict__.update(data=self.to_bytes()), [], [])
+
     def _restore_from_tensors(self, restored_tensors: Mapping[str, tf.Tensor]) -> None:
         if not saving_for_inference():
             data = restored_tensors[STATE].numpy()
             self.load_bytes(data, "the tf.train.Checkpoint", is_partial=False)
+
+
+class _CopiedState(Trackable):
+    """A clipper's state as it was when an asynchronous checkpoint began."""
+
+    data = b""
+
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
+        return {STATE: tf.constant(self.data)}
