@@ -194,3 +194,4 @@ def test_a_clipper_that_waits_for_its_first_step_is_not_warned_about() -> None:
             log_values(optimizer.clipper)
         optimizer.step()
         assert log_values(optimizer.clipper)
+        assert log_values(QuantileClip(nn.LazyLinear(1).parameters())) == {}
