@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import pickle
+import pkgutil
 from types import ModuleType
 from typing import Any
 
@@ -33,8 +34,12 @@ def factory_of(framework: ModuleType, name: str) -> Any:
 def test_it_passes_for_the_optimizers_class(framework: ModuleType, kind: Any) -> None:
     factory = framework.package.QuantileClip.optimizer_factory(kind)
     assert inspect.isclass(factory) and issubclass(factory, kind)
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+    for name in ("__name__", "__module__", "__doc__"):
         assert getattr(factory, name) == getattr(kind, name)
+    # A configuration that names classes by their paths must not find the optimizer's own class.
+    assert pkgutil.resolve_name(f"{kind.__module__}:{kind.__qualname__}") is kind
+    with pytest.raises(ValueError, match=r"invalid format: .*optimizer_factory"):
+        pkgutil.resolve_name(f"{factory.__module__}:{factory.__qualname__}")
     assert inspect.signature(factory) == inspect.signature(kind)
     assert inspect.signature(factory.__init__) == inspect.signature(kind.__init__)
     assert isinstance(framework.optimizer(factory), factory)

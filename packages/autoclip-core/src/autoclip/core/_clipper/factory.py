@@ -110,10 +110,14 @@ def make_factory(
         )
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, optimizer_base)):
         raise TypeError(_not_a_class(call, optimizer_class, optimizer_base))
-    names = ("__module__", "__qualname__", "__doc__")
-    copied = {name: getattr(optimizer_class, name) for name in names}
-    clipping = _Clipping(clipper_class, tuple(args), dict(settings))
-    contents = {**copied, _CLIPPING: clipping}
+    contents = {
+        "__module__": optimizer_class.__module__,
+        # No path that can be imported: where a configuration names classes by their paths, the
+        # optimizer's own class would be found.
+        "__qualname__": f"{call}({optimizer_class.__qualname__})",
+        "__doc__": optimizer_class.__doc__,
+        _CLIPPING: _Clipping(clipper_class, tuple(args), dict(settings)),
+    }
     return cast(
         "type[OptimizerT]", OptimizerFactory(optimizer_class.__name__, (optimizer_class,), contents)
     )
