@@ -51,7 +51,7 @@ class _FewBands(FewRows):
         rows = len(self._rules)
         self._thresholds = [math.inf] * rows
         self._bands = [array("f") for _ in range(rows)]
-        self._below = [0] * rows
+        self._below, self._lengths = [0] * rows, [0] * rows
         self._low, self._high = array("f", [-math.inf]) * rows, array("f", [math.inf]) * rows
 
     def thresholds(self, ring: RingBuffer) -> list[float]:
@@ -68,6 +68,8 @@ class _FewBands(FewRows):
                 below -= 1
             elif old <= high:
                 del band[bisect_left(band, old)]
+            elif old != old:  # NaN: no norm fell out
+                self._lengths[row] += 1
             if norm < low:
                 below += 1
             elif norm <= high:
@@ -84,7 +86,7 @@ class _FewBands(FewRows):
             below: the number of norms below them.
         """
         quantile, factor = self._rules[row]
-        length, margin = ring.length(row), self._margin
+        length, margin = self._lengths[row], self._margin
         position = quantile * (length - 1)
         lower = int(position)
         if len(band) > self._width:
@@ -117,8 +119,10 @@ class _FewBands(FewRows):
 
     def rebuild(self, ring: RingBuffer) -> None:
         self._clear()
-        for row in np.flatnonzero(ring.counts).tolist():
-            self._judge(ring, row, self._bands[row], 0)
+        self._lengths = ring.lengths.tolist()
+        for row, length in enumerate(self._lengths):
+            if length:
+                self._judge(ring, row, self._bands[row], 0)
 
 
 class _Bands(Tracker):

@@ -84,13 +84,6 @@ class RingBuffer:
         """int64[rows]: how many norms the window of each row holds."""
         return np.minimum(self.counts, self.history_length)
 
-    def length(self, row: int) -> int:
-        """The number of norms that the window of a row holds."""
-        if self.is_full:
-            return self.history_length
-        count: int = self._counts_view[row]
-        return min(count, self.history_length)
-
     @property
     def recorded(self) -> npt.NDArray[np.int64]:
         """int64[rows]: how many norms each row has ever recorded."""
