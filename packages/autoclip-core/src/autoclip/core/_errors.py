@@ -18,7 +18,7 @@ class NoHistoryError(StateError):
 
 
 def not_a_clipper_message(given: object) -> str:
-    """The error for an argument that is no clipper; often it is the optimizer."""
+    """The error for an argument that must be a clipper; users often pass the optimizer."""
     return f"clipper must be a clipper, such as optimizer.clipper, got {type(given).__name__}."
 
 

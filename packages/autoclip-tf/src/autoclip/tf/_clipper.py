@@ -576,8 +576,9 @@ class QuantileClip(Clipper):
         include_current: True if a norm is part of the window that it is compared with; None for
             True.
         record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
-        on_spike: `"clip"` or `"zero"` a gradient above its threshold.
-        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
+        on_spike: `"clip"` scales a gradient above its threshold down to it, `"zero"` zeroes it.
+        on_nonfinite: `"keep"` leaves a gradient with NaN or infinity as it is, `"zero"` zeroes it,
+            `"raise"` raises an error.
         factor: multiplies the quantile; a finite real number > 0.
 
     Raises:
@@ -634,8 +635,9 @@ class StandardClip(Clipper):
         include_current: True if a norm is part of the window that it is compared with; None for
             False.
         record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
-        on_spike: `"clip"` or `"zero"` a gradient above its threshold.
-        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
+        on_spike: `"clip"` scales a gradient above its threshold down to it, `"zero"` zeroes it.
+        on_nonfinite: `"keep"` leaves a gradient with NaN or infinity as it is, `"zero"` zeroes it,
+            `"raise"` raises an error.
         decay: weights each norm by `decay ** age`; a real number in (0, 1), or None for equal
             weights.
         factor: multiplies the threshold; a finite real number > 0.

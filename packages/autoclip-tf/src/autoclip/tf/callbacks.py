@@ -97,9 +97,8 @@ class AutoClipCallback(keras.callbacks.Callback):
     @property
     def clipper(self) -> Clipper:
         """The clipper that was given, or that of the model's optimizer as training began."""
-        for known in (self._given, self._logged):
-            if known is not None:
-                return known
+        if known := self._given or self._logged:
+            return known
         found = [
             optimizer.clipper
             for optimizer in optimizers_in(self.model.optimizer)

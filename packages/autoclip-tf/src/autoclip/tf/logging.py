@@ -42,8 +42,8 @@ def log_values(clipper: Clipper, parameters: bool | str = False) -> dict[str, fl
             norm was recorded for many logged steps.
 
     Raises:
-        TypeError, ValueError: `clipper` is no clipper, or `parameters` is neither a bool nor a
-            regular expression.
+        TypeError: `clipper` is not a clipper, or `parameters` is neither a bool nor a string.
+        ValueError: `parameters` is not a regular expression.
 
     >>> import tensorflow as tf
     >>> from autoclip.tf import QuantileClip

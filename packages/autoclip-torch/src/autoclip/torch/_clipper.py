@@ -481,8 +481,10 @@ class QuantileClip(Clipper):
         include_current: True if a norm is part of the window that it is compared with; None for
             True. autoclip 0.2.1 compared it with the norms before it: False.
         record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
-        on_spike: `"clip"` or `"zero"` a gradient above its threshold, or `"skip"` its update.
-        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
+        on_spike: `"clip"` scales a gradient above its threshold down to it, `"zero"` zeroes it,
+            `"skip"` skips the parameter's update.
+        on_nonfinite: `"keep"` leaves a gradient with NaN or infinity as it is, `"zero"` zeroes it,
+            `"raise"` raises an error.
         factor: a finite real number > 0 that the quantile is multiplied by.
         global_threshold: the name of `global_clipping` in autoclip 0.2.1; deprecated.
 
@@ -539,8 +541,10 @@ class StandardClip(Clipper):
         include_current: True if a norm is part of the window that it is compared with; None for
             False: a spike among the norms that it is compared with hides itself.
         record: `"raw"` records norms as they were, `"clipped"` as they are after clipping.
-        on_spike: `"clip"` or `"zero"` a gradient above its threshold, or `"skip"` its update.
-        on_nonfinite: `"keep"` or `"zero"` a gradient with NaN or infinity, or `"raise"`.
+        on_spike: `"clip"` scales a gradient above its threshold down to it, `"zero"` zeroes it,
+            `"skip"` skips the parameter's update.
+        on_nonfinite: `"keep"` leaves a gradient with NaN or infinity as it is, `"zero"` zeroes it,
+            `"raise"` raises an error.
         decay: weights norms by `decay ** age`, as an exponential average does; None for equal
             weights. See `autoclip.core.Standard`, as for all that follow.
         factor: a finite real number > 0 that the threshold is multiplied by.

@@ -58,8 +58,8 @@ def log_values(
             clipper has made no step; once, if parameters have no names to match.
 
     Raises:
-        TypeError, ValueError: `clipper` is no clipper, or `parameters` is neither a bool nor a
-            regular expression.
+        TypeError: `clipper` is not a clipper, or `parameters` is neither a bool nor a string.
+        ValueError: `parameters` is not a regular expression.
 
     >>> import torch
     >>> from autoclip.torch import QuantileClip

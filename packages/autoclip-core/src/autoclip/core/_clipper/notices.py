@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from autoclip.core._clipper.logging import log_values, recorded_rows
 from autoclip.core._state.saving import Saveable
-from autoclip.core._state.state import State
+from autoclip.core._state.state import State, parameter_names
 from autoclip.core._step import Report
 from autoclip.core._warnings import warn_user
 
@@ -93,6 +93,10 @@ def _total_norms(state: State) -> npt.NDArray[np.float64]:
     return np.sqrt(squares)
 
 
+# The first parameter, if it has no name of its own.
+[_UNNAMED] = parameter_names([[None]])
+
+
 def log_and_watch(
     clipper: Saveable, report: Report[Any], parameters: bool | str = False
 ) -> dict[str, float]:
@@ -109,7 +113,7 @@ def log_and_watch(
     values = log_values(report, parameters)
     watch = _WATCHES.setdefault(clipper, _Watch())
     watch.look(clipper, report, values["autoclip/total_norm"])
-    if isinstance(parameters, str) and report.names[0] == "group 0 parameter 0":
+    if isinstance(parameters, str) and report.names[0] == _UNNAMED:
         watch.look_at_names(parameters, report.names)
     return values
 

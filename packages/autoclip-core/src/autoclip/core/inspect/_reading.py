@@ -34,7 +34,7 @@ _PACKAGES = {
     **dict.fromkeys(("pt", "pth", "tar", "ckpt", "bin"), "autoclip-torch"),
     **dict.fromkeys(("keras", "h5", "weights.json", "index"), "autoclip-tf"),
 }
-_TOLD_BY_CONTENTS = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".keras", ".h5")
+_TOLD_BY_CONTENTS = tuple(f".{suffix}" for suffix in _PACKAGES.keys() - {"weights.json", "index"})
 _MAX_FOLDERS = 5
 
 
