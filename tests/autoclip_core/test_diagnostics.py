@@ -231,6 +231,23 @@ def test_the_last_step_and_the_text() -> None:
     assert text.endswith("clipped hardest  a * 0.2")
 
 
+@given(st.lists(st.sampled_from(["w", "b", "w_2", "w_2_2", None]), min_size=1, max_size=8))
+def test_equal_names_are_numbered(given_names: list[str | None]) -> None:
+    parameters = [ParameterInfo(name, ()) for name in given_names]
+    windows = [[2.0, row + 3.0] for row in range(len(parameters))]
+    group = GroupState.from_windows({"quantile": 0.0}, parameters, windows, [2] * len(parameters))
+    state = State("quantile", "parameter", "tensorflow", (group,))
+    assert len(set(state.row_names)) == len(parameters)
+    for first, name in zip(given_names, state.row_names):
+        assert first is None or name == first or name.startswith(f"{first}_")
+    norms = np.array([window[-1] for window in windows])
+    report = Report(norms, np.full_like(norms, 2.0), 2.0 / norms, state.row_names)
+    summary = summarize(state, report)
+    assert summary.last_coefficients == dict(zip(state.row_names, 2.0 / norms))
+    values = log_values(report, True)
+    assert [values[f"autoclip/norm/{name}"] for name in state.row_names] == norms.tolist()
+
+
 def test_many_rows_make_a_short_text() -> None:
     stream = np.random.default_rng(0).lognormal(size=(20, 50))
     summary = summarize(recorded(stream, Quantile(0.5))[0])

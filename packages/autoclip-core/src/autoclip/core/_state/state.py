@@ -7,6 +7,7 @@ it. The documentation describes the format for implementers, under "The state fo
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,16 +57,28 @@ class ParameterInfo:
 
 
 def parameter_names(groups: Sequence[Sequence[str | None]]) -> list[str]:
-    """The name of each parameter, group by group; its group and number if it has none.
+    """A name for each parameter, group by group, each a different one.
 
     Args:
-        groups: the names of each group's parameters.
+        groups: the names of each group's parameters; one that has none is named after its group and
+            number. Names that occur again are numbered, `w`, `w_2`, `w_3`: layers of TensorFlow
+            outside of Keras often have variables of equal names.
     """
-    return [
+    named = [
         f"group {i} parameter {k}" if name is None else name
         for i, names in enumerate(groups)
         for k, name in enumerate(names)
     ]
+    if len(set(named)) == len(named):
+        return named
+    uses: Counter[str] = Counter()  # in the order of the parameters
+    for first in named:
+        name = first
+        while name in uses:
+            uses[first] += 1
+            name = f"{first}_{uses[first]}"
+        uses[name] = 1
+    return list(uses)
 
 
 @dataclass(frozen=True, eq=False)
