@@ -349,6 +349,26 @@ class TestWarnings:
             warnings.simplefilter("error")
             trained.fit(*growing, **options, callbacks=[callback])
 
+    @pytest.mark.parametrize("is_late", [False, True])
+    def test_in_a_custom_loop_the_callback_comes_before_the_trace(self, is_late):
+        weight = tf.Variable([1.0])
+        optimizer = QuantileClip.as_optimizer(keras.optimizers.SGD(0.0))
+        step = tf.function(lambda: optimizer.apply([2.0 * weight], [weight]))
+        callback = AutoClipCallback(clipper=optimizer.clipper)  # it needs no model
+        if is_late:
+            step()
+        callback.on_train_begin()
+        callback.on_epoch_begin(0)
+        step()
+        logs = {}
+        if is_late:
+            with pytest.warns(UserWarning, match="1 updates of this epoch are missing in the log"):
+                callback.on_epoch_end(0, logs)
+        else:
+            callback.on_epoch_end(0, logs)
+        expected = np.nan if is_late else 2.0
+        assert logs["autoclip/total_norm"] == pytest.approx(expected, nan_ok=True)
+
     def test_norms_that_something_else_has_clipped(self, model, growing):
         x, y = growing
         with pytest.warns(UserWarning, match="global_clipnorm=0.001, which acts before"):

@@ -36,17 +36,18 @@ class AutoClipCallback(keras.callbacks.Callback):
     With `on_nonfinite="raise"`, the callback calls the clipper's `check` after each batch, which
     waits for the device.
 
-    At the end of an epoch it warns, once each, if updates passed by the clipper, if no update
-    recorded a norm, or if the total norm did not vary, since something clips first.
+    At the end of an epoch it warns, once each, if updates passed by the clipper or are missing in
+    the logs, if no update recorded a norm, or if the total norm did not vary, since something clips
+    first.
 
     Args:
         clipper: the clipper to log. None for that of the model's optimizer; give it if a model has
             several optimizers, and one callback for each.
         prefix: the beginning of the values' names, such as `"generator/"`.
         update_freq: `"epoch"`, or `"batch"` to log values after each batch as well, or an int to
-            log them each time that number of batches has passed, as in
-            `keras.callbacks.TensorBoard`; batches without an update have none. Each of these waits
-            for the device.
+            log them each time that number of batches has passed; batches without an update have
+            none. With `steps_per_execution`, Keras calls the callback once for several batches,
+            which count as one. Each of these waits for the device.
         log_parameters: True to log values for each variable; a string is a regular expression
             that is searched in their names. See `log_values`.
 
@@ -101,7 +102,7 @@ class AutoClipCallback(keras.callbacks.Callback):
             return known
         found = [
             optimizer.clipper
-            for optimizer in optimizers_in(self.model.optimizer)
+            for optimizer in optimizers_in(getattr(self.model, "optimizer", None))
             if isinstance(getattr(optimizer, "clipper", None), Clipper)
         ]
         if not found:
@@ -125,7 +126,8 @@ class AutoClipCallback(keras.callbacks.Callback):
         sums = self.clipper._sums
         sums.enabled = True
         self._epoch, self._batch = sums.open(), sums.open()
-        if self.model not in sums.models:
+        # In a custom training loop there may be no model.
+        if isinstance(self.model, keras.Model) and self.model not in sums.models:
             # A step that was traced before adds up nothing. Keras has made the function for this
             # training already, and traces it at its first call.
             self.model.make_train_function(force=True)
@@ -187,6 +189,13 @@ class AutoClipCallback(keras.callbacks.Callback):
                 f"{updates} updates passed by the clipper in this epoch, unclipped: the training "
                 "step was traced before the clipper was attached. Attach it before the first step, "
                 "or call model.compile again.",
+            )
+        elif seen and not sums.steps:
+            self._say(
+                "unlogged",
+                f"{seen} updates of this epoch are missing in the logs: your tf.function was "
+                "traced before on_train_begin of AutoClipCallback. Use it from the first step, or "
+                "create the function again.",
             )
         elif sums.steps >= MANY and not sums.recorded:
             self._say("idle", idle_notice(f"{sums.steps} updates in a row", sums.total_norm))
