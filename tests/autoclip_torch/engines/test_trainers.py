@@ -24,10 +24,14 @@ from engine_training import (
     make_model,
     own_part,
 )
+from rules import Mad
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from autoclip.core import Quantile, Rule, Standard
+from autoclip.torch import Clipper, StandardClip
 
 STEPS = 6
 ZERO = [pytest.param(f"ZeRO {stage}", marks=NEEDS_DEEPSPEED) for stage in range(4)]
@@ -152,6 +156,31 @@ def test_the_hugging_face_trainer_resumes_as_never_stopping(engine, tmp_path):
     parameter_wise = make_trainer(engine, Path(tmp_path), quantile=0.5)
     with pytest.raises(ValueError, match="global_clipping=True"):
         parameter_wise.train()
+
+
+class MadClip(Clipper):
+    """A clipper of a user's own rule under a name of its own."""
+
+    def __init__(self, parameters, deviations=3.0, **settings):
+        super().__init__(parameters, Mad(deviations), **settings)
+
+
+@pytest.mark.processes(1)
+def test_an_engine_clips_by_the_rule_of_the_callback(tmp_path):
+    cases: list[tuple[Rule, dict[str, Any]]] = [
+        (Quantile(0.5), {"quantile": 0.5}),
+        (Standard(1.5), {"clipper_class": StandardClip, "deviations": 1.5}),
+        (Mad(3.0), {"clipper_class": MadClip}),
+        (Mad(1.5), {"clipper_class": MadClip, "deviations": 1.5}),
+        (Mad(1.5), {"rule": Mad(1.5)}),
+    ]
+    for i, (rule, settings) in enumerate(cases):
+        settings.update(global_clipping=True, history_length=4)
+        trainer = make_trainer("FSDP1", Path(tmp_path) / str(i), **settings)
+        trainer.train()
+        clipper = clipper_of(trainer)
+        assert clipper.rule == rule
+        assert len(window_of(clipper)) == 4
 
 
 # -- Accelerate ----------------------------------------------------------------------------------

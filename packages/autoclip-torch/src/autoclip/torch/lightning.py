@@ -17,10 +17,10 @@ except ModuleNotFoundError as error:
 
 from autoclip.core import Rule
 from autoclip.core.adapter import check_parameters, warn_user
+from autoclip.torch._clipper import Clipper
 from autoclip.torch._private import is_logging_step
 from autoclip.torch._trainers.engine import EngineClipper
 from autoclip.torch._trainers.maker import (
-    ClipperClass,
     ClipperMaker,
     Clippers,
     clipper_of,
@@ -50,7 +50,7 @@ class AutoClipCallback(Callback):
     `autoclip.torch.deepspeed.attach` and `autoclip.torch.fsdp.attach`.
 
     Args:
-        clipper_class: `QuantileClip` (default) or `StandardClip`.
+        clipper_class: `QuantileClip` (default), `StandardClip`, or a subclass of `Clipper`.
         rule: a rule for a plain `Clipper`, instead of a class.
         log_parameters: True to log values for each parameter too; a string is a regular
             expression that is searched in their names. See `log_values`.
@@ -68,7 +68,7 @@ class AutoClipCallback(Callback):
 
     def __init__(
         self,
-        clipper_class: ClipperClass | None = None,
+        clipper_class: type[Clipper] | None = None,
         *,
         rule: Rule | None = None,
         log_parameters: bool | str = False,

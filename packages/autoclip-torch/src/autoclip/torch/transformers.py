@@ -25,7 +25,7 @@ from autoclip.torch._attachment import STATE_KEY
 from autoclip.torch._clipper import Clipper
 from autoclip.torch._files.reading import state_dicts
 from autoclip.torch._trainers.engine import EngineClipper
-from autoclip.torch._trainers.maker import ClipperClass, ClipperMaker, Clippers
+from autoclip.torch._trainers.maker import ClipperMaker, Clippers
 from autoclip.torch.logging import log_values
 
 __all__ = ["AutoClipCallback"]
@@ -57,7 +57,7 @@ class AutoClipCallback(TrainerCallback):
     history as `autoclip.safetensors` too.
 
     Args:
-        clipper_class: `QuantileClip` (default) or `StandardClip`.
+        clipper_class: `QuantileClip` (default), `StandardClip`, or a subclass of `Clipper`.
         rule: a rule for a plain `Clipper`, instead of a class.
         log_parameters: True to log values for each parameter too; a string is a regular
             expression that is searched in their names. See `log_values`.
@@ -78,7 +78,7 @@ class AutoClipCallback(TrainerCallback):
 
     def __init__(
         self,
-        clipper_class: ClipperClass | None = None,
+        clipper_class: type[Clipper] | None = None,
         *,
         rule: Rule | None = None,
         log_parameters: bool | str = False,

@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoclip.core import Quantile, Rule, Standard
+from autoclip.core import Rule
 from autoclip.torch._attachment import check_optimizer
-from autoclip.torch._clipper import Clipper, QuantileClip, StandardClip
+from autoclip.torch._clipper import Clipper, QuantileClip
 from autoclip.torch._parameters import clipped_inside, names_in
 from autoclip.torch._trainers.engine import EngineClipper
-
-ClipperClass = type[QuantileClip] | type[StandardClip]
 
 
 class Clippers:
@@ -53,7 +51,7 @@ class ClipperMaker:
     """
 
     def __init__(
-        self, clipper_class: ClipperClass | None, rule: Rule | None, settings: dict[str, Any]
+        self, clipper_class: type[Clipper] | None, rule: Rule | None, settings: dict[str, Any]
     ) -> None:
         if clipper_class is not None and rule is not None:
             raise TypeError(
@@ -64,7 +62,9 @@ class ClipperMaker:
         self._is_default = clipper_class is None and not self._settings
         self._made = Clippers()
         # A wrong setting is to be found here, not after the model has been loaded and moved.
-        self._class([torch.zeros(1, device="cpu", requires_grad=True)], **self._settings)
+        made = self._class([torch.zeros(1, device="cpu", requires_grad=True)], **self._settings)
+        # An engine takes the rule itself, so the class's settings without those of the rule.
+        self._rule = made._settings.default.rule
 
     def attach(
         self, optimizers: Sequence[Optimizer], model: Any, unwrapped: nn.Module | None
@@ -132,8 +132,8 @@ class ClipperMaker:
 
     @property
     def _engine_settings(self) -> dict[str, Any]:
-        rule = Standard if issubclass(self._class, StandardClip) else Quantile
-        return {"rule": rule, "global_clipping": False, **self._settings}
+        own = {k: v for k, v in self._settings.items() if k not in self._rule.setting_names()}
+        return {"global_clipping": False, **own, "rule": self._rule}
 
 
 def clipper_of(owner: Any) -> Any:
