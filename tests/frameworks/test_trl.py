@@ -1,4 +1,4 @@
-"""TRL, PEFT and sentence-transformers: one line, the callback."""
+"""TRL, PEFT, sentence-transformers and SetFit: one line, the callback."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from sentence_transformers import (
     losses,
 )
 from sentence_transformers import models as parts
+from setfit import SetFitModel
+from setfit import Trainer as SetFitTrainer
+from setfit import TrainingArguments as SetFitArguments
+from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -159,7 +163,7 @@ def make_grpo(folder: Path, callbacks: Any) -> Any:
     )
 
 
-def make_sentences(folder: Path, callbacks: Any) -> Any:
+def encoder(folder: Path) -> SentenceTransformer:
     torch.manual_seed(0)
     saved = folder / "bert"
     config = BertConfig(
@@ -175,17 +179,21 @@ def make_sentences(folder: Path, callbacks: Any) -> Any:
     BertModel(config).save_pretrained(saved)
     tokenizer().save_pretrained(saved)
     word = parts.Transformer(str(saved), max_seq_length=16)
-    encoder = SentenceTransformer(modules=[word, parts.Pooling(16)], device="cpu")
+    return SentenceTransformer(modules=[word, parts.Pooling(16)], device="cpu")
+
+
+def make_sentences(folder: Path, callbacks: Any) -> Any:
+    model = encoder(folder)
     columns = {
         name: [sentence(i + 100 * j) for i in range(16)]
         for j, name in enumerate(["anchor", "positive"])
     }
     settings = arguments(folder)
     return SentenceTransformerTrainer(
-        encoder,
+        model,
         args=SentenceTransformerTrainingArguments(**settings),
         train_dataset=Dataset.from_dict(columns),
-        loss=losses.MultipleNegativesRankingLoss(encoder),
+        loss=losses.MultipleNegativesRankingLoss(model),
         callbacks=callbacks,
     )
 
@@ -260,3 +268,42 @@ def test_as_numpy_clips_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> No
     other.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(weights(other.model), weights(whole.model))
     assert clipper_of(other).state_dict() == clipper_of(whole).state_dict()
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_setfit_as_numpy_clips_and_logs(is_first: bool, tmp_path: Path) -> None:
+    callback = AutoClipCallback(quantile=0.5, log_parameters="query")
+    rows = {"text": [sentence(i) for i in range(8)], "label": [0, 1] * 4}
+    trainer = SetFitTrainer(
+        SetFitModel(model_body=encoder(tmp_path), model_head=LogisticRegression()),
+        args=SetFitArguments(
+            output_dir=str(tmp_path),
+            batch_size=4,
+            max_steps=STEPS,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=STEPS,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        callbacks=[] if is_first else [callback],
+    )
+    if is_first:
+        callback.add_to(trainer.st_trainer)
+    with Watch(quantile=0.5) as watch, pytest.warns(UserWarning, match="max_grad_norm"):
+        trainer.train()
+    assert watch.steps() == [STEPS]
+    assert watch.clipped > 5
+    assert trainer.st_trainer.args.max_grad_norm == 1.0
+    *logged, summary = trainer.st_trainer.state.log_history
+    assert len(logged) == STEPS
+    (clipper,) = (optimizer.clipper for optimizer in watch.norms)
+    name = next(name for name in clipper.last.names if name.endswith("query.weight"))
+    for step, entry in enumerate(logged):
+        norms = next(iter(watch.norms.values()))[step]
+        total = np.sqrt(np.nansum(norms**2))
+        np.testing.assert_allclose(entry["autoclip/total_norm"], total, rtol=1e-5)
+        assert entry.keys() >= NAMES | {f"autoclip/norm/{name}"}
+    assert not summary.keys() & NAMES
+    saved = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt")
+    assert saved["autoclip"] == clipper.state_dict()

@@ -112,7 +112,8 @@ class AutoClipCallback(TrainerCallback):
     ) -> None:
         """Attach, and read the history from the checkpoint that training resumes from."""
         optimizer = kwargs["optimizer"]
-        model = unwrapped = kwargs.get("model")
+        args, model = _of_trainer(args, kwargs)
+        unwrapped = model
         if is_deepspeed := isinstance(optimizer, DeepSpeedOptimizerWrapper):
             model = self._engine()
         while isinstance(optimizer, AcceleratedOptimizer):
@@ -139,6 +140,7 @@ class AutoClipCallback(TrainerCallback):
         Not of the whole training: after an interruption `args.max_grad_norm` would stay 0, and
         checkpoints, which hold the arguments, would say 0.
         """
+        args, _ = _of_trainer(args, kwargs)
         if args.max_grad_norm:
             self._restore.callback(setattr, args, "max_grad_norm", args.max_grad_norm)
             args.max_grad_norm = 0.0
@@ -161,11 +163,13 @@ class AutoClipCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the last step's values to the trainer's own logs of training."""
-        # Evaluations, and the summary at the end, are logged here too, with other names.
-        if logs is None or "loss" not in logs:
+        # Evaluations, and the summary at the end, are logged here too, without the learning rate.
+        # SetFit renames the loss.
+        if logs is None or "learning_rate" not in logs:
             return
+        _, model = _of_trainer(args, kwargs)
         for clipper in self._clippers:
-            values = log_values(clipper, self._log_parameters, model=kwargs.get("model"))
+            values = log_values(clipper, self._log_parameters, model=model)
             logs.update(values)
             # Checkpoints save a copy that was made before.
             if state.log_history:
@@ -175,6 +179,7 @@ class AutoClipCallback(TrainerCallback):
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the history, if the checkpoint that has just been written lacks it."""
+        args, _ = _of_trainer(args, kwargs)
         folder = _checkpoint_folder(args, state)
         if (
             args.should_save  # on one process; the histories are the same on all
@@ -221,6 +226,11 @@ class AutoClipCallback(TrainerCallback):
                 f"{' nor '.join(folders)}. Say where it is: "
                 "AutoClipCallback(resume_from_checkpoint=...)."
             )
+
+
+def _of_trainer(args: Arguments, kwargs: dict[str, Any]) -> tuple[Arguments, Any]:
+    """The trainer's own arguments and model, for which SetFit passes its own."""
+    return kwargs.get("st_args", args), kwargs.get("st_model", kwargs.get("model"))
 
 
 def _close_on_error(stack: ExitStack, trainer: Trainer) -> None:
