@@ -229,7 +229,13 @@ class Machine(RuleBasedStateMachine):
         length, include_current, record = self.common
         # Each is different, so that each is a group of the core's; the first uses all settings.
         return GroupSettings(
-            self.rule, length, 1e6 + i, 1, include_current, record, "zero" if i == 0 else "clip"
+            self.rule,
+            length,
+            max_norm=1e6 + i,
+            warmup_steps=1,
+            include_current=include_current,
+            record=record,
+            on_spike="zero" if i == 0 else "clip",
         )
 
     def everywhere(self, do: Any) -> None:

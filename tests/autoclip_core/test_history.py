@@ -245,7 +245,11 @@ def test_recording_clipped_norms_follows_the_reference(
 ) -> None:
     if rule.thresholds_only_fall:
         rule = Standard(1.0)
-    each = [GroupSettings(rule, length, max_norm, 5, False, "clipped")] * rows
+    each = [
+        GroupSettings(
+            rule, length, max_norm=max_norm, warmup_steps=5, include_current=False, record="clipped"
+        )
+    ] * rows
     follows(each, make_stream(kind, seed, 150, rows, bad), cuts, copies)
 
 
@@ -263,7 +267,13 @@ def test_rows_have_numbers_of_their_own(
         lambda: Standard(random.uniform(0, 3), factor=random.uniform(0.5, 2)),
     ):
         each = [
-            GroupSettings(rule(), length, random.uniform(1, 5), int(random.integers(9)), current)
+            GroupSettings(
+                rule(),
+                length,
+                max_norm=random.uniform(1, 5),
+                warmup_steps=int(random.integers(9)),
+                include_current=current,
+            )
             for _ in range(rows)
         ]
         follows(each, make_stream(kind, seed, 60, rows, bad), {13, 30, 44}, copies)

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rules import KINDS, MANY_ROWS
 
 from autoclip.core import History, ParameterInfo, Quantile, Standard, State
 from autoclip.core.adapter import (
+    CLIPPER_SETTINGS,
     ClipperSettings,
     GroupSettings,
     Mode,
@@ -83,6 +85,28 @@ def test_the_defaults() -> None:
     }
     assert GroupSettings(Standard()).warmup_steps == 25
     assert GroupSettings(Standard()).include_current is False
+
+
+def test_each_setting_stands_in_the_table_that_the_tests_share() -> None:
+    """Each framework's step is compared with the core's under the table's settings."""
+    used = {name for _, options in KINDS.values() for name in options}
+    # All of these tests choose a length; gradients that are not finite have tests of their own.
+    assert used == {*CLIPPER_SETTINGS} - {"history_length", "on_nonfinite"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_and_many_take_the_same_steps(kind: str) -> None:
+    """Python's numbers and NumPy's arrays are two ways through one step."""
+    rule, options = KINDS[kind]
+    few, many = (History.of([GroupSettings(rule, 5, **options)] * rows) for rows in (3, MANY_ROWS))
+    norms = np.random.default_rng(1).lognormal(sigma=1.5, size=(40, 3))
+    norms[3], norms[7, 1], norms[11, :2], norms[13, 2] = 0.0, np.nan, np.inf, 1e300
+    for each in norms:
+        one, other = few.record(each), many.record(np.resize(each, MANY_ROWS))
+        np.testing.assert_allclose(one.thresholds, other.thresholds[:3], rtol=1e-9)
+        np.testing.assert_allclose(one.coefficients, other.coefficients[:3], rtol=1e-9)
+    for window, same in zip(few.read(range(3))[0], many.read(range(3))[0], strict=True):
+        np.testing.assert_allclose(window, same, rtol=1e-6)
 
 
 # -- numbers -----------------------------------------------------------------------------------

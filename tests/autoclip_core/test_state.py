@@ -69,7 +69,7 @@ def settings_of(draw: st.DrawFn, rule: Rule | None) -> dict[str, Any]:
     length = draw(st.integers(1, 8) | st.integers(1, 2**63 - 1))
     ceiling = draw(st.none() | factors)
     warmup = draw(st.integers(0, 2**63 - 1))
-    ours = GroupSettings(rule or Quantile(), length, ceiling, warmup).settings
+    ours = GroupSettings(rule or Quantile(), length, max_norm=ceiling, warmup_steps=warmup).settings
     missing = draw(st.sets(st.sampled_from(sorted(ours))))
     more = draw(st.dictionaries(texts, values, max_size=3))
     return {name: value for name, value in ours.items() if name not in missing} | more

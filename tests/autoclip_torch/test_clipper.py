@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import TensorHistory, kinds_of_history, numpy_path, room, windows_of
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD
 
 from autoclip.core import History, Quantile, Standard
@@ -279,6 +280,21 @@ def test_a_loaded_history_stays_in_place_where_there_is_room() -> None:
     assert places() == before
     report = history.record(torch.tensor([5.0, 6.0], dtype=torch.float64))
     assert report.thresholds.tolist() == [2.5, 5.0]
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1]])
+def test_a_replayed_step_follows_settings_that_change(rows: list[int]) -> None:
+    """A traced step reads its tensors where they are, as a captured CUDA graph does."""
+    used = {"max_norm": 2.0, "warmup_steps": 1000, "on_spike": "zero"}
+    first, rest = GroupSettings(Quantile(1.0), 8, **used), GroupSettings(Quantile(1.0), 8)
+    history = TensorHistory([first] * 2, torch.device("cpu"))
+    norms = torch.tensor([4.0, 8.0], dtype=torch.float64)
+    replay = make_fx(lambda norms: history.record(norms).coefficients)(norms)
+    assert replay(norms).tolist() == [0.0, 0.0]
+    history.settings = [rest if row in rows else first for row in range(2)]
+    assert replay(norms).tolist() == [1.0, 1.0 if 1 in rows else 0.0]
+    history.settings = [first] * 2
+    assert replay(norms).tolist() == [0.0, 0.0]
 
 
 def test_a_history_that_grows_is_refused_in_a_cuda_graph_at_once(

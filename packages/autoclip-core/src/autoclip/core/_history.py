@@ -131,14 +131,14 @@ class BaseHistory(ABC):
         recorded: Sequence[int] | npt.NDArray[np.int64],
     ) -> Callable[[], None]:
         """A function that does the work of `write` and cannot fail; it may be called twice."""
-        index = list(rows)
+        index, length = list(rows), self.history_length
         kept, counts = list(windows), np.asarray(recorded, np.int64)
         if index != list(range(self.rows)):
             kept, counts = self.read(range(self.rows))
             for row, window in zip(index, windows):
                 kept[row] = window
             counts[index] = recorded
-        return self._stage_all([window[-self.history_length :] for window in kept], counts)
+        return self._stage_all([window[-length:] for window in kept], counts)
 
     @abstractmethod
     def _stage_all(

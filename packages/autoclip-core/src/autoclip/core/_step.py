@@ -7,7 +7,7 @@ and keep the windows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -32,7 +32,7 @@ class AnyWindows(Protocol):
 
     def push(self, norms: Any, usable: Any) -> Any: ...
 
-    def judge(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> Any: ...
+    def apply(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> Any: ...
 
 
 WindowsT = TypeVar("WindowsT", bound=AnyWindows)
@@ -62,23 +62,32 @@ class Report(Generic[ArrayT]):
         return self.coefficients < 1.0  # type: ignore[operator, return-value]
 
 
-def numbers_of(settings: Sequence[GroupSettings]) -> dict[str, npt.NDArray[Any]]:
+_NUMBERS: dict[str, tuple[Callable[[GroupSettings], Any], Any]] = {
+    "max_norm": (lambda settings: settings.max_norm or np.inf, np.inf),
+    "warmup_steps": (lambda settings: settings.warmup_steps, 0),
+    "drops": (lambda settings: settings.on_spike != "clip", False),
+}
+"""The numbers that a step needs of a row, and the number of a row that does not use the setting."""
+
+
+def numbers_of(
+    settings: Sequence[GroupSettings], always: Collection[str] = ()
+) -> dict[str, npt.NDArray[Any]]:
     """The settings that are numbers, which rows have of their own.
 
     Args:
         settings: one a row, of equal `structure`.
+        always: names of numbers that are wanted even if no row uses the setting.
 
     Returns:
         [rows, 1] by name; nothing for a setting that no row uses, so that it costs nothing. Those
         of the rule are `"rule/<name>"`.
     """
     found: dict[str, Any] = {}
-    if any(each.max_norm is not None for each in settings):
-        found["max_norm"] = [each.max_norm or np.inf for each in settings]
-    if any(each.warmup_steps for each in settings):
-        found["warmup_steps"] = [each.warmup_steps for each in settings]
-    if any(each.on_spike != "clip" for each in settings):
-        found["drops"] = [each.on_spike != "clip" for each in settings]
+    for name, (number, unused) in _NUMBERS.items():
+        column = [number(each) for each in settings]
+        if name in always or any(each != unused for each in column):
+            found[name] = column
     for name, value in settings[0].rule.settings.items() if settings else ():
         if isinstance(value, float):
             found[f"rule/{name}"] = [getattr(each.rule, name) for each in settings]
@@ -110,9 +119,9 @@ def record(
     warm = _warm(numbers, windows)
     if settings.include_current:
         windows = windows.push(rounded, usable)
-    found, target = windows.judge(settings.rule, _arguments(settings, numbers), norm)
-    thresholds = _limited(ops, numbers, warm, found)
-    targets = thresholds if target is found else _limited(ops, numbers, warm, target)
+    found, target = windows.apply(settings.rule, _arguments(settings, numbers), norm)
+    thresholds = apply_limits(ops, numbers, warm, found)
+    targets = thresholds if target is found else apply_limits(ops, numbers, warm, target)
     coefficients = ops.where(usable, ops.divide(ops.minimum(targets, norm), norm), 1.0)
     if not settings.include_current:
         if settings.record == "clipped":
@@ -133,8 +142,8 @@ def record(
 
 def thresholds_of(settings: GroupSettings, numbers: Mapping[str, Any], windows: AnyWindows) -> Any:
     """[rows, 1]: the thresholds of the windows as they are; see `record`."""
-    found, _ = windows.judge(settings.rule, _arguments(settings, numbers))
-    return _limited(windows.ops, numbers, _warm(numbers, windows), found)
+    found, _ = windows.apply(settings.rule, _arguments(settings, numbers))
+    return apply_limits(windows.ops, numbers, _warm(numbers, windows), found)
 
 
 def _warm(numbers: Mapping[str, Any], windows: AnyWindows) -> Any:
@@ -142,8 +151,8 @@ def _warm(numbers: Mapping[str, Any], windows: AnyWindows) -> Any:
     return windows.recorded >= numbers["warmup_steps"] if "warmup_steps" in numbers else None
 
 
-def _limited(ops: Ops, numbers: Mapping[str, Any], warm: Any, thresholds: Any) -> Any:
-    """Thresholds after warm-up and below the ceiling."""
+def apply_limits(ops: Ops, numbers: Mapping[str, Any], warm: Any, thresholds: Any) -> Any:
+    """A rule's thresholds, but none while a row warms up, and none above `max_norm`."""
     if warm is not None:
         thresholds = ops.where(warm, thresholds, ops.unlimited)
     return ops.minimum(thresholds, numbers["max_norm"]) if "max_norm" in numbers else thresholds

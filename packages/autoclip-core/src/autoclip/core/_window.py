@@ -69,7 +69,7 @@ class Windows:
         values = self.ops.put(self.values, slot, came)
         return Windows(self.ops, self.history_length, values, ordered, counts, self.before)
 
-    def judge(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> tuple[Any, Any]:
+    def apply(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> tuple[Any, Any]:
         """The rule's thresholds, and the norms that gradients above them are scaled to.
 
         Args:

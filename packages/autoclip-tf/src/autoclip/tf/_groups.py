@@ -132,8 +132,8 @@ class Groups(core.Groups[Variable]):
         """The names of a group's variables, and its pattern."""
         return {**super().labels(group), "match": group.match}
 
-    def _follows_default(self, group: Group[Variable]) -> bool:
-        return group.match is None
+    def _shares_default(self, group: Group[Variable]) -> bool:
+        return group.match is None or super()._shares_default(group)
 
 
 def _list_of(group_settings: object) -> list[Any]:

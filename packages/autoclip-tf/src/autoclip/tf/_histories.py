@@ -98,13 +98,7 @@ class TensorHistory(BaseTensorHistory):
 
     def _change(self, settings: tuple[GroupSettings, ...], rows: list[int]) -> None:
         # Graphs that are traced already read the numbers.
-        shape = (len(settings), 1)
-        unused = {
-            "max_norm": np.full(shape, np.inf),
-            "warmup_steps": np.zeros(shape, np.int64),
-            "drops": np.zeros(shape, bool),
-        }
-        columns = {**unused, **numbers_of(settings)}
+        columns = numbers_of(settings, always=self._numbers)
         for name, variable in self._numbers.items():
             variable.assign(_finite(columns[name]))
         self._settings = settings  # last: after an interrupt, the same change counts again

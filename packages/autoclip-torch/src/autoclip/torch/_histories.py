@@ -65,7 +65,7 @@ class Histories(adapter.Histories[Any]):
         return Report(norms, thresholds, coefficients)
 
 
-class _InPlace(Windows):
+class _WindowsInPlace(Windows):
     """Windows that change in place, where a captured CUDA graph finds them.
 
     Several tensors change one after the other; after an interrupt between them, `finish` does the
@@ -133,19 +133,19 @@ class TensorHistory(BaseTensorHistory):
         whole = self.rows * self.history_length * 4 <= _ALLOCATE_AT_ONCE
         self._windows = self._allocated(self.history_length if whole else _FIRST_CAPACITY)
 
-    def _allocated(self, capacity: int) -> _InPlace:
+    def _allocated(self, capacity: int) -> _WindowsInPlace:
         shape = self.rows, min(capacity, self.history_length)
         values = torch.zeros(shape, dtype=torch.float32, device=self.device)
         ordered = torch.zeros_like(values) if needs_order(self._settings[0].rule) else None
         counts, before = torch.zeros((2, self.rows, 1), dtype=torch.int64, device=self.device)
-        return _InPlace(self._ops, self.history_length, values, ordered, counts, before)
+        return _WindowsInPlace(self._ops, self.history_length, values, ordered, counts, before)
 
     # -- settings ----------------------------------------------------------------------------
 
     def _change(self, settings: tuple[GroupSettings, ...], rows: list[int]) -> None:
         # In place, so a captured CUDA graph reads the new numbers; a `max_norm`, `warmup_steps` or
-        # `on_spike` that no row had before needs a new capture.
-        columns = numbers_of([settings[row] for row in rows])
+        # `on_spike` that no row had before needs a new capture, and one that was removed stays.
+        columns = numbers_of([settings[row] for row in rows], always=self._numbers)
         if columns.keys() == self._numbers.keys():
             for name, column in columns.items():
                 self._numbers[name][rows] = self._as_numbers(column).to(self.device)
@@ -155,7 +155,7 @@ class TensorHistory(BaseTensorHistory):
 
     def _numbers_of(self, settings: Sequence[GroupSettings]) -> dict[str, Tensor]:
         numbers = {}
-        for name, column in numbers_of(settings).items():
+        for name, column in numbers_of(settings, always=self._numbers).items():
             tensor, present = self._as_numbers(column), self._numbers.get(name)
             numbers[name] = tensor.to(self.device) if present is None else present.copy_(tensor)
         return numbers
@@ -236,7 +236,7 @@ class TensorHistory(BaseTensorHistory):
         contents = tuple(torch.from_numpy(each).to(self.device) for each in packed)
         return partial(self._adopt, target, used, contents)
 
-    def _adopt(self, target: _InPlace, used: int, contents: tuple[Tensor, ...]) -> None:
+    def _adopt(self, target: _WindowsInPlace, used: int, contents: tuple[Tensor, ...]) -> None:
         # A bound that is too large does no harm if an interrupt comes now.
         self._used = max(self._used, used)
         target.copy_(*contents)

@@ -9,7 +9,6 @@ from autoclip.core._clipper.attachment import AttachmentHandle, BaseAttachment
 from autoclip.core._clipper.groups import Groups, ParamGroup
 from autoclip.core._clipper.histories import Histories
 from autoclip.core._rules.rule import Rule
-from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import ClipperSettings
 from autoclip.core._state.saving import Saveable
 from autoclip.core._state.state import State
@@ -48,12 +47,12 @@ class BaseClipper(Saveable, Generic[GroupsT, ArrayT]):
     @property
     def global_clipping(self) -> bool:
         """True if one history stands for all parameters together."""
-        return self._groups.mode is Mode.GLOBAL
+        return self._groups.mode.arguments["global_clipping"]
 
     @property
     def group_clipping(self) -> bool:
         """True if one history stands for each parameter group."""
-        return self._groups.mode is Mode.GROUP
+        return self._groups.mode.arguments["group_clipping"]
 
     @property
     def param_groups(self) -> list[ParamGroup]:

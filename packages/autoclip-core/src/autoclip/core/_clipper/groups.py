@@ -165,7 +165,7 @@ class Groups(ABC, Generic[ParameterT]):
 
     def _shares_default(self, group: Group[ParameterT]) -> bool:
         """True if the group's settings are the clipper's own."""
-        return self.mode.has_one_row or self._follows_default(group)
+        return self.mode.has_one_row
 
     def checked(self, settings: GroupSettings) -> GroupSettings:
         """Return settings that the framework can follow.
@@ -174,10 +174,6 @@ class Groups(ABC, Generic[ParameterT]):
             ValueError: it cannot.
         """
         return settings
-
-    def _follows_default(self, group: Group[ParameterT]) -> bool:
-        """True if the clipper's own settings are those of this group."""
-        return False
 
     def views(self, histories: Histories[Any]) -> list[ParamGroup]:
         """The groups as dicts whose settings can be written; see `change`."""

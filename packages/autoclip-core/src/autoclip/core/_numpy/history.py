@@ -25,7 +25,7 @@ from autoclip.core._state.state import MAX_RECORDED, ParameterInfo, State
 from autoclip.core._step import Report, numbers_of, record, thresholds_of
 
 
-class _Windows:
+class _NumpyWindows:
     """The windows of all rows, their settings, and a tracker if the rule has one.
 
     `record` takes it in the place of `Windows`: rows of different lengths, thresholds
@@ -56,7 +56,7 @@ class _Windows:
         """int64[rows, 1]: how many norms each row has ever recorded."""
         return self.ring.recorded[:, None]
 
-    def settled(self) -> _Windows:
+    def finished(self) -> _NumpyWindows:
         """These windows, after a step that an interrupt has cut short has been completed."""
         if self.is_stale:
             self.ring.finish()
@@ -65,7 +65,7 @@ class _Windows:
             self.is_stale = False
         return self
 
-    def push(self, norms: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]) -> _Windows:
+    def push(self, norms: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]) -> _NumpyWindows:
         """Append one norm to each row where `usable`; both [rows, 1]."""
         rows: Rows = slice(None) if usable.all() else np.flatnonzero(usable)
         entered = norms[rows, 0]
@@ -81,8 +81,8 @@ class _Windows:
         self.is_stale = False
         return self
 
-    def judge(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> tuple[Any, Any]:
-        """See `Windows.judge`."""
+    def apply(self, rule: Rule, arguments: Mapping[str, Any], norm: Any = None) -> tuple[Any, Any]:
+        """See `Windows.apply`."""
         if self.tracker is not None:
             if isinstance(self.tracker, Tracker):
                 found = self.tracker.thresholds.copy()
@@ -98,7 +98,7 @@ class _Windows:
                 name: value[some] if isinstance(value, np.ndarray) and len(value) > 1 else value
                 for name, value in arguments.items()
             }
-            thresholds[some], targets[some] = windows.judge(
+            thresholds[some], targets[some] = windows.apply(
                 rule, own, norm[some] if scales_elsewhere else None
             )
         return thresholds, targets
@@ -206,7 +206,12 @@ class History(BaseHistory, Saveable):
             raise ValueError(f"rule must be one rule, or one a row: {rows}, but got {len(rules)}.")
         made = {
             each: GroupSettings(
-                each, history_length, max_norm, warmup_steps, include_current, record
+                each,
+                history_length,
+                max_norm=max_norm,
+                warmup_steps=warmup_steps,
+                include_current=include_current,
+                record=record,
             )
             for each in dict.fromkeys(rules)
         }
@@ -230,14 +235,14 @@ class History(BaseHistory, Saveable):
         empty = [np.empty(0, np.float32)] * len(settings)
         length = settings[0].history_length if settings else 1
         ring = RingBuffer(empty, np.zeros(len(settings), np.int64), length)
-        self._windows = _Windows(settings, ring)
+        self._windows = _NumpyWindows(settings, ring)
 
     def __getstate__(self) -> dict[str, Any]:
-        windows = self._windows.settled()
+        windows = self._windows.finished()
         return {"settings": windows.settings, "ring": windows.ring}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._windows = _Windows(state["settings"], state["ring"])
+        self._windows = _NumpyWindows(state["settings"], state["ring"])
 
     @property
     def _settings(self) -> Sequence[GroupSettings]:
@@ -245,10 +250,10 @@ class History(BaseHistory, Saveable):
 
     @property
     def _ring(self) -> RingBuffer:
-        return self._windows.settled().ring
+        return self._windows.finished().ring
 
     def _change(self, settings: tuple[GroupSettings, ...], rows: list[int]) -> None:
-        self._windows = _Windows(settings, self._ring)
+        self._windows = _NumpyWindows(settings, self._ring)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -274,7 +279,7 @@ class History(BaseHistory, Saveable):
         """
         if not self.rows:
             return np.empty(0)
-        windows = self._windows.settled()
+        windows = self._windows.finished()
         with np.errstate(all="ignore"):  # empty rows
             found = thresholds_of(windows.settings[0], windows.numbers, windows)
         return np.ravel(found)
@@ -301,7 +306,7 @@ class History(BaseHistory, Saveable):
                 f"norms must have one number per row, shape ({self.rows},), got {given.shape}."
             )
         if windows.is_stale:
-            windows.settled()
+            windows.finished()
         if windows.few is not None:
             return windows.record_few(windows.few, given)
         if not windows.settings:
@@ -316,8 +321,8 @@ class History(BaseHistory, Saveable):
         self, rows: Sequence[int]
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
         """Copy the windows of `rows`, oldest norm first, and how many norms each ever recorded."""
-        index = list(rows)
-        return [self._ring.read(row) for row in index], self._ring.recorded[index]
+        index, ring = list(rows), self._ring
+        return [ring.read(row) for row in index], ring.recorded[index]
 
     def stage(
         self,
@@ -337,7 +342,7 @@ class History(BaseHistory, Saveable):
         self, windows: list[npt.NDArray[np.float32]], recorded: npt.NDArray[np.int64]
     ) -> Callable[[], None]:
         ring = RingBuffer(windows, recorded, self.history_length)
-        return partial(setattr, self, "_windows", _Windows(self._settings, ring))
+        return partial(setattr, self, "_windows", _NumpyWindows(self._settings, ring))
 
     def _mark(self) -> npt.NDArray[np.int64]:
         return self.recorded

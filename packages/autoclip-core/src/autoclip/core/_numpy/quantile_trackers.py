@@ -74,9 +74,9 @@ class _FewBands(FewRows):
                 below += 1
             elif norm <= high:
                 insort(band, norm)
-            self._judge(ring, row, band, below)
+            self._refresh(ring, row, band, below)
 
-    def _judge(self, ring: RingBuffer, row: int, band: array[float], below: int) -> None:
+    def _refresh(self, ring: RingBuffer, row: int, band: array[float], below: int) -> None:
         """Find the ends and the threshold of a band that has changed.
 
         Args:
@@ -122,7 +122,7 @@ class _FewBands(FewRows):
         self._lengths = ring.lengths.tolist()
         for row, length in enumerate(self._lengths):
             if length:
-                self._judge(ring, row, self._bands[row], 0)
+                self._refresh(ring, row, self._bands[row], 0)
 
 
 class _Bands(Tracker):

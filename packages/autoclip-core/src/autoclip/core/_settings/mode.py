@@ -5,7 +5,7 @@ All that depends on the mode is answered here; nothing else compares modes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from itertools import accumulate
 from typing import TypeVar
@@ -27,26 +27,22 @@ class Mode(str, Enum):
     __str__ = str.__str__
 
     @classmethod
-    def chosen(cls, global_clipping: bool, group_clipping: bool) -> Mode:
-        """The mode that a clipper's arguments ask for.
+    def chosen(cls, arguments: Mapping[str, bool]) -> Mode:
+        """The mode that a clipper's arguments ask for: `{"global_clipping": True}`.
 
         Raises:
-            ValueError: both are True.
+            ValueError: more than one is True.
         """
-        if global_clipping and group_clipping:
-            raise ValueError(
-                "global_clipping keeps one history for all parameters, and group_clipping one for "
-                "each group. Choose one of the two."
-            )
-        return cls.GLOBAL if global_clipping else cls.GROUP if group_clipping else cls.PARAMETER
+        asked = [mode for mode in cls if arguments.get(f"{mode}_clipping")]
+        if len(asked) > 1:
+            each = " and ".join(f"{mode}_clipping keeps {mode.description}" for mode in asked)
+            raise ValueError(f"{each}. Choose one of the two.")
+        return asked[0] if asked else cls.PARAMETER
 
     @property
     def arguments(self) -> dict[str, bool]:
-        """The mode as a clipper's arguments."""
-        return {
-            "global_clipping": self is Mode.GLOBAL,
-            "group_clipping": self is Mode.GROUP,
-        }
+        """The mode as a clipper's arguments; parameter-wise clipping has none."""
+        return {f"{mode}_clipping": self is mode for mode in Mode if mode is not Mode.PARAMETER}
 
     @property
     def request(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, TypeAlias
 
 from autoclip.core._rules.rule import Rule, structure_of
@@ -47,6 +47,7 @@ class GroupSettings:
 
     rule: Rule
     history_length: int = setting(1000, ge=1, lt=2**63)
+    _: KW_ONLY
     max_norm: float | None = setting(None, gt=0)
     warmup_steps: int | None = setting(None, kind=int, ge=0, lt=2**63)
     include_current: bool | None = setting(None, kind=bool)
@@ -145,9 +146,6 @@ class ClipperSettings:
         cls,
         owner: str,
         rule: Rule | type[Rule],
-        *,
-        global_clipping: bool = False,
-        group_clipping: bool = False,
         **settings: Any,
     ) -> ClipperSettings:
         """Check and collect the arguments of a clipper's constructor.
@@ -155,22 +153,18 @@ class ClipperSettings:
         Args:
             owner: the name of the clipper's class, for messages.
             rule: the rule, or its class; then `settings` holds the rule's settings as well.
-            global_clipping: one row for all parameters together.
-            group_clipping: one row for each parameter group.
-            settings: settings by name.
+            settings: the mode and the settings, by name.
 
         Raises:
             TypeError: a setting is unknown or has a wrong type, as for any Python function.
             ValueError: a setting has a wrong value, or both modes were asked for.
         """
-        mode = Mode.chosen(
-            check_flag("global_clipping", global_clipping),
-            check_flag("group_clipping", group_clipping),
-        )
+        flags = Mode.PARAMETER.arguments  # named alike in every mode
+        mode = Mode.chosen({name: check_flag(name, settings.pop(name, False)) for name in flags})
         names = rule.setting_names() if isinstance(rule, type) else ()
         unknown = [name for name in settings if name not in (*names, *CLIPPER_SETTINGS)]
         if unknown:
-            known = [*names, *CLIPPER_SETTINGS, "global_clipping", "group_clipping"]
+            known = [*names, *CLIPPER_SETTINGS, *flags]
             raise TypeError(
                 f"{owner} got an unexpected keyword argument {unknown[0]!r}. It takes "
                 f"{', '.join(map(repr, known))}."
@@ -207,17 +201,17 @@ class ClipperSettings:
             groups: of each group how many parameters it has, its settings, and a text that is to be
                 said of it.
         """
-        lines = [f"{self.owner}(", f"    {_words(self.default)}"]
+        lines = [f"{self.owner}(", f"    {_as_text(self.default)}"]
         modes = [name for name, chosen in self.mode.arguments.items() if chosen]
         lines += [f"    {name}=True" for name in modes]
         for i, (count, settings, extra) in enumerate(groups):
-            own = "" if settings == self.default else f", {_words(settings, self.default)}"
+            own = "" if settings == self.default else f", {_as_text(settings, self.default)}"
             noun = "parameter" if count == 1 else "parameters"
             lines.append(f"    group {i}: {count} {noun}{extra}{own}")
         return "\n".join([*lines, ")"])
 
 
-def _words(settings: GroupSettings, default: GroupSettings | None = None) -> str:
+def _as_text(settings: GroupSettings, default: GroupSettings | None = None) -> str:
     """Settings that differ from a default; without one, the rule's and the unusual ones."""
     usual = GroupSettings(settings.rule).settings if default is None else default.settings
     always = {*settings.rule.setting_names(), "history_length"} if default is None else set()

@@ -51,7 +51,7 @@ def match_states(
     pairs: list[Pair] = []
     with suppress(*forgiven):
         if is_by_order:
-            pairs = _pairs_by_order(saved, current, source)
+            pairs = _pairs_by_order(saved, current, source, len(mine))
         else:
             pairs = (_pairs_of_groups if saved.mode.joins else _pairs_by_name)(found, wanted)
     sources = [-1] * len(mine)  # the saved row whose history each row gets; -1 for none
@@ -116,8 +116,8 @@ def _pairs_of_groups(
     return sorted(pair for pair in links if split[pair[0]] == joined[pair[1]] == 1)
 
 
-def _pairs_by_order(saved: State, current: State, source: str) -> list[Pair]:
-    """Pairs of rows at the same positions.
+def _pairs_by_order(saved: State, current: State, source: str, count: int) -> list[Pair]:
+    """Pairs of rows at the same positions, of which the clipper has `count`.
 
     Raises:
         StateError: there are not as many.
@@ -133,8 +133,7 @@ def _pairs_by_order(saved: State, current: State, source: str) -> list[Pair]:
     if not saved.mode.joins:
         for i, (there, here) in enumerate(zip(saved.groups, current.groups)):
             _check_number(source, there.parameters, here.parameters, i)
-    rows = range(len(_rows(current)))
-    return [*zip(rows, rows)]
+    return [(row, row) for row in range(count)]
 
 
 def _check_number(source: str, theirs: Row, mine: Row, group: int) -> None:

@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from autoclip.core._clipper.histories import rows_by_storage
 from autoclip.core._numpy.history import History
+from autoclip.core._numpy.ring import OPS
 from autoclip.core._rules.quantile import Quantile
 from autoclip.core._rules.standard import Standard
 from autoclip.core._settings.settings import GroupSettings
+from autoclip.core._step import apply_limits, numbers_of
 
 _ROWS_AT_ONCE = 4096
 """The rows that are replayed together, so that windows at all quantiles fit into memory."""
@@ -89,7 +91,8 @@ def replay(
     compared = np.hstack([np.where(current, after, before[:, :-1]), before[:, -1:]])
     # How many norms each row had recorded before each step, and after the last.
     counted = recorded[:, None] + np.arange(-steps, 1)
-    thresholds = _limited(settings, compared, counted)
+    numbers = numbers_of(settings, always=("warmup_steps",))
+    thresholds = apply_limits(OPS, numbers, counted >= numbers["warmup_steps"], compared)
     # Where norms have left the window, the older half stands for them.
     unknown = np.where(recorded > lengths, lengths // 2, 0)
     counts = np.arange(steps) >= (steps - lengths + unknown)[:, None]
@@ -152,22 +155,6 @@ def _running_moments(
         std = np.sqrt(squares / np.maximum(weight, 1.0))
         found[step] = np.where(held, factor * (mean + deviations * std), np.inf)
     return found.T
-
-
-def _limited(
-    settings: Sequence[GroupSettings],
-    thresholds: npt.NDArray[np.float64],
-    recorded: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float64]:
-    """Thresholds after warm-up and below the ceiling; [rows, steps]."""
-    by_kind = dict.fromkeys(settings)
-    if any(each.warmup_steps for each in by_kind):
-        warmups = np.array([[each.warmup_steps or 0] for each in settings], np.int64)
-        thresholds = np.where(recorded >= warmups, thresholds, np.inf)
-    if any(each.max_norm is not None for each in by_kind):
-        ceilings = [[np.inf if each.max_norm is None else each.max_norm] for each in settings]
-        thresholds = np.minimum(thresholds, np.array(ceilings, np.float64))
-    return thresholds
 
 
 def shares_clipped(
