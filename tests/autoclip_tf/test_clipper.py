@@ -453,3 +453,15 @@ def test_no_operation_returns_nan_or_infinity(make, is_graph):
         assert np.isfinite(clipper.total_norm)
     recorded = np.concatenate([group.recorded for group in clipper.export_state().groups])
     assert recorded.max() == 4  # zeros are not recorded
+
+
+def test_graphs_of_tensorflow_1_are_refused():
+    """A session would run no update of the history: nothing would ever be clipped."""
+    with tf.Graph().as_default():
+        weight = tf.Variable([1.0])
+        clipper = QuantileClip()
+        with pytest.raises(
+            RuntimeError, match=r"graphs and sessions of TensorFlow 1.* Use tf\.function"
+        ):
+            clipper([(2.0 * weight, weight)])
+    assert not clipper.built

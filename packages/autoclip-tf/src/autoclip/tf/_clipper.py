@@ -228,7 +228,8 @@ class Clipper(BaseClipper[Groups, tf.Tensor], Saved):
             ValueError: there are none, one is a duplicate, the pattern of a group matches none,
                 the histories are larger than any memory, or the clipper was built without one of
                 them.
-            RuntimeError: the `tf.distribute` strategy is not supported.
+            RuntimeError: the `tf.distribute` strategy is not supported, or a graph of TensorFlow 1
+                is under construction.
             StateError: a state that was loaded before does not fit.
 
         If it raises, the clipper is as it was.

@@ -70,7 +70,7 @@ class Groups(core.Groups[Variable]):
         """Assign each variable to the first group whose pattern its name matches, or to a last one.
 
         Raises:
-            TypeError, ValueError: see `Clipper.build`. Nothing has changed.
+            TypeError, ValueError, RuntimeError: see `Clipper.build`. Nothing has changed.
         """
         owner = self.settings.owner
         variables = [v for v in _checked(variables, owner) if not overwritten_by_gradient(v)]
@@ -171,6 +171,12 @@ def _pattern(entry: object) -> tuple[str, dict[str, Any]]:
 
 
 def _checked(variables: Iterable[Variable], owner: str) -> Sequence[Variable]:
+    if not tf.compat.v1.executing_eagerly_outside_functions():
+        raise RuntimeError(
+            "AutoClip does not run in graphs and sessions of TensorFlow 1: nothing would update "
+            "the histories. Use tf.function, without tf.compat.v1.disable_eager_execution, "
+            "disable_v2_behavior or tf.Graph().as_default()."
+        )
     variables = list(variables)
     for variable in variables:
         if not isinstance(tf_variable(variable), tf.Variable):
