@@ -58,8 +58,10 @@ def clip_by_history(
 
     def init(params: Any) -> HistoryState:
         rows = 1 if is_global else len(jax.tree.leaves(params))
-        values, counts = jnp.zeros((rows, history_length), jnp.float32), jnp.zeros((rows, 1), int)
-        return HistoryState(values, values if needs_order(rule) else None, counts, counts)
+        # Four arrays: a buffer can be donated only once.
+        values, ordered = (jnp.zeros((rows, history_length), jnp.float32) for _ in range(2))
+        counts, before = (jnp.zeros((rows, 1), int) for _ in range(2))
+        return HistoryState(values, ordered if needs_order(rule) else None, counts, before)
 
     def update(updates: Any, state: HistoryState, params: Any = None) -> tuple[Any, HistoryState]:
         gradients, tree = jax.tree.flatten(updates)
