@@ -9,6 +9,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,12 +143,23 @@ def test_schedulers_made_before_or_after_go_on_working(order: str) -> None:
     assert rates == expected_rates
 
 
-def test_what_is_no_optimizer_is_refused() -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: model,
+        lambda model: [Adam(model.parameters())],
+        lambda model: {"adam": Adam(model.parameters())},
+        lambda model: partial(Adam, lr=0.1),  # Hydra's `_partial_`
+        lambda model: None,
+    ],
+)
+def test_what_is_no_optimizer_is_refused(make: Callable[[nn.Module], Any]) -> None:
     model = make_model()
-    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
-        QuantileClip.as_optimizer(model)
-    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
-        QuantileClip(model.parameters()).attach([])  # type: ignore[arg-type]
+    message = r"must be a torch\.optim\.Optimizer, but got .* several, attach a clipper to each"
+    with pytest.raises(TypeError, match=message):
+        QuantileClip.as_optimizer(make(model))
+    with pytest.raises(TypeError, match=message):
+        QuantileClip(model.parameters()).attach(make(model))
 
 
 def test_other_parameters_are_refused() -> None:

@@ -59,11 +59,12 @@ def check_optimizer(optimizer: Any, caller: str) -> None:
             f"{caller}(torch.optim.{optimizer.__name__}(model.parameters()), ...)."
         )
     if not isinstance(optimizer, Optimizer):
-        inside = _hint_of_inner(optimizer)
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, but got {torch.typename(optimizer)}."
-            + (f" {inside}" if inside else "")
+        hint = _hint_of_inner(optimizer) or (
+            "Pass one optimizer, such as torch.optim.AdamW(model.parameters()). "
+            "If you have several, attach a clipper to each."
         )
+        name = torch.typename(optimizer)
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {name}. {hint}")
     if not getattr(type(optimizer).step, "hooked", False):
         # Accelerate's and Lightning's pass for an Optimizer, but their steps call no hook.
         raise TypeError(
