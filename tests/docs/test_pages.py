@@ -37,3 +37,19 @@ def test_readmes_have_no_relative_links(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)|(?:src|href)=\"([^\"]+)", page.read_text("utf-8"))
     targets = [one or other for one, other in links]
     assert targets and all(target.startswith("https://") for target in targets)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/rationale.md"])
+def test_names_and_paths_of_the_code_exist(page: str) -> None:
+    """Such as `Layout.measure`, `record_few` and `core/_step.py`."""
+    files = [path for folder in ("packages", "tests", "docs") for path in (ROOT / folder).rglob("*")]
+    paths = [path.as_posix() for path in files]
+    sources = [path.read_text("utf-8") for path in files if path.suffix in (".py", ".toml")]
+    words = {word for source in sources for word in re.findall(r"\w+", source)}
+    text = (ROOT / page).read_text("utf-8")
+    names = re.findall(r"`([A-Z]\w+\.\w+|\w*[a-z]_\w+)`", text)
+    assert names
+    for name in names:
+        assert words.issuperset(name.split(".")), name
+    for path in re.findall(r"`((?:core|tests|docs|packages|_\w+)/[\w./-]+|_\w+\.py)`", text):
+        assert any(f"/{path.strip('/')}" in each for each in paths), path

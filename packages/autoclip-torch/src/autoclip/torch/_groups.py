@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from autoclip.core import adapter
 from autoclip.core.adapter import Change, ClipperSettings, Group, GroupSettings, Histories, commit
 from autoclip.torch._following import NEW_CLIPPER, Followed
-from autoclip.torch._parameters import hyperparameters, named, shape_of
+from autoclip.torch._parameters import hyperparameters, shape_of, with_names
 
 _params = itemgetter("params")
 
@@ -55,7 +55,7 @@ class Groups(adapter.Groups[Tensor]):
         known, rows = {*map(id, self.parameters())}, [*self._histories.settings]
         groups: list[Group[Tensor]] = []
         for params, settings, names in entries:
-            checked, parameters = named(params, names)
+            checked, parameters = with_names(params, names)
             if not known.isdisjoint(map(id, parameters)):
                 raise ValueError("Some parameters appear in more than one parameter group.")
             known.update(map(id, parameters))

@@ -131,7 +131,7 @@ def entries_of(parameters: ParamsT | OptimizerGroups) -> list[Any]:
     return entries if isinstance(entries[0], dict) else [{"params": entries}]
 
 
-def named(params: Any, names: Iterable[Any] | None) -> tuple[list[str | None], list[Tensor]]:
+def with_names(params: Any, names: Iterable[Any] | None) -> tuple[list[str | None], list[Tensor]]:
     """Names and tensors of a group's parameters.
 
     Wrappers leave no trace in names: a model may be compiled when it is saved and not when it is

@@ -89,11 +89,6 @@ class RingBuffer:
         """int64[rows]: how many norms each row has ever recorded."""
         return self.counts + self._before
 
-    @property
-    def nbytes(self) -> int:
-        """The memory of the norms, in bytes."""
-        return self._values.nbytes
-
     # -- a step ------------------------------------------------------------------------------
 
     def reserved(self, rows: Rows) -> RingBuffer:

@@ -180,10 +180,10 @@ def _check_fit(saved: State, current: State, source: str, theirs: Row, mine: Row
     if there == here or None in there or None in here or Counter(there) == Counter(here):
         return
     k = next(k for k, (one, other) in enumerate(zip(there, here)) if one != other)
-    places = [
+    positions = [
         (i, k) for i, group in enumerate(current.groups) for k in range(len(group.parameters))
     ]
-    group, index = (row, k) if saved.mode.joins else places[row]
+    group, index = (row, k) if saved.mode.joins else positions[row]
     raise StateError(
         f"Parameter {index} of group {group} does not match: {source} has {theirs[k]}, the "
         f"clipper has {mine[k]}; their {'shapes' if same_framework else 'numbers of elements'} "

@@ -99,7 +99,7 @@ def _run(given: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return _fail(_words(error), 2)
+        return _fail(_message(error), 2)
     except MemoryError:
         return _fail("There is not enough memory.", 2)
     except (ImportError, KeyError, ValueError) as error:
@@ -122,7 +122,7 @@ def _escaping(stream: Any) -> Iterator[None]:
             stream.reconfigure(errors=old)
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -319,6 +319,6 @@ def _checked(name: str) -> tuple[dict[str, object], int]:
     except StateError as error:
         return {"ok": False, "error": str(error)}, 1
     except (OSError, ImportError) as error:
-        return {"ok": False, "error": _words(error)}, 2
+        return {"ok": False, "error": _message(error)}, 2
     rows = sum(len(group.lengths) for each in states.values() for group in each.groups)
     return {"ok": True, "histories": len(states), "rows": rows}, 0

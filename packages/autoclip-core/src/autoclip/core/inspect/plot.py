@@ -314,7 +314,7 @@ def _label_marks(ax: Axes, texts: Sequence[str], marks: npt.NDArray[np.float64])
     space = _CHARACTER * (max(map(len, texts)) + 1)
     order = order[:: int(np.ceil(len(order) * space))]  # as many as there is space for
     shares = (scale(marks[order]) - left) / (right - left)
-    for index, share, position in zip(order, shares, _spread(shares, space)):
+    for index, share, position in zip(order, shares, _space_out(shares, space)):
         ax.annotate(
             texts[index],
             (float(share), 1.0),
@@ -336,7 +336,7 @@ def _label_marks(ax: Axes, texts: Sequence[str], marks: npt.NDArray[np.float64])
         )
 
 
-def _spread(positions: npt.NDArray[np.float64], space: float) -> npt.NDArray[np.float64]:
+def _space_out(positions: npt.NDArray[np.float64], space: float) -> npt.NDArray[np.float64]:
     """Move increasing positions between 0 and 1 until each two are `space` apart."""
     spread = positions.copy()
     for i in range(1, len(spread)):

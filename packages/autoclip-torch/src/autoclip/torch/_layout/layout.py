@@ -23,7 +23,7 @@ from autoclip.torch import _ops
 from autoclip.torch._groups import Groups
 from autoclip.torch._layout.nonfinite import NonfiniteGradients
 from autoclip.torch._layout.norms import CpuNorms, DeviceNorms, Gradients
-from autoclip.torch._layout.rows import Norms, RowMap, joined, joint_norms, moved, row_devices
+from autoclip.torch._layout.rows import Norms, RowMap, joint_norms, norms_on, row_devices, to_device
 from autoclip.torch._layout.scaling import CpuScaling, DeviceScaling
 from autoclip.torch._private import is_fake
 
@@ -119,7 +119,7 @@ class Layout:
             if mode.joins or storage.device in measured
         ]
         accelerators = [device for device in measured if not _ops.uses_numpy(device)]
-        self._home: torch.device = (
+        self._total_device: torch.device = (
             self._maps[0].storage.device if mode.has_one_row else (accelerators or measured)[0]
         )
         all_are_kept = {*groups.per_parameter("on_nonfinite")} <= {"keep"}
@@ -139,7 +139,7 @@ class Layout:
             total: the norm of all gradients together.
         """
         if len(self._maps) == 1 and self._maps[0].is_identity:  # the usual case
-            return [(self._maps[0].storage, norms[self._home])]
+            return [(self._maps[0].storage, norms[self._total_device])]
         return [(each.storage, each.norms(norms, total)) for each in self._maps]
 
     # -- norms -------------------------------------------------------------------------------
@@ -174,8 +174,8 @@ class Layout:
 
     def total(self, norms: Norms) -> Tensor | float:
         """The norm of all gradients together: a number, or 0-d on an accelerator."""
-        is_alone = len(norms) == 1 and self._home in norms
-        found = norms[self._home] if is_alone else joined(norms, self._home)
+        is_alone = len(norms) == 1 and self._total_device in norms
+        found = norms[self._total_device] if is_alone else norms_on(norms, self._total_device)
         if not isinstance(found, np.ndarray):
             norm: Tensor = joint_norms(found[None])[0]
             return norm
@@ -227,7 +227,7 @@ class Layout:
             for rows, factors in zip(self._maps, coefficients):
                 here = rows.storage.device
                 if rows.is_one_for_all:
-                    each = moved(factors, device)
+                    each = to_device(factors, device)
                 elif rows.is_identity and here == device:
                     each = factors
                 elif rows.joins or here == device:

@@ -10,7 +10,7 @@ import torch
 
 from autoclip.core.adapter import nonfinite_message
 from autoclip.torch._groups import Groups
-from autoclip.torch._layout.rows import Norms, placed
+from autoclip.torch._layout.rows import Norms, array_to
 
 
 class NonfiniteGradients:
@@ -50,7 +50,7 @@ class NonfiniteGradients:
         found, zeroed = dict(norms), {}
         for device, each in norms.items():
             if device not in self._zeroes_on:
-                self._zeroes_on[device] = placed(self._zeroes, device)
+                self._zeroes_on[device] = array_to(self._zeroes, device)
             here = self._zeroes_on[device] & ~(each < math.inf)
             is_array = isinstance(each, np.ndarray)
             if not is_array or here.any():  # a device is not asked

@@ -59,10 +59,10 @@ class RowMap:
         self._indices = np.array([i for _, i in pairs], np.int64)
         self.is_identity = not mode.joins and self._indices.tolist() == [*range(len(rows))]
         self.is_one_for_all, self.joins = mode.has_one_row, mode.joins
-        self._index = placed(self._indices, storage.device)
-        self._member_index = placed(self._members, storage.device)
+        self._index = array_to(self._indices, storage.device)
+        self._member_index = array_to(self._members, storage.device)
         mask = np.array([skips[row] for row in storage.rows])
-        self.skips = placed(mask, storage.device) if mask.any() else None
+        self.skips = array_to(mask, storage.device) if mask.any() else None
         self._table = self._make_table() if mode.joins and not mode.has_one_row else None
 
     def _make_table(self) -> Any:
@@ -72,7 +72,7 @@ class RowMap:
         # Parameters of a group are neighbors, so rows come in order here.
         columns = np.arange(len(self._members)) - np.repeat(np.cumsum(counts) - counts, counts)
         table[self._members, columns] = self._indices
-        return placed(table, self.storage.device)
+        return array_to(table, self.storage.device)
 
     def norms(self, norms: Norms, total: Tensor | float) -> Any:
         """The norms of the rows, on the storage's device.
@@ -86,7 +86,7 @@ class RowMap:
             return total.reshape(1) if isinstance(total, Tensor) else [total]
         if self._table is None:
             return norms[device][self._index]
-        found = joined(norms, device)
+        found = norms_on(norms, device)
         is_array = isinstance(found, np.ndarray)
         with_zero = np.append(found, 0.0) if is_array else torch.cat([found, found.new_zeros(1)])
         # Not index_add: on CUDA its sums depend on the order of the threads.
@@ -111,33 +111,33 @@ class RowMap:
                 if _ops.uses_numpy(device)
                 else torch.ones(self._count, dtype=norm_dtype(device), device=device)
             )
-        each = moved(coefficients[self._member_index], device)
+        each = to_device(coefficients[self._member_index], device)
         if isinstance(into, np.ndarray):
             into[self._indices] = each
         else:
             is_here = device == self.storage.device
-            into.index_copy_(0, self._index if is_here else placed(self._indices, device), each)
+            into.index_copy_(0, self._index if is_here else array_to(self._indices, device), each)
         return into
 
 
-def placed(array: npt.NDArray[Any], device: torch.device) -> Any:
+def array_to(array: npt.NDArray[Any], device: torch.device) -> Any:
     """An array as it is, or as a tensor on a device that is not the CPU."""
     return array if _ops.uses_numpy(device) else torch.from_numpy(array).to(device)
 
 
-def moved(norms: Any, device: torch.device) -> Any:
+def to_device(norms: Any, device: torch.device) -> Any:
     """Norms or coefficients on another device."""
     if _ops.uses_numpy(device):
         return norms if isinstance(norms, np.ndarray) else norms.cpu().double().numpy()
     return as_tensor(norms).to(device, norm_dtype(device))
 
 
-def joined(norms: Norms, device: torch.device) -> Any:
+def norms_on(norms: Norms, device: torch.device) -> Any:
     """The norms of all gradients on one device."""
     first, *others = norms.values()
     if not others and device in norms:  # the usual case
         return first
-    return sum((moved(each, device) for each in others), moved(first, device))
+    return sum((to_device(each, device) for each in others), to_device(first, device))
 
 
 def joint_norms(norms: Any) -> Any:

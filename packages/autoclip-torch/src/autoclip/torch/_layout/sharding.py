@@ -30,7 +30,7 @@ from autoclip.torch._layout.agreement import (
 from autoclip.torch._layout.layout import Layout
 from autoclip.torch._layout.managed import refuse_managed
 from autoclip.torch._layout.mesh import Mesh, is_nonzero, process_groups
-from autoclip.torch._layout.rows import Norms, dtensor_class, moved
+from autoclip.torch._layout.rows import Norms, dtensor_class, to_device
 from autoclip.torch._ops import as_tensor
 from autoclip.torch._private import assert_async
 
@@ -321,4 +321,4 @@ class ShardedLayout(Layout):
                 mask = [other == device for other in self._devices]
                 self._are_at[device] = torch.tensor(mask, device=self._device)
             norms = torch.where(self._are_at[device], norms, 0.0)
-        return moved(norms, device)
+        return to_device(norms, device)
