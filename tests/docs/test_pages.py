@@ -42,7 +42,9 @@ def test_readmes_have_no_relative_links(page: Path) -> None:
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/rationale.md"])
 def test_names_and_paths_of_the_code_exist(page: str) -> None:
     """Such as `Layout.measure`, `record_few` and `core/_step.py`."""
-    files = [path for folder in ("packages", "tests", "docs") for path in (ROOT / folder).rglob("*")]
+    files = [
+        path for folder in ("packages", "tests", "docs") for path in (ROOT / folder).rglob("*")
+    ]
     paths = [path.as_posix() for path in files]
     sources = [path.read_text("utf-8") for path in files if path.suffix in (".py", ".toml")]
     words = {word for source in sources for word in re.findall(r"\w+", source)}

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 """A norm below float32's smallest normal number, 1.18e-38, counts as zero: never recorded."""
@@ -23,6 +24,12 @@ def is_recorded(norms: Any) -> Any:
         A bool array of the same kind and shape.
     """
     return (norms >= SMALLEST_NORM) & (norms <= LARGEST_NORM)
+
+
+def refuse_negative(norms: npt.NDArray[np.float64]) -> None:
+    """Raise ValueError if a norm is negative."""
+    if (norms < 0).any():
+        raise ValueError(f"A norm is never negative, but got {np.nanmin(norms)}.")
 
 
 class Ops(ABC):

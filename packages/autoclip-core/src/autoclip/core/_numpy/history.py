@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from operator import mul
 from typing import Any
 
 import numpy as np
@@ -16,13 +13,13 @@ import numpy.typing as npt
 from autoclip.core._history import BaseHistory
 from autoclip.core._numpy.ring import OPS, RingBuffer, Rows
 from autoclip.core._numpy.tracker import FewRows, Tracker, tracker_of
-from autoclip.core._ops import LARGEST_NORM, SMALLEST_NORM, is_recorded
+from autoclip.core._ops import is_recorded, refuse_negative
 from autoclip.core._rules.rule import Rule
 from autoclip.core._settings.mode import Mode
 from autoclip.core._settings.settings import GroupSettings, Record
 from autoclip.core._state.saving import Saveable
 from autoclip.core._state.state import MAX_RECORDED, ParameterInfo, State
-from autoclip.core._step import Report, numbers_of, record, thresholds_of
+from autoclip.core._step import NUMBERS, Report, numbers_of, record, record_few, thresholds_of
 
 
 class _NumpyWindows:
@@ -42,11 +39,10 @@ class _NumpyWindows:
             for name, column in numbers_of(settings).items()
         }
         self.tracker = tracker_of([each.rule for each in settings], ring.history_length)
-        self.few = self.tracker if isinstance(self.tracker, FewRows) else None
-        # In Python's numbers, for a few rows.
-        self._lists: list[Any] = [
-            self.numbers[name][:, 0].tolist() if name in self.numbers else None
-            for name in ("warmup_steps", "max_norm", "drops")
+        self.few: Any = self.tracker if isinstance(self.tracker, FewRows) else None
+        # For each of `NUMBERS` one a row; None if no row uses the setting.
+        self.lists = [
+            self.numbers[name][:, 0].tolist() if name in self.numbers else None for name in NUMBERS
         ]
         # Whether the ring has changed, or is about to, since the tracker followed it.
         self.is_stale = True
@@ -103,50 +99,13 @@ class _NumpyWindows:
             )
         return thresholds, targets
 
-    def record_few(
-        self, tracker: FewRows, given: npt.NDArray[np.float64]
-    ) -> Report[npt.NDArray[np.float64]]:
-        """`record` in Python's numbers, which is faster for a few rows."""
-        settings, listed = self.settings[0], given.tolist()
-        norms = array("f", listed)  # rounded; infinite beyond float32
-        entered = [norm if SMALLEST_NORM <= norm <= LARGEST_NORM else 0.0 for norm in norms]
-        if 0.0 in entered:
-            _refuse_negative(given)
-        warmups, ceilings, drops = self._lists
-        cold = warmups and (self.ring.recorded < warmups).tolist()
-        if settings.include_current:
-            self._push_each(tracker, entered)
-        limits, compared = tracker.thresholds(self.ring), entered
-        if cold:
-            limits = [math.inf if is_cold else limit for limit, is_cold in zip(limits, cold)]
-        if ceilings:
-            limits, compared = [*map(min, limits, ceilings)], entered.copy()
-            for row, norm in enumerate(norms):
-                if norm > LARGEST_NORM and listed[row] < math.inf:
-                    limits[row], compared[row] = ceilings[row], listed[row]
-        coefficients = [
-            limit / norm if limit < norm else 1.0 for limit, norm in zip(limits, compared)
-        ]
-        if not settings.include_current:
-            if settings.record == "clipped":
-                clipped = array("f", map(mul, entered, coefficients))
-                entered = [norm if norm >= SMALLEST_NORM else 0.0 for norm in clipped]
-            self._push_each(tracker, entered)
-        if drops:
-            coefficients = [0.0 if c < 1.0 and d else c for c, d in zip(coefficients, drops)]
-        return Report(given, np.array(limits), np.array(coefficients))
-
-    def _push_each(self, tracker: FewRows, entered: Sequence[float]) -> None:
+    def push_each(self, entered: Sequence[float]) -> None:
+        """Append one norm to each row, 0 for none, for a step in Python's numbers."""
         self.is_stale = True
         if not self.ring.is_full:
             self.ring = self.ring.reserved(np.flatnonzero(entered))
-        tracker.update(self.ring, entered, self.ring.push_each(entered))
+        self.few.update(self.ring, entered, self.ring.push_each(entered))
         self.is_stale = False
-
-
-def _refuse_negative(norms: npt.NDArray[np.float64]) -> None:
-    if (norms < 0).any():
-        raise ValueError(f"A norm is never negative, but got {np.nanmin(norms)}.")
 
 
 class History(BaseHistory, Saveable):
@@ -308,10 +267,10 @@ class History(BaseHistory, Saveable):
         if windows.is_stale:
             windows.finished()
         if windows.few is not None:
-            return windows.record_few(windows.few, given)
+            return record_few(windows, given)
         if not windows.settings:
             return Report(given, np.empty(0), np.empty(0))
-        _refuse_negative(given)
+        refuse_negative(given)
         with np.errstate(all="ignore"):  # norms beyond float32, empty rows, NaN
             column = given[:, None]
             _, report = record(windows.settings[0], windows.numbers, windows, column)
