@@ -61,6 +61,7 @@ PACKAGES = {
     "ray tune": "ray",
     "rllib": "ray",
     "sentence transformers": "sentence-transformers",
+    "tensorflow probability": "tensorflow-probability",
 }
 
 
