@@ -210,6 +210,16 @@ def other_settings_allowed() -> Iterator[None]:
         yield
 
 
+def without_names(saved: Any) -> dict[str, Any]:
+    """A state whose parameters have no names, so it fits the same number of groups only."""
+    state = State.from_dict(saved)
+    groups = [
+        replace(group, parameters=tuple(replace(each, name=None) for each in group.parameters))
+        for group in state.groups
+    ]
+    return replace(state, groups=tuple(groups)).to_dict()
+
+
 class Machine(RuleBasedStateMachine):
     """The events; `sides` are the clippers, `rows` the algorithm."""
 
@@ -303,7 +313,7 @@ class Machine(RuleBasedStateMachine):
     def load(self, snapshot: Any) -> None:
         saved, contents = snapshot
         if len(contents) != len(self.rows):
-            self.refused(saved)
+            self.refused(without_names(saved))
             return
         for row, (window, recorded) in zip(self.rows, contents):
             row.window, row.recorded = window, recorded

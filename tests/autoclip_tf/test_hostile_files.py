@@ -40,6 +40,7 @@ def test_files(attack, tmp_path, capsys):
     assert after - before < MOST_MEMORY
 
 
+@pytest.mark.timeout(1200)  # of many more examples at night
 @settings(max_examples=60)
 @given(data=st.data())
 def test_no_damage_of_a_checkpoint_ends_in_a_traceback(data, tmp_path_factory):

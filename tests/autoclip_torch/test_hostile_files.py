@@ -94,6 +94,7 @@ def test_all_protocols(protocol: int, zipped: bool, tmp_path: Path) -> None:
     assert found.to_bytes() == saved["data"]
 
 
+@pytest.mark.timeout(1200)  # of many more examples at night
 @settings(max_examples=150)
 @given(data=st.data())
 def test_no_changed_instruction_of_a_pickle_ends_in_a_traceback(
