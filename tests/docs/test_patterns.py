@@ -57,10 +57,12 @@ PACKAGES = {
     "kerashub": "keras-hub",
     "kerastuner": "keras-tuner",
     "nnu-net": "nnunetv2",
+    "pytorch forecasting": "pytorch-forecasting",
     "pytorch geometric": "torch-geometric",
     "ray tune": "ray",
     "rllib": "ray",
     "sentence transformers": "sentence-transformers",
+    "tabnet": "pytorch-tabnet",
     "tensorflow probability": "tensorflow-probability",
 }
 

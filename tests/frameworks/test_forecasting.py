@@ -1,4 +1,4 @@
-"""Darts and NeuralForecast, which train with `pytorch_lightning`."""
+"""Darts, NeuralForecast and PyTorch Forecasting, which train with Lightning."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from darts import TimeSeries
 from darts.models import NBEATSModel
+from lightning.pytorch import Trainer
 from neuralforecast import NeuralForecast
 from neuralforecast.models import MLP
+from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet
 from recipes import Watch, run_recipe, weights, windows_of
 
 from autoclip.torch import QuantileClip
@@ -129,3 +131,39 @@ def test_neuralforecast_and_plain_give_the_same_weights_without_clipping() -> No
         forecast.fit(frame())
         made.append(weights(forecast.models[0]))
     assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("has_callback", [True, False])
+def test_pytorch_forecasting_as_numpy_clips_and_resumes(has_callback: bool, tmp_path: Path) -> None:
+    table = pd.DataFrame({"time": np.arange(60), "value": VALUES, "series": "0"})
+    series = TimeSeriesDataSet(
+        table,
+        time_idx="time",
+        target="value",
+        group_ids=["series"],
+        max_encoder_length=8,
+        max_prediction_length=2,
+        time_varying_unknown_reals=["value"],
+    )
+    loader = series.to_dataloader(train=True, batch_size=16, num_workers=0)
+
+    def trainer(epochs: int) -> Trainer:
+        callbacks = [AutoClipCallback(quantile=0.5)] if has_callback else []
+        return Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET)
+
+    options = {} if has_callback else {"optimizer": CLIPPED}
+    sizes = {"hidden_size": 4, "attention_head_size": 1, "hidden_continuous_size": 4}
+    model = TemporalFusionTransformer.from_dataset(series, **sizes, **options)
+    first = trainer(2)
+    with Watch(quantile=0.5) as watch:
+        first.fit(model, train_dataloaders=loader)
+    steps = 2 * len(loader)
+    assert watch.steps() == [steps]
+    assert watch.clipped > 5
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    second = trainer(3)
+    second.fit(model, loader, ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    before, after = (windows_of(each.optimizers[0]) for each in (first, second))
+    for row, window in before.items():
+        assert after[row][: len(window)] == window
+        assert len(after[row]) == len(window) + len(loader)
