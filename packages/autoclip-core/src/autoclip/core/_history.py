@@ -50,9 +50,8 @@ class BaseHistory(ABC):
         present = self._settings
         # A schedule writes thousands of groups one by one: a write must not look at all of them.
         changed = [k for k, (new, old) in enumerate(zip(settings, present)) if new is not old]
-        if len(settings) != self.rows or any(
-            settings[k].structure != present[0].structure for k in changed
-        ):
+        structure = present[0].structure if changed else None
+        if len(settings) != self.rows or any(settings[k].structure != structure for k in changed):
             raise ValueError(
                 "settings must be one GroupSettings a row that differs from the present one in "
                 "numbers only. Make a new History for others, and write the windows into it."

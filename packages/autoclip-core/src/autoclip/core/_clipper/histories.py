@@ -96,11 +96,11 @@ class Histories(Generic[HistoryT]):
         They keep their windows, the newest norms of longer ones.
         """
         self.finish()
-        changed, new = set(rows), self.settings.copy()
+        changed, new, structure = set(rows), self.settings.copy(), settings.structure
         for row in changed:
             new[row] = settings
         keeps = self._is_arranged and all(
-            self.settings[row].structure == settings.structure for row in changed
+            self.settings[row].structure == structure for row in changed
         )
         concerned = [
             each

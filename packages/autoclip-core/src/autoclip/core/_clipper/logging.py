@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoclip.core._ops import is_recorded
+from autoclip.core._settings.mode import ALL_PARAMETERS
 from autoclip.core._step import Report
 
 
@@ -60,7 +61,7 @@ def log_values(report: Report[Any], parameters: bool | str = False) -> dict[str,
     values["autoclip/clipped"] = float(np.asarray(report.spikes)[recorded].mean())
     if len(norms) == 1:
         values["autoclip/threshold"] = float(thresholds[0])
-    if parameters is not False and report.names != ("all parameters",):
+    if parameters is not False and report.names != ALL_PARAMETERS:
         for row, name in enumerate(report.names):
             if recorded[row] and (parameters is True or re.search(parameters, name)):
                 values[f"autoclip/norm/{name}"] = float(norms[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from autoclip.core._numpy.history import History
 from autoclip.core._rules.rule import Rule
-from autoclip.core._settings.mode import Mode
+from autoclip.core._settings.mode import ALL_PARAMETERS, Mode
 from autoclip.core._settings.settings import ClipperSettings, Record
 from autoclip.core._state.saving import Saveable
 from autoclip.core._state.state import ParameterInfo, State
@@ -102,9 +103,7 @@ class MaxNorm(Saveable):
         """
         value = float(norm)
         report = self._history.record([value if value >= 0.0 else np.nan])
-        self._last = Report(
-            report.norms, report.thresholds, report.coefficients, Mode.GLOBAL.row_names((), 1)
-        )
+        self._last = replace(report, names=ALL_PARAMETERS)
         return self._last
 
     @property

@@ -10,6 +10,9 @@ from enum import Enum
 from itertools import accumulate
 from typing import TypeVar
 
+ALL_PARAMETERS = ("all parameters",)
+"""The names of the rows under global clipping."""
+
 T = TypeVar("T")
 
 
@@ -112,7 +115,7 @@ class Mode(str, Enum):
             return tuple(parameters)
         if self is Mode.GROUP:
             return tuple(f"group {i}" for i in range(groups))
-        return ("all parameters",)
+        return ALL_PARAMETERS
 
     # -- groups ------------------------------------------------------------------------------
 

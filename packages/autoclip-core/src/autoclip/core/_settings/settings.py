@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 from autoclip.core._rules.rule import Rule, structure_of
@@ -89,14 +90,8 @@ class GroupSettings:
 
     @property
     def structure(self) -> Hashable:
-        """The settings that rows in one storage share; the others are numbers by row."""
-        return (
-            type(self.rule),
-            structure_of(self.rule),
-            self.history_length,
-            self.include_current,
-            self.record,
-        )
+        """The settings that rows in one storage share."""
+        return type(self.rule), structure_of(self.rule), _shared(self)
 
     def merged(self, overrides: Mapping[str, Any]) -> GroupSettings:
         """These settings with some replaced, by flat names.
@@ -115,6 +110,10 @@ CLIPPER_SETTINGS = tuple(
     field.name for field in dataclasses.fields(GroupSettings) if field.name != "rule"
 )
 """The names of the settings that a group has besides its rule's."""
+
+_PER_ROW = ("max_norm", "warmup_steps", "on_spike", "on_nonfinite")
+# The settings that rows in one storage share, in addition to those of the rule.
+_shared = attrgetter(*[name for name in CLIPPER_SETTINGS if name not in _PER_ROW])
 
 
 def given(arguments: Mapping[str, Any], *others: str) -> dict[str, Any]:
