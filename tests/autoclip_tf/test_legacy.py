@@ -27,12 +27,27 @@ def readme_model():
     )
 
 
-def train(clippers, growing, epochs=2, **options):
+def with_transformer(name, clippers, **options):
+    """A legacy optimizer with clippers."""
+    legacy = getattr(tf_keras.optimizers.legacy, name)
+    return legacy(**options, gradient_transformers=clippers)
+
+
+def with_override(name, clippers, **options):
+    """One of the newer optimizers with a clipper, as in docs/tensorflow.md."""
+    [clipper] = clippers
+
+    class Clipped(getattr(tf_keras.optimizers, name)):
+        def apply_gradients(self, grads_and_vars, **kwargs):
+            return super().apply_gradients(clipper(grads_and_vars), **kwargs)
+
+    return Clipped(**options)
+
+
+def train(clippers, growing, epochs=2, make=with_transformer, **options):
     model = readme_model()
     model.compile(
-        optimizer=tf_keras.optimizers.legacy.Adam(
-            learning_rate=1e-3, gradient_transformers=clippers
-        ),
+        optimizer=make("Adam", clippers, learning_rate=1e-3),
         loss="mean_absolute_error",
         metrics=["accuracy"],
         **options,
@@ -53,11 +68,13 @@ def test_the_readme_of_0_2_1_as_it_stands(growing, windows):
 
 @pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "graph"])
 @pytest.mark.parametrize("global_clipping", [False, True], ids=["parameter-wise", "global"])
-def test_it_clips_as_a_loop_by_hand(growing, windows, run_eagerly, global_clipping):
+@pytest.mark.parametrize("make", [with_transformer, with_override])
+def test_it_clips_as_a_loop_by_hand(growing, windows, run_eagerly, global_clipping, make):
     clipper = QuantileClip(0.5, global_clipping=global_clipping)
-    model, _ = train([clipper], growing, run_eagerly=run_eagerly)
+    model, _ = train([clipper], growing, run_eagerly=run_eagerly, make=make)
     expected = readme_model()
-    optimizer = tf_keras.optimizers.legacy.Adam(learning_rate=1e-3)
+    expected.build((None, 4))
+    optimizer = make("Adam", [lambda pairs: pairs], learning_rate=1e-3)
     history, clipped = None, 0
     for start in [*range(0, 64, 16)] * 2:
         x, y = (each[start : start + 16] for each in growing)
@@ -154,12 +171,13 @@ def test_a_loop_of_ones_own_with_an_optimizer_of_keras_2(growing, windows):
 
 
 @pytest.mark.parametrize("scale", [8.0, 2.0**40])
-def test_mixed_precision_of_keras_2(growing, windows, scale):
+@pytest.mark.parametrize("make", [with_transformer, with_override])
+def test_mixed_precision_of_keras_2(growing, windows, scale, make):
     """The gradients that transformers get are unscaled, and overflows never come to them."""
     policy = tf_keras.mixed_precision.Policy("mixed_float16")
     model = tf_keras.Sequential([tf_keras.layers.Dense(1, dtype=policy)])
     clipper = QuantileClip(0.5)
-    inner = tf_keras.optimizers.legacy.SGD(1e-2, gradient_transformers=[clipper])
+    inner = make("SGD", [clipper], learning_rate=1e-2)
     optimizer = tf_keras.mixed_precision.LossScaleOptimizer(inner, initial_scale=scale)
     model.compile(optimizer=optimizer, loss="mse")
     model.build((None, 4))

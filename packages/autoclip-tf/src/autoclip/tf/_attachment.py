@@ -78,7 +78,8 @@ def check_optimizer(optimizer: Any) -> Any:
         elif type(optimizer).__module__.startswith(("tf_keras", "keras.optimizers", "keras.s")):
             message += (
                 ". Optimizers of Keras 2 are not those of Keras 3. Its legacy ones take "
-                "gradient_transformers=[clipper]; with others clip in a custom loop: "
+                "gradient_transformers=[clipper]; with others clip in the apply_gradients of a "
+                "subclass, or in a custom loop: "
                 "optimizer.apply_gradients(clipper(zip(gradients, variables)))"
             )
         elif isinstance(optimizer, type):
