@@ -137,8 +137,9 @@ def test_a_reload_drops_the_clipper_in_silence(growing, windows, tmp_path, recwa
         lambda: tf_keras.optimizers.Adam(),
         lambda: tf_keras.optimizers.legacy.Adam(),
         lambda: tf_keras.mixed_precision.LossScaleOptimizer(tf_keras.optimizers.Adam()),
+        lambda: with_override("Adam", [QuantileClip()]),
     ],
-    ids=["new", "legacy", "loss scaling"],
+    ids=["new", "legacy", "loss scaling", "a subclass"],
 )
 def test_as_optimizer_says_what_to_do_instead(optimizer):
     made = optimizer()

@@ -221,10 +221,13 @@ class TestWhatIsRefused:
 
     def test_what_is_no_optimizer(self):
         for wrong in (None, keras.layers.Dense(1), keras.optimizers.Adam, 1e-3):
-            with pytest.raises(TypeError, match="optimizer must be a Keras optimizer, but got"):
+            with pytest.raises(TypeError, match="must be a Keras optimizer, but got") as error:
                 QuantileClip.as_optimizer(wrong)
+            assert "Keras 2" not in str(error.value)
         with pytest.raises(TypeError, match=r"'adam'\. Make it first: keras\.optimizers\.get"):
             QuantileClip.as_optimizer("adam")
+        with pytest.raises(TypeError, match=r"For other optimizers clip in a custom loop"):
+            QuantileClip.as_optimizer(tf.compat.v1.train.AdamOptimizer())
 
     def test_the_base_class_alone_attaches_and_fails_as_it_does(self, model, fit):
         """`Optimizer` makes no updates; Keras says so, with and without a clipper."""

@@ -75,7 +75,7 @@ def check_optimizer(optimizer: Any) -> Any:
         message = f"optimizer must be a Keras optimizer, but got {optimizer!r:.200}"
         if isinstance(optimizer, str):
             message += ". Make it first: keras.optimizers.get(name)"
-        elif type(optimizer).__module__.startswith(("tf_keras", "keras.optimizers", "keras.s")):
+        elif any(base.__module__.startswith("tf_keras") for base in type(optimizer).__mro__):
             message += (
                 ". Optimizers of Keras 2 are not those of Keras 3. Its legacy ones take "
                 "gradient_transformers=[clipper]; with others clip in the apply_gradients of a "
@@ -84,6 +84,11 @@ def check_optimizer(optimizer: Any) -> Any:
             )
         elif isinstance(optimizer, type):
             message += f". Make an instance first: {optimizer.__name__}()"
+        elif hasattr(optimizer, "apply_gradients") or hasattr(optimizer, "apply"):
+            message += (
+                ". For other optimizers clip in a custom loop, before the update: "
+                "clipper(zip(gradients, variables))"
+            )
         raise TypeError(message + ".")
     if hasattr(optimizer, "clipper"):
         raise RuntimeError(second_clipper_message(optimizer, optimizer.clipper))
