@@ -564,7 +564,8 @@ def test_a_model_that_moves_takes_its_history_along(mode: str) -> None:
 # -- documentation -------------------------------------------------------------------------------
 
 
-def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where its files go
     tests = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(tests / "docs")
     from pages import run_page

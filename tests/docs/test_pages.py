@@ -41,7 +41,7 @@ def test_readmes_have_no_relative_links(page: Path) -> None:
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/rationale.md"])
 def test_names_and_paths_of_the_code_exist(page: str) -> None:
-    """Such as `Layout.measure`, `record_few` and `core/_step.py`."""
+    """Each name in backticks occurs in a source, and each path is one."""
     files = [
         path for folder in ("packages", "tests", "docs") for path in (ROOT / folder).rglob("*")
     ]

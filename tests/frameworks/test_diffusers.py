@@ -33,7 +33,6 @@ def run(images: torch.Tensor) -> dict[str, Any]:
 def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, 1, 8, 8, generator=generator)
-    monkeypatch.chdir(tmp_path)
     with Watch(quantile=0.9, left_alone=False) as watch:  # the gradients are accumulated
         names = run(images)
     assert watch.steps() == [4]

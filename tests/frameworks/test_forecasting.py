@@ -33,11 +33,6 @@ SERIES = TimeSeries.from_values(VALUES.astype(np.float32))
 SMALL = {"num_stacks": 1, "num_blocks": 1, "num_layers": 1, "layer_widths": 8}
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def frame() -> pd.DataFrame:
     return pd.DataFrame({"unique_id": 1, "ds": np.arange(60), "y": VALUES})
 

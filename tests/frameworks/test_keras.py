@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -27,10 +26,8 @@ Y = GENERATOR.integers(0, 3, 32)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def seed() -> None:
     keras.utils.set_random_seed(0)
-    return tmp_path
 
 
 def make_model() -> Any:

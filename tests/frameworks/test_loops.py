@@ -46,12 +46,6 @@ def same(one: tuple[nn.Module, Any], other: tuple[nn.Module, Any]) -> None:
     assert one[1].clipper.state_dict() == other[1].clipper.state_dict()
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # -- Ignite ------------------------------------------------------------------------------------
 
 

@@ -61,8 +61,7 @@ def clipper_of(runner: Runner) -> Any:
     return runner.optim_wrapper.optimizer.clipper
 
 
-def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_recipe(tmp_path: Path) -> None:
     with Watch(quantile=0.9) as watch:
         runner = run_recipe("mmengine", model=Toy(), train_dataloader=loader())["runner"]
     assert watch.steps() == [16]

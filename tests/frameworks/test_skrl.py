@@ -15,28 +15,17 @@ from skrl.trainers.torch import SequentialTrainer
 from torch import nn
 
 
-def network(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
+def make_model(mixin: Any, outputs: int, spaces: dict[str, Any]) -> Any:
+    class Network(mixin, Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            Model.__init__(self, **spaces)
+            mixin.__init__(self)
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
 
+        def compute(self, inputs: dict[str, Any], role: str) -> Any:
+            return self.net(inputs["observations"]), {}
 
-class Policy(CategoricalMixin, Model):  # type: ignore[misc]
-    def __init__(self, **spaces: Any) -> None:
-        Model.__init__(self, **spaces)
-        CategoricalMixin.__init__(self)
-        self.net = network(2)
-
-    def compute(self, inputs: dict[str, Any], role: str) -> Any:
-        return self.net(inputs["observations"]), {}
-
-
-class Value(DeterministicMixin, Model):  # type: ignore[misc]
-    def __init__(self, **spaces: Any) -> None:
-        Model.__init__(self, **spaces)
-        DeterministicMixin.__init__(self)
-        self.net = network(1)
-
-    def compute(self, inputs: dict[str, Any], role: str) -> Any:
-        return self.net(inputs["observations"]), {}
+    return Network()
 
 
 def test_recipe_and_load(tmp_path: Path) -> None:
@@ -49,7 +38,10 @@ def test_recipe_and_load(tmp_path: Path) -> None:
 
     def agent() -> Any:
         torch.manual_seed(0)
-        models = {"policy": Policy(**spaces), "value": Value(**spaces)}
+        models = {
+            "policy": make_model(CategoricalMixin, 2, spaces),
+            "value": make_model(DeterministicMixin, 1, spaces),
+        }
         memory = RandomMemory(memory_size=16, num_envs=2, device="cpu")
         return run_recipe("skrl", models=models, spaces={**spaces, "memory": memory})["agent"]
 

@@ -59,7 +59,6 @@ def go_on(model: Any, env_id: str, steps: int) -> torch.Tensor:
 
 
 def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
     import stable_baselines3
 
     writer = Keep()

@@ -50,6 +50,17 @@ def metadata(archive: zipfile.ZipFile) -> Message:
     return email.message_from_bytes(archive.read(file))
 
 
+def test_the_repository_has_three_folders() -> None:
+    """Not those that a trainer or a test has left behind and `git add` has found."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a clone")
+    command = ["git", "-c", "safe.directory=*", "ls-files", "--", ":(glob)*/**"]
+    tracked = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    folders = {path.split("/")[0] for path in tracked.stdout.splitlines()}
+    visible = {folder for folder in folders if not folder.startswith(".")}
+    assert visible == {"docs", "packages", "tests"}
+
+
 def siblings(requirements: list[str]) -> dict[str, str]:
     """Our own distributions that are required, and their versions."""
     parsed = map(Requirement, requirements)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,11 +53,6 @@ def make(epochs: int, quantile: float = 0.5, **options: Any) -> Any:
 
 def clipper_of(trainer: Any) -> Any:
     return trainer.state.optimizers[0].clipper
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def test_recipe_resumes_bit_for_bit() -> None:

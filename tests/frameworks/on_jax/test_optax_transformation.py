@@ -155,7 +155,6 @@ def test_files_are_those_of_every_framework(rule: Rule, tmp_path: Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_script_runs(tmp_path: Path, capsys: Any) -> None:
     example.main(20)
     assert "saved history.autoclip" in capsys.readouterr().out

@@ -45,8 +45,7 @@ def make(folder: Path, **options: Any) -> Any:
     )
 
 
-def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_recipe(tmp_path: Path) -> None:
     with Watch(quantile=0.9) as watch:
         learner = run_recipe("fastai", dls=loaders(), model=network(), loss=LOSS)["learner"]
     assert watch.steps() == [16]
